@@ -1,0 +1,31 @@
+"""How a mistake of the user's reaches the user."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def one_message() -> Iterator[None]:
+    """Turn a ``ValueError`` this package raised into one message, from one rank, and exit status 2.
+
+    One that a library raised goes through with its traceback: it is not about the user's input.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not _raised_here(error):
+            raise
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _raised_here(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])

@@ -1,0 +1,178 @@
+"""Every setting of a training run: name, meaning, unit and range.
+
+The YAML file and the command line (``--section.field value``) both follow these
+dataclasses, and ``--help`` is made from their docstrings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_mod.routing.config import RoutingConfig, resolve_capacity, resolve_layers
+
+
+@dataclass
+class ModelConfig:
+    """The frozen model.
+
+    Args:
+        checkpoint: folder that tools/convert_hf_to_megatron.py wrote.
+        dtype: what the frozen weights and activations are held in; routers stay in float32.
+    """
+
+    checkpoint: str
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+@dataclass
+class RouterConfig:
+    """The routers: where they sit, how they decide, what capacity they are held to.
+
+    Args:
+        granularity: what one decision covers: attn_sequence decides on a layer's attention,
+            once per sequence.
+        layers: routed layers, `{deepest: n}` (the n deepest but the last) or a list of
+            zero-based indices.
+        capacity: target share of sequences that keep a layer, above 0 and at most 1; one number,
+            or one per routed layer.
+        scope: `layer` holds every layer to its target, `model` only their mean, so that
+            important layers may stay on.
+        capacity_loss_weight: weight of the penalty on capacity above target, above 0.
+        threshold: a sequence keeps a layer when sigmoid(logit) is at least this; between 0 and 1.
+        pooling: tokens a decision averages over: `prompt` those before the first label (what a
+            generation's prefill sees), `all` every token that is not padding.
+    """
+
+    granularity: Literal["attn_sequence"] = "attn_sequence"
+    layers: dict[str, int] | list[int] = field(default_factory=lambda: {"deepest": 16})
+    capacity: float | list[float] = 0.5
+    scope: Literal["layer", "model"] = "model"
+    capacity_loss_weight: float = 1.0
+    threshold: float = 0.5
+    pooling: Literal["all", "prompt"] = "prompt"
+
+    def resolve(self, *, num_layers: int) -> RoutingConfig:
+        """These settings for a model of ``num_layers`` layers.
+
+        Raises:
+            ValueError: layers or capacities that do not fit the model.
+        """
+        layers = resolve_layers(self.layers, num_layers=num_layers)
+        return RoutingConfig(
+            granularity=self.granularity,
+            layers=layers,
+            capacity=resolve_capacity(self.capacity, num_routed=len(layers)),
+            scope=self.scope,
+            capacity_loss_weight=self.capacity_loss_weight,
+            threshold=self.threshold,
+            pooling=self.pooling,
+        )
+
+
+@dataclass
+class DataConfig:
+    """What is trained on.
+
+    Args:
+        train: JSON lines file; a line holds `messages` (a list of `role`, `content`) or `prompt`
+            and `completion`.
+        validation: file of the same form to measure the loss on; needs train.validation_interval.
+        max_length: tokens a sample is cut to, at least 2.
+    """
+
+    train: str
+    validation: str | None = None
+    max_length: int = 2048
+
+
+@dataclass
+class ParallelConfig:
+    """How the job's ranks share the work; what the degrees leave over is data parallel.
+
+    Args:
+        tensor_model_parallel_size: ranks that share each layer; divides heads and query groups.
+        pipeline_model_parallel_size: ranks that share the layers; divides their number.
+        sequence_parallel: tensor-parallel ranks also split the sequence between layers; needs
+            tensor_model_parallel_size above 1.
+        use_distributed_optimizer: data-parallel ranks split the optimizer's state.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+
+
+@dataclass
+class TrainConfig:
+    """How long and on how much.
+
+    Args:
+        steps: optimizer steps; 0 saves the untrained routers.
+        global_batch_size: sequences a step, over all ranks.
+        micro_batch_size: sequences a forward pass; divides global_batch_size / data ranks.
+        seed: of the data order and of initialisation.
+        validation_interval: steps between measurements on data.validation; 0: none.
+    """
+
+    steps: int
+    global_batch_size: int = 64
+    micro_batch_size: int = 1
+    seed: int = 1234
+    validation_interval: int = 0
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam with a cosine schedule down to zero.
+
+    Args:
+        lr: peak learning rate, above 0.
+        warmup_fraction: share of the steps over which the learning rate rises to lr; 0 to 1.
+        weight_decay: decoupled weight decay, at least 0.
+        clip_grad: largest gradient norm; 0 does not clip.
+    """
+
+    lr: float = 1e-3
+    warmup_fraction: float = 0.03
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept of the training.
+
+    Args:
+        save: new folder for the routers, the resolved configuration and the metrics.
+        interval: steps between checkpoints; 0: only at the end.
+    """
+
+    save: str
+    interval: int = 0
+
+
+@dataclass
+class LoggingConfig:
+    """What is printed.
+
+    Args:
+        interval: steps between progress lines, at least 1.
+    """
+
+    interval: int = 1
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig
+    router: RouterConfig
+    data: DataConfig
+    parallel: ParallelConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig

@@ -1,0 +1,1 @@
+"""Holds the modelling file that an export carries; nothing here is imported by the trainer."""

@@ -1,0 +1,1 @@
+"""Megatron-core models whose layers carry routers."""

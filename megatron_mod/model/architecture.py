@@ -1,0 +1,57 @@
+"""The shape of a language model, independent of who stores its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What Megatron must build to hold a checkpoint of one of the families."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_sequence_length: int
+    layernorm_epsilon: float
+    rotary_base: float
+    tied_embeddings: bool
+    rope_scaling_factor: float | None = None  # Llama-3's scaling; None: none
+
+
+def check_parallel(
+    arch: Architecture, *, tensor: int, pipeline: int, names: tuple[str, str] | None = None
+) -> None:
+    """Refuse degrees that do not divide the model.
+
+    Raises:
+        ValueError: naming the field, its value, the constraint and what would fit.
+    """
+    tensor_name, pipeline_name = names or (
+        "parallel.tensor_model_parallel_size",
+        "parallel.pipeline_model_parallel_size",
+    )
+    for what, number in (
+        ("attention heads", arch.num_attention_heads),
+        ("query groups (num_key_value_heads)", arch.num_query_groups),
+        ("MLP channels (intermediate_size)", arch.ffn_hidden_size),
+    ):
+        if number % tensor:
+            fits = _divisors(arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size)
+            raise ValueError(
+                f"{tensor_name} = {tensor}: does not divide this model's {number} {what}; "
+                f"use one of {fits}."
+            )
+    if arch.num_layers % pipeline:
+        raise ValueError(
+            f"{pipeline_name} = {pipeline}: does not divide this model's {arch.num_layers} "
+            f"layers; use one of {_divisors(arch.num_layers)}."
+        )
+
+
+def _divisors(*numbers: int) -> list[int]:
+    return [d for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers)]

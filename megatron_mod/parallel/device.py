@@ -1,0 +1,59 @@
+"""The one place that knows whether this process computes on a GPU or on the CPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import warnings
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+
+
+def prepare() -> None:
+    """Ready ``torch`` for Megatron-core on this machine; call before importing Megatron-core."""
+    for absent in ("apex", "Apex", "Transformer Engine", "transformer_engine", "TransformerEngine"):
+        warnings.filterwarnings("ignore", message=f".*{absent}.*")
+    for harmless in (".*flash_attn.*", "full scope is deprecated.*", "`load_state_dict` is dep.*"):
+        warnings.filterwarnings("ignore", message=harmless)
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    if HAS_GPU:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return
+    from megatron_mod.parallel import cpu
+
+    cpu.install()
+
+
+def device() -> torch.device:
+    """Where this process keeps its tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")
+
+
+def collective_backend() -> str:
+    """The ``torch.distributed`` back end for this device."""
+    return "nccl" if HAS_GPU else "gloo"
+
+
+def synchronize() -> None:
+    """Wait for the device: what is timed is then finished."""
+    if HAS_GPU:
+        torch.cuda.synchronize()
+
+
+def describe() -> str:
+    """The device in words, for reports."""
+    if HAS_GPU:
+        return torch.cuda.get_device_name()
+    return f"cpu ({_processor()}, {os.cpu_count()} cores)"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            names = [line.split(":", 1)[1].strip() for line in info if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

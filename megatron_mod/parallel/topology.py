@@ -1,0 +1,99 @@
+"""Process groups from parallel degrees."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_mod.parallel import device
+from megatron.core import parallel_state, tensor_parallel
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How a job's ranks are laid out: ``world_size = tensor * pipeline * data``."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def to_dict(self) -> dict[str, int]:
+        return {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data}
+
+
+def plan(*, tensor: int, pipeline: int, world_size: int) -> Topology:
+    """The layout of ``world_size`` ranks; what tensor and pipeline leave is data parallel.
+
+    Raises:
+        ValueError: the degrees do not divide the world size.
+    """
+    model_parallel = tensor * pipeline
+    if min(tensor, pipeline) < 1 or world_size % model_parallel:
+        raise ValueError(
+            f"parallel.tensor_model_parallel_size ({tensor}) x "
+            f"parallel.pipeline_model_parallel_size ({pipeline}) = {model_parallel} does not "
+            f"divide the {world_size} ranks started; start a multiple of {model_parallel} "
+            "(torchrun --nproc_per_node), or change the degrees."
+        )
+    return Topology(tensor, pipeline, world_size // model_parallel)
+
+
+def environment_world_size() -> int:
+    """The ranks ``torchrun`` started (1 without it)."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def initialize(topology: Topology, *, seed: int = 0, init_method: str | None = None) -> None:
+    """Join the job and create Megatron's process groups.
+
+    Without ``torchrun`` (and its environment) only a world of one rank can be made;
+    ``init_method`` as in ``torch.distributed`` overrides how ranks meet.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if not dist.is_initialized():
+        if init_method is None and "MASTER_ADDR" not in os.environ:
+            store = dist.HashStore()
+            dist.init_process_group(
+                device.collective_backend(), store=store, rank=0, world_size=1
+            )
+        else:
+            dist.init_process_group(
+                device.collective_backend(),
+                init_method=init_method,
+                rank=rank,
+                world_size=topology.world_size,
+                timeout=timedelta(minutes=10),
+            )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=topology.tensor,
+        pipeline_model_parallel_size=topology.pipeline,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+@contextlib.contextmanager
+def single_process() -> Iterator[None]:
+    """A world of one rank for the block: what reads and writes distributed checkpoints needs."""
+    initialize(plan(tensor=1, pipeline=1, world_size=1))
+    try:
+        yield
+    finally:
+        shutdown()
+
+
+def shutdown() -> None:
+    """Leave the job; the process can join another afterwards."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

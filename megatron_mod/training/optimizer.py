@@ -1,0 +1,77 @@
+"""Megatron's DDP, optimizer and learning-rate schedule around the routers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from megatron_mod.parallel import device  # noqa: F401  (readies torch for Megatron)
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron_mod.config.schema import Config
+from megatron_mod.model.builder import RoutedGPTModel
+
+
+def wrap_ddp(model: RoutedGPTModel, *, use_distributed_optimizer: bool) -> DistributedDataParallel:
+    """Megatron's DDP around a model that is already frozen; gradients are sums, not means."""
+    ddp = DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=use_distributed_optimizer,
+        ),
+        module=model,
+    )
+    model.config.finalize_model_grads_func = _sum_gradients
+    model.config.no_sync_func = ddp.no_sync
+    return ddp
+
+
+def _sum_gradients(chunks: list, num_tokens: torch.Tensor | None = None, **kwargs: object) -> None:
+    """Megatron's gradient reduction without its division by the tokens: shares are exact."""
+    finalize_model_grads(chunks, None, **kwargs)
+
+
+def build_optimizer(
+    ddp: DistributedDataParallel, config: Config
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Adam over the routers and a cosine schedule with warm-up, down to zero."""
+    o = config.optimizer
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=o.lr,
+            min_lr=0.0,
+            weight_decay=o.weight_decay,
+            clip_grad=o.clip_grad,
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            params_dtype=torch.float32,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        ),
+        [ddp],
+    )
+    warmup = min(round(o.warmup_fraction * config.train.steps), max(config.train.steps - 1, 0))
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=o.lr / (warmup + 1),
+        max_lr=o.lr,
+        min_lr=0.0,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(config.train.steps, 1),
+        lr_decay_style="cosine",
+        start_wd=o.weight_decay,
+        end_wd=o.weight_decay,
+        wd_incr_steps=max(config.train.steps, 1),
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler

@@ -1,0 +1,27 @@
+"""Write a local Hugging Face model folder as a Megatron checkpoint for any TP and PP."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_mod.config.errors import one_message
+from megatron_mod.conversion.convert import hf_to_megatron
+from megatron_mod.parallel import topology
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hf-path", required=True, help="local Hugging Face folder (safetensors)")
+    parser.add_argument("--save", required=True, help="new folder for the Megatron checkpoint")
+    args = parser.parse_args()
+    with one_message(), topology.single_process():
+        hf_to_megatron(args.hf_path, args.save)
+        print(f"Wrote {args.save}: set model.checkpoint to it, at any TP and PP.")
+
+
+if __name__ == "__main__":
+    main()
