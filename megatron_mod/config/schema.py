@@ -93,6 +93,9 @@ class ParallelConfig:
     Args:
         tensor_model_parallel_size: ranks that share each layer; divides heads and query groups.
         pipeline_model_parallel_size: ranks that share the layers; divides their number.
+        num_layers_in_first_pipeline_stage: layers of the first stage, when the others share the
+            rest evenly; unset: all alike. Routers sit deep and the first stage needs no backward
+            pass below them, so it can take more layers.
         sequence_parallel: tensor-parallel ranks also split the sequence between layers; needs
             tensor_model_parallel_size above 1.
         use_distributed_optimizer: data-parallel ranks split the optimizer's state.
@@ -100,6 +103,7 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    num_layers_in_first_pipeline_stage: int | None = None
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
 

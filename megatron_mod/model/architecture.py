@@ -24,17 +24,13 @@ class Architecture:
 
 
 def check_parallel(
-    arch: Architecture, *, tensor: int, pipeline: int, names: tuple[str, str] | None = None
+    arch: Architecture, *, tensor: int, pipeline: int, first_stage_layers: int | None = None
 ) -> None:
     """Refuse degrees that do not divide the model.
 
     Raises:
         ValueError: naming the field, its value, the constraint and what would fit.
     """
-    tensor_name, pipeline_name = names or (
-        "parallel.tensor_model_parallel_size",
-        "parallel.pipeline_model_parallel_size",
-    )
     for what, number in (
         ("attention heads", arch.num_attention_heads),
         ("query groups (num_key_value_heads)", arch.num_query_groups),
@@ -43,13 +39,26 @@ def check_parallel(
         if number % tensor:
             fits = _divisors(arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size)
             raise ValueError(
-                f"{tensor_name} = {tensor}: does not divide this model's {number} {what}; "
-                f"use one of {fits}."
+                f"parallel.tensor_model_parallel_size = {tensor}: does not divide this model's "
+                f"{number} {what}; use one of {fits}."
             )
-    if arch.num_layers % pipeline:
+    if first_stage_layers is not None:
+        _check_first_stage(arch, pipeline=pipeline, layers=first_stage_layers)
+    elif arch.num_layers % pipeline:
         raise ValueError(
-            f"{pipeline_name} = {pipeline}: does not divide this model's {arch.num_layers} "
-            f"layers; use one of {_divisors(arch.num_layers)}."
+            f"parallel.pipeline_model_parallel_size = {pipeline}: does not divide this model's "
+            f"{arch.num_layers} layers; use one of {_divisors(arch.num_layers)}, or set "
+            "parallel.num_layers_in_first_pipeline_stage."
+        )
+
+
+def _check_first_stage(arch: Architecture, *, pipeline: int, layers: int) -> None:
+    rest = arch.num_layers - layers
+    if pipeline == 1 or layers < 1 or rest < pipeline - 1 or rest % (pipeline - 1):
+        raise ValueError(
+            f"parallel.num_layers_in_first_pipeline_stage = {layers}: of {arch.num_layers} layers "
+            f"it must leave the other {pipeline - 1} stage(s) the same number each, at least one; "
+            "change it or parallel.pipeline_model_parallel_size (2 or more)."
         )
 
 

@@ -47,6 +47,7 @@ def transformer_config(
     dtype: torch.dtype,
     tensor: int = 1,
     pipeline: int = 1,
+    first_stage_layers: int | None = None,
     sequence_parallel: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration of ``arch`` at the given degrees."""
@@ -66,6 +67,7 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        num_layers_in_first_pipeline_stage=first_stage_layers,
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

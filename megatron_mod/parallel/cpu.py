@@ -80,6 +80,10 @@ def _cuda_type(original: Any) -> Any:
 
 def _patch_torch() -> None:
     cuda = torch.cuda
+    # The first use of a device context lists the factories it governs. It must list the
+    # originals, or `with torch.device("meta")` (Transformers' loading) would govern nothing.
+    with torch.device("cpu"):
+        torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     cuda.current_device = lambda: CPU

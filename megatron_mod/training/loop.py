@@ -65,7 +65,12 @@ def prepare(config: Config) -> Plan:
         pipeline=p.pipeline_model_parallel_size,
         world_size=topology.environment_world_size(),
     )
-    check_parallel(arch, tensor=plan.tensor, pipeline=plan.pipeline)
+    check_parallel(
+        arch,
+        tensor=plan.tensor,
+        pipeline=plan.pipeline,
+        first_stage_layers=p.num_layers_in_first_pipeline_stage,
+    )
     check_batches(
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
@@ -180,6 +185,7 @@ def _build(config: Config, plan: Plan) -> tuple:
         dtype=DTYPES[config.model.dtype],
         tensor=plan.topology.tensor,
         pipeline=plan.topology.pipeline,
+        first_stage_layers=p.num_layers_in_first_pipeline_stage,
         sequence_parallel=p.sequence_parallel,
     )
     model = build_model(plan.arch, megatron, plan.routing)

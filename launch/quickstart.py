@@ -1,0 +1,138 @@
+"""From a Hugging Face model to one that skips attention, and what that is worth."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "smollm2" / "135m_attn_sequence.yaml"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bash launch/quickstart.sh", description=__doc__)
+    parser.add_argument("--steps", type=int, help="training steps (default: the configuration's)")
+    parser.add_argument(
+        "--hf-path",
+        type=Path,
+        help="local Llama-architecture Hugging Face folder (default: SmolLM2-135M-Instruct)",
+    )
+    parser.add_argument("--nproc", type=int, help="ranks (default: tensor x pipeline)")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument(
+        "--pipeline", type=int, help="pipeline-parallel ranks (default: 2, or 1 where it must be)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "quickstart", help="folder for all results"
+    )
+    args = parser.parse_args()
+    if args.pipeline is None:
+        args.pipeline = 1 if args.tensor > 1 or args.nproc == 1 else 2
+    args.nproc = args.nproc or args.tensor * args.pipeline
+    if args.out.exists():
+        parser.error(f"--out {args.out}: already exists; remove it or give another output folder.")
+    if args.hf_path and not (args.hf_path / "config.json").is_file():
+        parser.error(f"--hf-path {args.hf_path}: no Hugging Face folder (config.json is missing).")
+    return args
+
+
+class Steps:
+    """Runs the tools one after the other and says where it is."""
+
+    def __init__(self, *, nproc: int) -> None:
+        self.nproc = nproc
+        self.started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        print(f"\n[{time.monotonic() - self.started:4.0f} s] {text}", flush=True)
+
+    def tool(self, name: str, *options: object) -> None:
+        self._run([sys.executable, ROOT / "tools" / name, *options], os.environ)
+
+    def ranks(self, script: str, *options: object) -> None:
+        """Start a script on all ranks; the cores are shared out between them."""
+        threads = str(max(1, (os.cpu_count() or 1) // self.nproc))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(self.nproc), ROOT / script, *options]
+        self._run(command, {"OMP_NUM_THREADS": threads, **os.environ})
+
+    def _run(self, command: list, environment: dict) -> None:
+        done = subprocess.run(
+            [str(part) for part in command], env={**environment, "TQDM_MININTERVAL": "2"}
+        )
+        if done.returncode:
+            script = next(part for part in command[1:] if str(part).endswith(".py"))
+            sys.exit(f"\nStopped: {script.name} failed; its message is above.")
+
+
+def fitting(hf_path: Path, *, pipeline: int, is_default: bool) -> tuple[list[str], int]:
+    """Overrides that fit the configuration to the model at hand, and the length samples are cut to.
+
+    The configuration is SmolLM2-135M's at pipeline 2; another model routes its deeper half.
+    """
+    model = json.loads((hf_path / "config.json").read_text(encoding="utf-8"))
+    layers, positions = model["num_hidden_layers"], model["max_position_embeddings"]
+    max_length = min(256, positions)
+    overrides = []
+    if not is_default:
+        overrides += ["--router.layers.deepest", str(max(1, layers // 2))]
+        overrides += ["--data.max_length", str(max_length)]
+    if pipeline != 2 or not is_default:
+        overrides += ["--parallel.num_layers_in_first_pipeline_stage", "null"]
+    return overrides, max_length
+
+
+def main() -> None:
+    args = arguments()
+    out, steps = args.out.resolve(), Steps(nproc=args.nproc)
+    out.mkdir(parents=True)
+    hf_path, data = args.hf_path, out / "data"
+    if hf_path is None:
+        steps.say("1/6 Getting SmolLM2-135M-Instruct")
+        hf_path = out / "original"
+        steps.tool("get_smollm2.py", "--save", hf_path)
+    steps.say("2/6 Converting it to a Megatron checkpoint, preparing text")
+    steps.tool("convert_hf_to_megatron.py", "--hf-path", hf_path, "--save", out / "megatron")
+    steps.tool("make_python_docs.py", "--save", data)
+
+    overrides, max_length = fitting(
+        hf_path, pipeline=args.pipeline, is_default=args.hf_path is None
+    )
+    overrides += ["--model.checkpoint", out / "megatron", "--checkpoint.save", out / "run"]
+    overrides += ["--data.train", data / "train.jsonl"]
+    overrides += ["--data.validation", data / "validation.jsonl"]
+    overrides += ["--parallel.tensor_model_parallel_size", args.tensor]
+    overrides += ["--parallel.pipeline_model_parallel_size", args.pipeline]
+    if args.steps is not None:
+        overrides += ["--train.steps", args.steps]
+    steps.say(f"3/6 Training routers (tensor {args.tensor} x pipeline {args.pipeline})")
+    steps.ranks("launch/pretrain_router.py", "--config", CONFIG, *overrides)
+
+    steps.say("4/6 Exporting to Hugging Face")
+    steps.tool("convert_megatron_to_hf.py", "--load", out / "run", "--save", out / "export")
+    steps.say("5/6 Comparing logits: original, Megatron, export")
+    steps.ranks(
+        "tools/compare_logits.py",
+        *("--tensor", args.tensor, "--pipeline", args.pipeline),
+        *("--load", out / "megatron", out / "run"),
+        *("--hf-path", hf_path, out / "export"),
+        *("--json", out / "parity.json"),
+    )
+    steps.say("6/6 Measuring the export against the untouched original")
+    steps.tool(
+        "quickstart_report.py",
+        *("--hf-path", hf_path, "--export", out / "export", "--run", out / "run"),
+        *("--parity", out / "parity.json", "--max-length", max_length),
+        *("--ranking", data / "ranking.jsonl", "--held-out", data / "held_out.jsonl"),
+        *("--save", out / "report.json"),
+    )
+    steps.say(f"Done: {out / 'report.json'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The baseline a router must beat: attention removed for good from the least important layers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from megatron_mod.data.chat import Sample
+from megatron_mod.evaluation.perplexity import cross_entropy, label_positions
+
+
+@contextlib.contextmanager
+def without_attention(model, layers: Iterable[int]) -> Iterator[None]:
+    """The block's attention outputs of a dense Hugging Face model are zero in ``layers``."""
+
+    def nothing(module: object, inputs: object, output: tuple) -> tuple:
+        return (torch.zeros_like(output[0]), *output[1:])
+
+    hooks = [model.model.layers[i].self_attn.register_forward_hook(nothing) for i in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def removed_layers(importance: dict[int, float], *, capacity: float) -> list[int]:
+    """The least important layers to remove so that ``capacity`` of them stays (rounded)."""
+    count = round((1.0 - capacity) * len(importance))
+    return sorted(sorted(importance, key=importance.__getitem__)[:count])
+
+
+@torch.no_grad()
+def rank_layers(
+    model,
+    samples: Sequence[Sample],
+    layers: Sequence[int],
+    *,
+    progress: Iterable[Sample] | None = None,
+) -> dict[int, float]:
+    """How much the loss (nats a token) grows when one layer's attention is removed, for each.
+
+    The layers below the first candidate are computed once per sample; each removal then
+    starts from the hidden states in front of its layer.
+    """
+    stack = model.model.layers
+    grown = dict.fromkeys(layers, 0.0)
+    tokens = 0
+    for sample in progress or samples:
+        ids = torch.tensor([sample.ids], device=model.device)
+        targets = label_positions(sample)
+        inputs, context = _inputs_of_layers(model, ids)
+
+        def tail_loss(start: int) -> float:
+            hidden = inputs[start]
+            for layer in stack[start:]:
+                hidden = layer(hidden, **context)
+            logits = model.lm_head(model.model.norm(hidden)[0, targets - 1])
+            return float(cross_entropy(logits, ids[0, targets]))
+
+        dense = tail_loss(len(stack) - 1)
+        for index in layers:
+            with without_attention(model, [index]):
+                grown[index] += tail_loss(index) - dense
+        tokens += len(targets)
+    return {index: value / tokens for index, value in grown.items()}
+
+
+def _inputs_of_layers(model, ids: torch.Tensor) -> tuple[list[torch.Tensor], dict]:
+    """The hidden states in front of every layer, and the arguments all layers are called with."""
+    inputs: list[torch.Tensor] = []
+    contexts: list[dict] = []
+
+    def record(module: object, args: tuple, kwargs: dict) -> None:
+        inputs.append(args[0])
+        contexts.append(kwargs)
+
+    hooks = [
+        layer.register_forward_pre_hook(record, with_kwargs=True) for layer in model.model.layers
+    ]
+    try:
+        model.model(ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return inputs, contexts[0]

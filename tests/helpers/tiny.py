@@ -1,0 +1,60 @@
+"""Tiny random models and texts, made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+LLAMAS = {
+    "tied": {"tie_word_embeddings": True},
+    "untied": {"tie_word_embeddings": False},
+    "grouped_queries": {"num_key_value_heads": 2},
+    "odd_vocabulary": {"vocab_size": 131, "tie_word_embeddings": True},
+    "odd_vocabulary_untied": {"vocab_size": 131},
+    "llama3_rope": {
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        }
+    },
+}  # fmt: skip
+
+
+def save_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Path:
+    """Save a random 4-layer Llama whose layers matter (weights larger than the usual init)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128,
+        "tie_word_embeddings": False, "initializer_range": 0.2, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype)
+    for parameter in model.parameters():  # norms too: ones would hide a swapped norm
+        if parameter.dim() == 1:
+            parameter.data.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """Save a byte-level tokenizer with an end-of-text token and no chat template beside a model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+VOCAB = 259  # of save_tokenizer
