@@ -36,7 +36,10 @@ def hf_to_megatron(hf_path: str | Path, save: str | Path) -> None:
         tensors = {}
         for row in tqdm(family.table(arch), desc="reading", unit="tensor"):
             parts = [reader.tensor(name) for name in row.hf]
-            tensors[row.megatron] = row.to_megatron(*parts)
+            try:
+                tensors[row.megatron] = row.to_megatron(*parts)
+            except RuntimeError as error:
+                raise _mismatch(hf_path, row.hf, [tuple(p.shape) for p in parts]) from error
         _check_shapes(arch, tensors, hf_path)
         checkpoint.save_tensors(tensors, folder / checkpoint.STATE)
         copy_companions(hf_path, folder / checkpoint.HUGGINGFACE)
@@ -124,10 +127,13 @@ def _check_shapes(arch: Architecture, tensors: dict[str, Tensor], folder: Path) 
     for name, tensor in tensors.items():
         expected = next(shape for part, shape in shapes.items() if part in name)
         if tuple(tensor.shape) != expected:
-            raise ValueError(
-                f"{folder}: {name} would have shape {tuple(tensor.shape)}, but config.json says "
-                f"{expected}; the tensors and config.json do not belong together."
-            )
+            raise _mismatch(folder, name, f"{tuple(tensor.shape)} instead of {expected}")
+
+
+def _mismatch(folder: Path, what: object, shapes: object) -> ValueError:
+    return ValueError(
+        f"{folder}: {what}: shape {shapes}; the tensors and config.json do not belong together."
+    )
 
 
 def _some(names: list[str], most: int = 10) -> str:

@@ -117,6 +117,8 @@ def messages_of(record: object) -> list[dict[str, str]]:
             raise ValueError(f"every message needs a 'role' out of {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
             raise ValueError("every message needs a 'content' that is text")
+    if messages[0]["role"] == "assistant":
+        raise ValueError("starts with the assistant, so there is no prompt to decide on")
     _require_answer(messages)
     return messages
 

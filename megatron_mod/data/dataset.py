@@ -30,19 +30,15 @@ def load_samples(path: str | Path, tokenizer, *, max_length: int) -> list[Sample
                 continue
             try:
                 messages = messages_of(json.loads(line.decode("utf-8")))
+                sample = tokenize(messages, tokenizer, max_length=max_length, source=source)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{source}: not JSON: {error}") from error
             except UnicodeDecodeError as error:
                 raise ValueError(f"{source}: not UTF-8: {error}") from error
             except ValueError as error:
                 raise ValueError(f"{source}: {error}.") from error
-            sample = tokenize(messages, tokenizer, max_length=max_length, source=source)
             if sample.num_labels == 0:
                 cut += 1
-            elif sample.prompt_length == 0:
-                raise ValueError(
-                    f"{source}: nothing comes before the answer, so there is no prompt to decide on."
-                )
             else:
                 samples.append(sample)
     if cut:

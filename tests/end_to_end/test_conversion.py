@@ -1,0 +1,154 @@
+"""Hugging Face to Megatron and back, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_mod.conversion import convert
+from megatron_mod.conversion.families import FAMILIES
+from megatron_mod.conversion.hf_reader import HFReader
+from megatron_mod.conversion.hf_writer import HFWriter
+from megatron_mod.conversion.mappings import QKV
+from tests.helpers import tiny
+
+pytestmark = pytest.mark.usefixtures("single_process")
+
+
+@pytest.mark.parametrize("name", tiny.LLAMAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_there_and_back_returns_every_bit(tmp_path, name, dtype):
+    hf = tiny.save_llama(tmp_path / "hf", dtype=dtype, **tiny.LLAMAS[name])
+    convert.hf_to_megatron(hf, tmp_path / "megatron")
+    convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    with HFReader(hf) as before, HFReader(tmp_path / "back") as after:
+        assert before.names() == after.names()
+        for key in before.names():
+            assert before.tensor(key).dtype == after.tensor(key).dtype == dtype
+            assert torch.equal(before.tensor(key), after.tensor(key)), key
+
+
+def test_qkv_interleaving_is_megatrons():
+    """Row by row as Megatron's attention splits it: each group's queries, its key, its value."""
+    row = QKV("qkv", "q", "k", "v", num_query_groups=2, queries_per_group=3)
+    size, hidden = 2, 1
+    query = torch.arange(6 * size).view(-1, hidden)
+    key, value = 100 + torch.arange(2 * size).view(-1, 1), 200 + torch.arange(2 * size).view(-1, 1)
+    merged = row.to_megatron(query, key, value).flatten().tolist()
+    assert merged == [0, 1, 2, 3, 4, 5, 100, 101, 200, 201, 6, 7, 8, 9, 10, 11, 102, 103, 202, 203]
+    for part, back in zip((query, key, value), row.to_hf(row.to_megatron(query, key, value)), strict=True):
+        assert torch.equal(part, back)
+
+
+def test_large_models_are_written_in_shards(tmp_path):
+    writer = HFWriter(tmp_path, max_shard_bytes=1000)
+    tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(5)}  # 400 bytes each
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == [
+        f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
+    ]
+    assert index["metadata"]["total_size"] == 2000
+    with HFReader(tmp_path) as reader:
+        for name, tensor in tensors.items():
+            assert torch.equal(reader.tensor(name), tensor)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def drop(folder, name):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[name]
+    save_file(tensors, path)
+
+
+def add(folder, name):
+    path = folder / "model.safetensors"
+    save_file({**load_file(path), name: torch.zeros(3)}, path)
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+BROKEN = {
+    "no folder": (lambda f: shutil.rmtree(f), "no such folder"),
+    "empty folder": (lambda f: [p.unlink() for p in f.iterdir()], "the folder is empty"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no safetensors"),
+    "pickle": (lambda f: (f / "model.safetensors").rename(f / "x.bin"), "is a pickle"),
+    "another family": (lambda f: edit_config(f, model_type="gpt2"), "supported: llama"),
+    "another head": (
+        lambda f: edit_config(f, architectures=["LlamaForSequenceClassification"]),
+        "architectures = ['LlamaForSequenceClassification']",
+    ),
+    "another activation": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act = 'gelu'"),
+    "attention bias": (lambda f: edit_config(f, attention_bias=True), "attention_bias = True"),
+    "rope": (
+        lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+        "rope type 'yarn'",
+    ),
+    "missing tensor": (
+        lambda f: drop(f, "model.layers.2.mlp.up_proj.weight"),
+        "1 tensors are missing: model.layers.2.mlp.up_proj.weight",
+    ),
+    "left-over tensor": (lambda f: add(f, "model.layers.9.x"), "model.layers.9.x"),
+    "wrong shape": (lambda f: edit_config(f, intermediate_size=128), "do not belong together"),
+    "wrong heads": (lambda f: edit_config(f, num_key_value_heads=2), "do not belong together"),
+    "cut short": (truncate, "not a whole safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_cannot_be_converted_is_refused_and_nothing_is_left(tmp_path, case):
+    breaks, message = BROKEN[case]
+    hf = tiny.save_llama(tmp_path / "hf")
+    breaks(hf)
+    with pytest.raises(ValueError) as caught:
+        convert.hf_to_megatron(hf, tmp_path / "out" / "megatron")
+    assert message in str(caught.value)
+    assert not [p for p in (tmp_path / "out").glob("*")] if (tmp_path / "out").exists() else True
+
+
+def test_an_existing_output_is_refused_and_untouched(tmp_path):
+    hf = tiny.save_llama(tmp_path / "hf")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    for call, load in ((convert.hf_to_megatron, hf), (convert.megatron_to_hf, tmp_path / "base")):
+        if call is convert.megatron_to_hf:
+            convert.hf_to_megatron(hf, load)
+        with pytest.raises(ValueError, match="already exists"):
+            call(load, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_exporting_something_else_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        convert.megatron_to_hf(tmp_path / "none", tmp_path / "out")
+    with pytest.raises(ValueError, match="has no megatron_mod.json"):
+        convert.megatron_to_hf(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_family_uses_every_name_once():
+    for family in FAMILIES.values():
+        arch = family.architecture_of({
+            "hidden_act": "silu", "num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 8,
+            "num_attention_heads": 2, "vocab_size": 9, "max_position_embeddings": 8,
+            "rms_norm_eps": 1e-6,
+        })  # fmt: skip
+        rows = family.table(arch)
+        for names in ([r.megatron for r in rows], [n for r in rows for n in r.hf]):
+            assert len(set(names)) == len(names)

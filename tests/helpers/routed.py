@@ -1,0 +1,30 @@
+"""A routed export of a tiny Llama, made without training it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_mod.conversion.convert import HF_ROUTER_KEY, copy_companions
+from megatron_mod.conversion.export import add_routing, make_portable
+from megatron_mod.conversion.hf_reader import HFReader
+from megatron_mod.conversion.hf_writer import HFWriter
+from megatron_mod.routing.config import RoutingConfig
+
+
+def save_export(export: Path, hf: Path, routers: dict[int, torch.Tensor]) -> Path:
+    """The folder ``convert_megatron_to_hf`` would write for ``hf`` with routers ``[1, H]``."""
+    export.mkdir()
+    writer = HFWriter(export)
+    with HFReader(hf) as reader:
+        for name in sorted(reader.names()):
+            writer.add(name, reader.tensor(name))
+    for layer, weight in routers.items():
+        writer.add(HF_ROUTER_KEY.format(layer), weight)
+    writer.close()
+    copy_companions(hf, export)
+    make_portable(export)
+    layers = tuple(sorted(routers))
+    add_routing(export, RoutingConfig("attn_sequence", layers, (0.5,) * len(layers)))
+    return export

@@ -1,0 +1,142 @@
+"""Command line and YAML: what is accepted, and how mistakes are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_mod.config import cli
+from megatron_mod.config.validate import check_batches
+from megatron_mod.model.architecture import Architecture, check_parallel
+from megatron_mod.parallel.topology import plan
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIRED = {
+    "model": {"checkpoint": "base"},
+    "data": {"train": "train.jsonl"},
+    "train": {"steps": 10},
+    "checkpoint": {"save": "run"},
+}
+
+
+@pytest.fixture()
+def parse(tmp_path):
+    def call(*arguments, **sections):
+        path = tmp_path / "config.yaml"
+        content = {name: {**REQUIRED.get(name, {}), **sections.get(name, {})}
+                   for name in {**REQUIRED, **sections}}
+        path.write_text(yaml.safe_dump(content))
+        return cli.parse(["--config", str(path), *arguments])
+
+    return call
+
+
+def test_the_command_line_overrides_the_file(parse):
+    config = parse(
+        "--router.capacity", "0.3", "--optimizer.lr=0.5", "--router.layers.deepest", "2",
+        router={"capacity": 0.9, "layers": {"deepest": 5}},
+    )  # fmt: skip
+    assert config.router.capacity == 0.3
+    assert config.router.layers == {"deepest": 2}
+    assert config.optimizer.lr == 0.5
+
+
+def test_lists_are_lists(parse):
+    config = parse("--router.layers", "[3, 4]", router={"capacity": [0.5, 0.25]})
+    assert config.router.layers == [3, 4]
+    assert config.router.capacity == [0.5, 0.25]
+
+
+def test_what_is_saved_parses_to_the_same(parse, tmp_path):
+    config = parse("--router.layers", "[1]", "--train.seed", "7")
+    path = tmp_path / "resolved.yaml"
+    path.write_text(cli.to_yaml(config))
+    assert cli.parse(["--config", str(path)]) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sections", "message"),
+    [
+        (["--router.capcity", "0.5"], {}, "'router.capcity'; did you mean 'router.capacity'"),
+        ([], {"router": {"treshold": 0.5}}, "'router.treshold'; did you mean 'router.threshold'"),
+        ([], {"optimiser": {"lr": 1}}, "'optimiser'; did you mean 'optimizer'"),
+        (["--train.steps", "many"], {}, "train.steps"),
+        (["--train.steps", "-1"], {}, "train.steps = -1: must be at least 0"),
+        (["--router.scope", "layers"], {}, "router.scope"),
+        (["--router.granularity", "attn_word"], {}, "router.granularity"),
+        (["--router.threshold", "1"], {}, "router.threshold"),
+        (["--router.capacity_loss_weight", "0"], {}, "router.capacity to 1.0"),
+        (["--parallel.sequence_parallel", "true"], {}, "tensor_model_parallel_size above 1"),
+        (["--train.validation_interval", "5"], {}, "data.validation = None"),
+        (["--data.validation", "v.jsonl"], {}, "set both"),
+        (["--model.dtype", "float16"], {}, "model.dtype"),
+        (["--optimizer.lr", "nan"], {}, "optimizer.lr"),
+        (["stray"], {}, "stray"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(parse, arguments, sections, message):
+    with pytest.raises(ValueError) as caught:
+        parse(*arguments, **sections)
+    assert message in str(caught.value)
+
+
+def test_missing_settings_are_named():
+    with pytest.raises(ValueError, match=r"model\.checkpoint"):
+        cli.parse(["--train.steps", "3"])
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        cli.parse(["--config", str(tmp_path / "none.yaml")])
+    path = tmp_path / "broken.yaml"
+    path.write_text("model: [")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        cli.parse(["--config", str(path)])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=str)
+def test_shipped_configurations_parse(path):
+    config = cli.parse([
+        "--config", str(path), "--model.checkpoint", "base", "--checkpoint.save", "run",
+        "--data.train", "train.jsonl",
+        *(["--data.validation", "v.jsonl"] if "validation_interval" in path.read_text() else []),
+    ])  # fmt: skip
+    assert config.router.resolve(num_layers=30).layers
+
+
+SMOL = Architecture(
+    num_layers=30, hidden_size=576, ffn_hidden_size=1536, num_attention_heads=9,
+    num_query_groups=3, kv_channels=64, vocab_size=49152, max_sequence_length=8192,
+    layernorm_epsilon=1e-5, rotary_base=1e5, tied_embeddings=True,
+)  # fmt: skip
+
+
+def test_tensor_degree_must_divide_heads():
+    check_parallel(SMOL, tensor=3, pipeline=2)
+    with pytest.raises(ValueError, match=r"9 attention heads; use one of \[1, 3\]"):
+        check_parallel(SMOL, tensor=2, pipeline=1)
+
+
+def test_pipeline_degree_must_divide_layers_or_say_how():
+    with pytest.raises(ValueError, match="30 layers"):
+        check_parallel(SMOL, tensor=1, pipeline=4)
+    check_parallel(SMOL, tensor=1, pipeline=4, first_stage_layers=9)
+    for first in (10, 30, 0):
+        with pytest.raises(ValueError, match="num_layers_in_first_pipeline_stage"):
+            check_parallel(SMOL, tensor=1, pipeline=4, first_stage_layers=first)
+    with pytest.raises(ValueError, match="num_layers_in_first_pipeline_stage"):
+        check_parallel(SMOL, tensor=1, pipeline=1, first_stage_layers=30)
+
+
+def test_world_size_must_fit():
+    assert plan(tensor=2, pipeline=2, world_size=8).data == 2
+    with pytest.raises(ValueError, match="= 4 does not divide the 6 ranks"):
+        plan(tensor=2, pipeline=2, world_size=6)
+
+
+def test_batches_must_be_shared_evenly():
+    check_batches(global_batch_size=8, micro_batch_size=2, data_ranks=4)
+    with pytest.raises(ValueError, match="use 12, for example"):
+        check_batches(global_batch_size=10, micro_batch_size=2, data_ranks=3)

@@ -1,0 +1,133 @@
+"""The routing rules, each against its formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_mod.routing.capacity import CapacityController
+from megatron_mod.routing.config import RoutingConfig, resolve_capacity, resolve_layers
+from megatron_mod.routing.decision import keep_mask
+from megatron_mod.routing.masks import TokenRole, pooled_tokens, valid_tokens
+from megatron_mod.routing.router import Router
+
+
+def config(**changes):
+    settings = {"granularity": "attn_sequence", "layers": (3, 5), "capacity": (0.5, 0.75)}
+    return RoutingConfig(**{**settings, **changes})
+
+
+def test_an_untrained_router_keeps_everything():
+    router = Router(8)
+    logits = router(torch.randn(6, 2, 8))
+    assert torch.equal(logits, torch.zeros(6, 2))
+    mask = keep_mask(logits, border=config().logit_border, penalty_gradient=torch.zeros(6, 2))
+    assert mask.min() == 1
+
+
+def test_logits_are_fp32_in_a_bf16_model():
+    router = Router(64)
+    router.weight.data.normal_()
+    hidden = torch.randn(3, 64).bfloat16()
+    exact = (hidden.double() @ router.weight.double().t()).squeeze(-1)
+    assert router(hidden).dtype == torch.float32
+    torch.testing.assert_close(router(hidden).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.9])
+def test_ties_are_kept_and_the_next_smaller_number_is_not(threshold):
+    border = config(threshold=threshold).logit_border
+    assert border == math.log(threshold / (1 - threshold))
+    at = torch.tensor(border, dtype=torch.float32)
+    if float(at) < border:  # the nearest fp32 lies below
+        at = torch.nextafter(at, torch.tensor(math.inf))
+    below = torch.nextafter(at, torch.tensor(-math.inf))
+    logits = torch.stack([at, below])
+    mask = keep_mask(logits, border=border, penalty_gradient=torch.zeros(2))
+    assert mask.tolist() == [1.0, 0.0]
+
+
+def test_gradient_is_straight_through_plus_the_penalty():
+    logits = torch.tensor([-2.0, -1e-7, 0.0, 3.0], requires_grad=True)
+    downstream = torch.tensor([1.0, -2.0, 0.5, 4.0])
+    penalty = torch.tensor([0.25, 0.25, 0.0, 0.25])
+    mask = keep_mask(logits, border=0.0, penalty_gradient=penalty)
+    (mask * downstream).sum().backward()
+    probability = torch.sigmoid(logits.detach())
+    expected = (downstream + penalty) * probability * (1 - probability)
+    assert mask.tolist() == [0, 0, 1, 1]
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_penalty_is_on_before_the_first_step_then_follows_the_last_capacity():
+    controller = CapacityController(config(scope="layer", capacity_loss_weight=2.0))
+    assert controller.penalty_per_unit(8).tolist() == [0.25, 0.25]
+    controller.end_step(torch.tensor([0.5, 0.8]))  # at the target is not above it
+    assert controller.penalty_per_unit(8).tolist() == [0.0, 0.25]
+    assert float(controller.penalty(torch.tensor([0.9, 0.9]))) == pytest.approx(2 * (0.9 - 0.75))
+
+
+def test_model_scope_compares_means_so_one_layer_may_stay_on():
+    controller = CapacityController(config(scope="model"))
+    controller.end_step(torch.tensor([1.0, 0.2]))  # mean 0.6 under the mean target 0.625
+    assert controller.penalty_per_unit(4).tolist() == [0.0, 0.0]
+    controller.end_step(torch.tensor([1.0, 0.3]))
+    assert controller.penalty_per_unit(4).tolist() == [0.25, 0.25]
+
+
+def test_controller_state_survives():
+    first, second = CapacityController(config()), CapacityController(config())
+    first.end_step(torch.tensor([0.1, 0.2]))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.previous, second.previous)
+
+
+def test_pooling_sees_the_prompt_or_everything_but_padding():
+    roles = torch.tensor([[TokenRole.PROMPT, TokenRole.PROMPT, TokenRole.ANSWER, TokenRole.PADDING]])
+    assert pooled_tokens(roles, pooling="prompt").tolist() == [[True, True, False, False]]
+    assert pooled_tokens(roles, pooling="all").tolist() == [[True, True, True, False]]
+    assert torch.equal(valid_tokens(roles), pooled_tokens(roles, pooling="all"))
+
+
+def test_deepest_leaves_out_the_last_layer_as_published():
+    assert resolve_layers({"deepest": 16}, num_layers=32) == tuple(range(15, 31))
+    assert resolve_layers([5, 1], num_layers=6) == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"deepest": 6}, "use 1 to 5"),
+        ({"deepest": 0}, "use 1 to 5"),
+        ({"every": 2}, "deepest: n"),
+        ([0, 6], r"\[6\] out of range; this model has layers 0 to 5"),
+        ([2, 2], "twice"),
+        ([], "at least one layer"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused(layers, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_layers(layers, num_layers=6)
+
+
+def test_capacity_is_one_number_or_one_per_layer():
+    assert resolve_capacity(0.5, num_routed=3) == (0.5, 0.5, 0.5)
+    assert resolve_capacity([0.2, 1.0], num_routed=2) == (0.2, 1.0)
+    with pytest.raises(ValueError, match="has 1 values, but router.layers routes 2"):
+        resolve_capacity([0.5], num_routed=2)
+    with pytest.raises(ValueError, match=r"router.capacity = 0\.0"):
+        resolve_capacity(0.0, num_routed=2)
+
+
+def test_routing_imports_no_megatron():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, megatron_mod.routing.capacity, megatron_mod.routing.decision, "
+        "megatron_mod.routing.router, megatron_mod.routing.masks; "
+        "sys.exit(any(m.split('.')[0] == 'megatron' for m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
