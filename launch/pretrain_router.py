@@ -1,6 +1,6 @@
 """Train Mixture-of-Depths routers into a frozen language model.
 
-    torchrun --nproc_per_node N launch/pretrain_router.py --config FILE [--section.field value ...]
+torchrun --nproc_per_node N launch/pretrain_router.py --config FILE [--section.field value ...]
 """
 
 from __future__ import annotations

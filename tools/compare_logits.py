@@ -48,7 +48,9 @@ def main() -> None:
             rows = tokenizer([prompt_text(64), prompt_text(200)])["input_ids"]
             difference = max_relative_difference(model, hf_path, [prompt_batch(rows)])
             figures.append({"load": load, "hf_path": hf_path, "max_rel": difference})
-            topology.print_once(f"{load} and {hf_path}: largest relative difference {difference:.2e}")
+            topology.print_once(
+                f"{load} and {hf_path}: largest relative difference {difference:.2e}"
+            )
         if args.json:
             topology.write_once(args.json, json.dumps(figures, indent=2) + "\n")
         topology.shutdown()

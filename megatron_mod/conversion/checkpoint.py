@@ -22,11 +22,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch import Tensor
-
-from megatron_mod import parallel  # noqa: F401  (readies torch for Megatron)
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from torch import Tensor
 
 MANIFEST = "megatron_mod.json"
 STATE = "state"

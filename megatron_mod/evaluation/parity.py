@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-
-from megatron_mod.parallel import device
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from megatron_mod.data.chat import IGNORE
 from megatron_mod.data.loader import MicroBatch
 from megatron_mod.model.builder import RoutedGPTModel
+from megatron_mod.parallel import device
 from megatron_mod.routing.masks import TokenRole, valid_tokens
 
 

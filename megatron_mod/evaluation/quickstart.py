@@ -85,9 +85,7 @@ def build_report(
         "capacity": {
             "target": mean(routing["capacity"]),
             "mean": capacity,
-            "per_layer": dict(
-                zip(map(str, routing["layers"]), with_routers.capacity, strict=True)
-            ),
+            "per_layer": dict(zip(map(str, routing["layers"]), with_routers.capacity, strict=True)),
         },
         "speed": {
             "context_tokens": CONTEXT,
@@ -106,7 +104,7 @@ def build_report(
 
 
 def load_model(folder: str | Path):
-    """A Hugging Face model in fp32 with torch's attention, for the original and the export alike."""
+    """A Hugging Face model in fp32 with torch's attention, original and export alike."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float32, attn_implementation="sdpa"

@@ -21,9 +21,7 @@ class Timing:
     decode_s: float
 
 
-def compare(
-    models: Sequence, prompts: Iterable[Tensor], *, new_tokens: int = 16
-) -> list[Timing]:
+def compare(models: Sequence, prompts: Iterable[Tensor], *, new_tokens: int = 16) -> list[Timing]:
     """Time each model on each prompt ``[1, S]``, alternating, after one unmeasured round."""
     prefills: list[list[float]] = [[] for _ in models]
     decodes: list[list[float]] = [[] for _ in models]

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from megatron_mod.data.chat import Sample
 from megatron_mod.evaluation.perplexity import cross_entropy, label_positions
@@ -45,32 +46,35 @@ def rank_layers(
     The layers below the first candidate are computed once per sample; each removal then
     starts from the hidden states in front of its layer.
     """
-    stack = model.model.layers
     grown = dict.fromkeys(layers, 0.0)
     tokens = 0
     for sample in progress or samples:
         ids = torch.tensor([sample.ids], device=model.device)
         targets = label_positions(sample)
         inputs, context = _inputs_of_layers(model, ids)
-
-        def tail_loss(start: int) -> float:
-            hidden = inputs[start]
-            for layer in stack[start:]:
-                hidden = layer(hidden, **context)
-            logits = model.lm_head(model.model.norm(hidden)[0, targets - 1])
-            return float(cross_entropy(logits, ids[0, targets]))
-
-        dense = tail_loss(len(stack) - 1)
+        last = len(inputs) - 1
+        dense = _loss_from(model, last, inputs[last], context, ids[0], targets)
         for index in layers:
             with without_attention(model, [index]):
-                grown[index] += tail_loss(index) - dense
+                loss = _loss_from(model, index, inputs[index], context, ids[0], targets)
+            grown[index] += loss - dense
         tokens += len(targets)
     return {index: value / tokens for index, value in grown.items()}
 
 
-def _inputs_of_layers(model, ids: torch.Tensor) -> tuple[list[torch.Tensor], dict]:
+def _loss_from(
+    model, start: int, hidden: Tensor, context: dict, ids: Tensor, targets: Tensor
+) -> float:
+    """Summed loss of the target positions, from hidden states ``[1, T, H]`` before a layer on."""
+    for layer in model.model.layers[start:]:
+        hidden = layer(hidden, **context)
+    logits = model.lm_head(model.model.norm(hidden)[0, targets - 1])
+    return float(cross_entropy(logits, ids[targets]))
+
+
+def _inputs_of_layers(model, ids: Tensor) -> tuple[list[Tensor], dict]:
     """The hidden states in front of every layer, and the arguments all layers are called with."""
-    inputs: list[torch.Tensor] = []
+    inputs: list[Tensor] = []
     contexts: list[dict] = []
 
     def record(module: object, args: tuple, kwargs: dict) -> None:

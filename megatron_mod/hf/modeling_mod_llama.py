@@ -104,9 +104,8 @@ def _with_routed_layers(cache: Cache, config: MoDLlamaConfig) -> Cache:
     """Give a cache the routed layers' own storage, in place, if it is new."""
     routed = config.routing["layers"]
     layers = getattr(cache, "layers", None)
-    if layers is not None and routed and len(layers) > routed[0]:
-        if isinstance(layers[routed[0]], RoutedCacheLayer):
-            return cache
+    if not routed or any(isinstance(layer, RoutedCacheLayer) for layer in layers or ()):
+        return cache
     if not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0:
         raise ValueError(
             f"past_key_values is a {'used ' if isinstance(cache, DynamicCache) else ''}"
@@ -114,7 +113,9 @@ def _with_routed_layers(cache: Cache, config: MoDLlamaConfig) -> Cache:
             "values of some sequences only: pass an empty DynamicCache, or none."
         )
     count = config.num_hidden_layers
-    cache.layers = [RoutedCacheLayer() if i in set(routed) else DynamicLayer() for i in range(count)]
+    cache.layers = [
+        RoutedCacheLayer() if i in set(routed) else DynamicLayer() for i in range(count)
+    ]
     cache.layer_class_to_replicate = None
     return cache
 
@@ -205,7 +206,7 @@ def _select(value: Any, rows: Tensor, batch: int) -> Any:
 
 class MoDLlamaModel(LlamaModel):
     config_class = MoDLlamaConfig
-    _keep_in_fp32_modules_strict = {"router"}
+    _keep_in_fp32_modules_strict = ("router",)
 
     def __init__(self, config: MoDLlamaConfig) -> None:
         super().__init__(config)
@@ -248,7 +249,7 @@ class MoDLlamaModel(LlamaModel):
 
 class MoDLlamaForCausalLM(LlamaForCausalLM):
     config_class = MoDLlamaConfig
-    _keep_in_fp32_modules_strict = {"router"}
+    _keep_in_fp32_modules_strict = ("router",)
 
     def __init__(self, config: MoDLlamaConfig) -> None:
         super().__init__(config)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
-from megatron_mod import parallel  # noqa: F401  (readies torch for Megatron)
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.decision import keep_mask
 from megatron_mod.routing.masks import pooled_tokens, valid_tokens

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-from megatron_mod.parallel import device
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.specs import get_routed_layer_specs
+from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.router import Router
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-from megatron_mod import parallel  # noqa: F401  (readies torch for Megatron)
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -13,6 +12,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
 from megatron_mod.model.attention import SequenceRoutedSelfAttention, TorchCoreAttention
 from megatron_mod.model.norm import RMSNorm
 from megatron_mod.routing.config import RoutingConfig

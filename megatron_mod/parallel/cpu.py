@@ -2,9 +2,8 @@
 
 Megatron-core asks ``torch.cuda`` for its device, its streams and its random
 state, whatever the process groups' back end is. ``install()`` makes those
-calls answer for the CPU. It must run before Megatron-core is imported (some
-modules bind functions when they load) and does nothing to code that never
-names CUDA. Measured with megatron-core 0.16.1 and 0.19.2.
+calls answer for the CPU, before Megatron-core is imported (some of its modules
+bind functions when they load); ``patch_megatron()`` completes it afterwards.
 """
 
 from __future__ import annotations
@@ -94,8 +93,8 @@ def _patch_torch() -> None:
     cuda.current_stream = cuda.default_stream = lambda device=None: _Inert()
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
-    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: (
-        torch.set_rng_state(state)
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(
+        state
     )
     cuda.manual_seed = torch.default_generator.manual_seed
     cuda.manual_seed_all = lambda seed: None  # torch.manual_seed calls it after seeding the CPU
@@ -104,7 +103,8 @@ def _patch_torch() -> None:
     torch.Tensor.type = _cuda_type(torch.Tensor.type)
 
 
-def _patch_megatron() -> None:
+def patch_megatron() -> None:
+    """Point Megatron's own random-state functions, which go past ``torch.cuda``, to the CPU's."""
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -118,4 +118,3 @@ def install() -> None:
         return
     _installed = True
     _patch_torch()
-    _patch_megatron()

@@ -27,6 +27,14 @@ def prepare() -> None:
     cpu.install()
 
 
+def prepare_megatron() -> None:
+    """What is left to do on this machine once Megatron-core is imported."""
+    if not HAS_GPU:
+        from megatron_mod.parallel import cpu
+
+        cpu.patch_megatron()
+
+
 def device() -> torch.device:
     """Where this process keeps its tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
 
 from megatron_mod.parallel import device
-from megatron.core import parallel_state, tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,7 @@ def initialize(topology: Topology, *, seed: int = 0, init_method: str | None = N
     if not dist.is_initialized():
         if init_method is None and "MASTER_ADDR" not in os.environ:
             store = dist.HashStore()
-            dist.init_process_group(
-                device.collective_backend(), store=store, rank=0, world_size=1
-            )
+            dist.init_process_group(device.collective_backend(), store=store, rank=0, world_size=1)
         else:
             dist.init_process_group(
                 device.collective_backend(),
@@ -75,6 +73,7 @@ def initialize(topology: Topology, *, seed: int = 0, init_method: str | None = N
                 world_size=topology.world_size,
                 timeout=timedelta(minutes=10),
             )
+    device.prepare_megatron()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor,
         pipeline_model_parallel_size=topology.pipeline,

@@ -37,7 +37,9 @@ class RoutingConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> RoutingConfig:
-        return cls(**{**values, "layers": tuple(values["layers"]), "capacity": tuple(values["capacity"])})
+        return cls(
+            **{**values, "layers": tuple(values["layers"]), "capacity": tuple(values["capacity"])}
+        )
 
 
 def resolve_layers(layers: dict[str, int] | list[int], *, num_layers: int) -> tuple[int, ...]:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
-from megatron_mod.parallel import device  # noqa: F401  (readies torch for Megatron)
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
 from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.model.builder import RoutedGPTModel
+from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
 
 ROUTER = "self_attention.router.weight"

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
-
-from megatron_mod.parallel import device, topology
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from transformers import AutoTokenizer
+
 from megatron_mod.config.cli import to_yaml
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
@@ -23,6 +22,7 @@ from megatron_mod.data.dataset import load_samples
 from megatron_mod.data.loader import Loader
 from megatron_mod.model.architecture import Architecture, check_parallel
 from megatron_mod.model.builder import RoutedGPTModel, build_model, transformer_config
+from megatron_mod.parallel import device, topology
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import checkpoint

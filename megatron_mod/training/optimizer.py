@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
-
-from megatron_mod.parallel import device  # noqa: F401  (readies torch for Megatron)
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -16,6 +12,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
 from megatron_mod.config.schema import Config
 from megatron_mod.model.builder import RoutedGPTModel
 

@@ -8,13 +8,13 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
-from megatron_mod.parallel import device
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
 from megatron_mod.data.loader import MicroBatch, StepBatch
 from megatron_mod.model.builder import RoutedGPTModel
+from megatron_mod.parallel import device
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.router import Router
@@ -83,18 +83,14 @@ def _forward_step(
     return output, partial(_loss, labels=batch.labels, num_labels=num_labels)
 
 
-def _loss(
-    per_token: Tensor, *, labels: Tensor, num_labels: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(per_token: Tensor, *, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor, Tensor]:
     """This micro-batch's share of the global loss, from losses ``[B, S]``."""
     counted = labels >= 0
     loss = (per_token.float() * counted).sum() / num_labels
     return loss, counted.sum(), loss.detach()
 
 
-def _reduce(
-    losses: list[Tensor], routers: dict[int, Router], routing: RoutingConfig
-) -> StepResult:
+def _reduce(losses: list[Tensor], routers: dict[int, Router], routing: RoutingConfig) -> StepResult:
     """Add up loss, kept and valid units of all ranks; tensor-parallel ranks hold copies."""
     totals = torch.zeros(1 + 2 * len(routing.layers), device=device.device())
     if parallel_state.get_tensor_model_parallel_rank() == 0:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from tests.helpers.ranks import meet
 from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.conversion.convert import hf_to_megatron
 from megatron_mod.conversion.families import family_of
@@ -20,6 +19,7 @@ from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import checkpoint
 from megatron_mod.training.optimizer import wrap_ddp
 from megatron_mod.training.step import run_schedule
+from tests.helpers.ranks import meet
 
 ROUTED = (1, 2)
 
@@ -61,9 +61,13 @@ def logit_differences(cases: list[tuple[Path, Path]], topologies: list[dict], vo
         for hf, base in cases:
             lengths = (12, 20)  # multiples of the tensor degree, as sequence parallelism needs
             ids = [torch.randint(vocab, (n,), generator=rows).tolist() for n in lengths]
-            model = build(base, ranks, sequence_parallel=sequence_parallel, routing=routing_config())
+            model = build(
+                base, ranks, sequence_parallel=sequence_parallel, routing=routing_config()
+            )
             key = (hf.name, *sorted(topology.items()), sequence_parallel)
-            found[key] = max_relative_difference(model, hf, [prompt_batch(ids), prompt_batch(ids[::-1])])
+            found[key] = max_relative_difference(
+                model, hf, [prompt_batch(ids), prompt_batch(ids[::-1])]
+            )
     return found
 
 
@@ -83,7 +87,9 @@ def gradients(
         first = topology.pop("first", None)
         ranks = meet(**topology)
         for number, routing in enumerate(routings):
-            model = build(base, ranks, sequence_parallel=sequence_parallel, routing=routing, first=first)
+            model = build(
+                base, ranks, sequence_parallel=sequence_parallel, routing=routing, first=first
+            )
             for layer, router in model.routers().items():
                 router.weight.data.copy_(routers[layer])
             frozen = checkpoint.frozen_digests(model)
@@ -104,7 +110,9 @@ def gradients(
                 "loss": float(loss),
                 "capacity": result.capacity.tolist(),
                 "gradients": grads,
-                "frozen_changed": checkpoint.count_changed(frozen, checkpoint.frozen_digests(model)),
+                "frozen_changed": checkpoint.count_changed(
+                    frozen, checkpoint.frozen_digests(model)
+                ),
             }
     return found
 

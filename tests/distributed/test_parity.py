@@ -41,7 +41,9 @@ def routed_case(models):
     hf, base = next(pair for pair in models if pair[0].name == "grouped_queries")
     generator = torch.Generator().manual_seed(11)
     samples = []
-    for index, (prompt, answer) in enumerate([(3, 4), (9, 6), (5, 11), (7, 2), (4, 8), (12, 5), (6, 6), (3, 9)]):
+    for index, (prompt, answer) in enumerate(
+        [(3, 4), (9, 6), (5, 11), (7, 2), (4, 8), (12, 5), (6, 6), (3, 9)]
+    ):
         ids = torch.randint(3, 128, (prompt + answer,), generator=generator).tolist()
         samples.append(Sample(ids, [False] * prompt + [True] * answer, f"made:{index}"))
     routers = {layer: 0.5 * torch.randn(1, 32, generator=generator) for layer in cases.ROUTED}
@@ -62,7 +64,9 @@ ROUTINGS = [
     ids=["two_ranks", "four_ranks"],
 )
 def test_logits_equal_hugging_face(models, world, topologies, tmp_path):
-    found = run_ranks(cases.logit_differences, models, topologies, 128, world=world, folder=tmp_path)
+    found = run_ranks(
+        cases.logit_differences, models, topologies, 128, world=world, folder=tmp_path
+    )
     for per_rank in found:
         assert len(per_rank) == len(models) * len(topologies)
         assert max(per_rank.values()) <= LOGITS, per_rank
@@ -94,7 +98,7 @@ def _formula(routed_case, routing: RoutingConfig) -> dict:
     # The penalty, spelled out: before the first step the previous capacity is 1.
     for layer, target in zip(routing.layers, routing.capacity, strict=True):
         mean = sum(routing.capacity) / len(routing.capacity)
-        on = 1.0 > (mean if routing.scope == "model" else target)
+        on = (mean if routing.scope == "model" else target) < 1.0
         mask_mean, *_ = _mask_mean(model, samples, routers, layer, routing.pooling)
         loss = loss + routing.capacity_loss_weight * on * (mask_mean - target)
     loss.backward()

@@ -40,7 +40,9 @@ def test_qkv_interleaving_is_megatrons():
     key, value = 100 + torch.arange(2 * size).view(-1, 1), 200 + torch.arange(2 * size).view(-1, 1)
     merged = row.to_megatron(query, key, value).flatten().tolist()
     assert merged == [0, 1, 2, 3, 4, 5, 100, 101, 200, 201, 6, 7, 8, 9, 10, 11, 102, 103, 202, 203]
-    for part, back in zip((query, key, value), row.to_hf(row.to_megatron(query, key, value)), strict=True):
+    for part, back in zip(
+        (query, key, value), row.to_hf(row.to_megatron(query, key, value)), strict=True
+    ):
         assert torch.equal(part, back)
 
 
@@ -119,7 +121,7 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_left(tmp_path, case)
     with pytest.raises(ValueError) as caught:
         convert.hf_to_megatron(hf, tmp_path / "out" / "megatron")
     assert message in str(caught.value)
-    assert not [p for p in (tmp_path / "out").glob("*")] if (tmp_path / "out").exists() else True
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_an_existing_output_is_refused_and_untouched(tmp_path):

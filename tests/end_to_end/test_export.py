@@ -21,7 +21,7 @@ LENGTHS = (5, 11, 8, 3, 9)
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """Export, dense model, routers and prompts of which each routed layer keeps some, skips some."""
+    """Export, dense model, routers, and prompts of which each routed layer keeps some."""
     generator = torch.Generator().manual_seed(2)
     folder = tmp_path_factory.mktemp("export")
     hf = tiny.save_llama(folder / "dense", num_key_value_heads=2)
@@ -102,13 +102,15 @@ def test_greedy_generation_equals_the_formula_with_each_prompts_decisions(case):
 
 
 def test_skipped_sequences_store_no_keys_or_values(case):
-    export, _, routers, prompts = case
+    export, _, _, prompts = case
     ids, mask = pad(prompts, "left")
     model = load(export)
     with torch.no_grad():
         output = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=True)
         cache = output.past_key_values
-        model(ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1] | 1], 1), past_key_values=cache)
+        model(
+            ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1] | 1], 1), past_key_values=cache
+        )
     for index, layer in enumerate(cache.layers):
         rows = int(layer.kept.sum()) if index in ROUTED else len(prompts)
         assert layer.keys.shape[0] == layer.values.shape[0] == rows
@@ -167,7 +169,7 @@ def _check_work(config, full, routed, cache, *, queries, keys):
 
 
 def test_cache_follows_reordering_and_repetition(case):
-    export, dense, routers, prompts = case
+    export, _, _, prompts = case
     model = load(export)
     ids, mask = pad(prompts, "left")
     order = torch.tensor([3, 3, 0, 4, 1])
@@ -233,7 +235,8 @@ else:
     sys.exit("megatron_mod can be imported here, so this shows nothing")
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-print(model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, eos_token_id=None).shape)
+made = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, eos_token_id=None)
+print(made.shape)
 """
 
 

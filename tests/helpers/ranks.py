@@ -12,7 +12,9 @@ from pathlib import Path
 import torch.multiprocessing as mp
 
 
-def run_ranks(function: Callable, *args: object, world: int, folder: Path, seconds: int = 240) -> list:
+def run_ranks(
+    function: Callable, *args: object, world: int, folder: Path, seconds: int = 240
+) -> list:
     """Call ``function(*args)`` on ``world`` ranks that can meet, and return what each returned.
 
     The function must be importable by name; process groups are its own business: ``meet``
@@ -68,6 +70,8 @@ def meet(*, tensor: int = 1, pipeline: int = 1):
 
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
-    ranks = topology.plan(tensor=tensor, pipeline=pipeline, world_size=int(os.environ["WORLD_SIZE"]))
+    ranks = topology.plan(
+        tensor=tensor, pipeline=pipeline, world_size=int(os.environ["WORLD_SIZE"])
+    )
     topology.initialize(ranks, init_method=os.environ["MEET"])
     return ranks

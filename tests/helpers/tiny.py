@@ -21,7 +21,9 @@ LLAMAS = {
 }  # fmt: skip
 
 
-def save_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Path:
+def save_llama(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes
+) -> Path:
     """Save a random 4-layer Llama whose layers matter (weights larger than the usual init)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

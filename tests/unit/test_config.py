@@ -21,12 +21,14 @@ REQUIRED = {
 }
 
 
-@pytest.fixture()
+@pytest.fixture
 def parse(tmp_path):
     def call(*arguments, **sections):
         path = tmp_path / "config.yaml"
-        content = {name: {**REQUIRED.get(name, {}), **sections.get(name, {})}
-                   for name in {**REQUIRED, **sections}}
+        content = {
+            name: {**REQUIRED.get(name, {}), **sections.get(name, {})}
+            for name in {**REQUIRED, **sections}
+        }
         path.write_text(yaml.safe_dump(content))
         return cli.parse(["--config", str(path), *arguments])
 

@@ -130,7 +130,9 @@ def test_order_is_a_function_of_seed_and_step_and_differs_by_epoch():
     first, again = loader(samples), loader(samples)
     wanted = [first.step(n) for n in range(6)]
     for n in (5, 0, 3):  # any order of asking
-        assert torch.equal(again.step(n).micro_batches[0].input_ids, wanted[n].micro_batches[0].input_ids)
+        assert torch.equal(
+            again.step(n).micro_batches[0].input_ids, wanted[n].micro_batches[0].input_ids
+        )
     # 24 positions are 4 epochs of 6: every sample 4 times.
     assert rows(wanted) == sorted(10 * i for i in range(6) for _ in range(4))
     other = loader(samples, seed=4)
@@ -152,7 +154,8 @@ def test_data_ranks_share_the_same_global_batch():
 def test_a_pass_counts_every_sample_once_on_uneven_ranks():
     samples = made([3, 4, 5, 6, 7])
     found = [
-        list(loader(samples, micro_batch_size=1, data_rank=r, data_ranks=2).passes()) for r in (0, 1)
+        list(loader(samples, micro_batch_size=1, data_rank=r, data_ranks=2).passes())
+        for r in (0, 1)
     ]
     labels = sum(int((m.labels >= 0).sum()) for f in found for b in f for m in b.micro_batches)
     assert labels == sum(b.num_labels for b in found[0]) == sum(n - 2 for n in (3, 4, 5, 6, 7))

@@ -85,7 +85,9 @@ def test_controller_state_survives():
 
 
 def test_pooling_sees_the_prompt_or_everything_but_padding():
-    roles = torch.tensor([[TokenRole.PROMPT, TokenRole.PROMPT, TokenRole.ANSWER, TokenRole.PADDING]])
+    roles = torch.tensor(
+        [[TokenRole.PROMPT, TokenRole.PROMPT, TokenRole.ANSWER, TokenRole.PADDING]]
+    )
     assert pooled_tokens(roles, pooling="prompt").tolist() == [[True, True, False, False]]
     assert pooled_tokens(roles, pooling="all").tolist() == [[True, True, True, False]]
     assert torch.equal(valid_tokens(roles), pooled_tokens(roles, pooling="all"))

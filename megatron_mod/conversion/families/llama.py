@@ -81,7 +81,9 @@ def _layer(arch: Architecture, index: int) -> list[Mapping]:
             queries_per_group=arch.num_attention_heads // arch.num_query_groups,
         ),
         Direct(f"{mcore}.self_attention.linear_proj.weight", f"{hf}.self_attn.o_proj.weight"),
-        Direct(f"{mcore}.mlp.linear_fc1.layer_norm_weight", f"{hf}.post_attention_layernorm.weight"),
+        Direct(
+            f"{mcore}.mlp.linear_fc1.layer_norm_weight", f"{hf}.post_attention_layernorm.weight"
+        ),
         GatedMLP(
             f"{mcore}.mlp.linear_fc1.weight",
             gate=f"{hf}.mlp.gate_proj.weight",

@@ -1,0 +1,29 @@
+"""Package metadata. Version ranges are those that were run; torch's build is the user's choice."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+QUICKSTART = ["gguf>=0.17", "accelerate>=1.0"]
+TEST = ["pytest>=8", "ruff>=0.13"]
+
+setup(
+    name="megatron_mod",
+    version="0.1.0",
+    description="Mixture-of-Depths routers for existing language models, on Megatron-core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_mod", "megatron_mod.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "psutil",  # megatron-core 0.19 needs it to save and does not say so
+        "transformers>=4.57,<6",
+        "safetensors>=0.5",
+        "jsonargparse[signatures]>=4.40",
+        "pyyaml",
+        "tqdm",
+    ],
+    extras_require={"quickstart": QUICKSTART, "test": TEST + QUICKSTART},
+)

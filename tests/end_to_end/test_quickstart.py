@@ -1,0 +1,267 @@
+"""The whole path as a user runs it, on a tiny model: quickstart, README commands, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from megatron_mod.config import cli
+from tests.helpers import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def run(*command: object, ok: bool = True, **environment: str) -> str:
+    """Run a command in the repository; its whole output. ``ok``: whether it has to succeed."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    assert (done.returncode == 0) is ok, done.stdout
+    return done.stdout
+
+
+def torchrun(ranks: int, *command: object, **options) -> str:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return run(*launcher, "--nproc_per_node", ranks, *command, **options)
+
+
+@pytest.fixture(scope="module")
+def tiny_hf(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf") / "tiny"
+    tiny.save_llama(folder, vocab_size=tiny.VOCAB, max_position_embeddings=320)
+    return tiny.save_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tiny_hf, tmp_path_factory):
+    """What ``launch/quickstart.py`` printed, and where it put everything."""
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    printed = run(
+        sys.executable, "launch/quickstart.py", "--hf-path", tiny_hf, "--steps", 3, "--out", out
+    )
+    return printed, out
+
+
+SHAPE = {
+    "model": str, "device": str, "world_size": int, "export_path": str,
+    "parallel": {"tensor": int, "pipeline": int, "data": int},
+    "train": {
+        "steps": int, "tokens": int, "tokens_per_second": float, "loss_first": float,
+        "loss_last": float, "trainable_parameters": int, "frozen_parameters_changed": int,
+    },
+    "parity": {"hf_to_megatron_max_rel": float, "megatron_to_hf_max_rel": float},
+    "quality": {
+        "dense_perplexity": float, "routed_perplexity": float, "static_perplexity": float,
+        "eval_tokens": int, "pooling": str,
+    },
+    "capacity": {"target": float, "mean": float, "per_layer": dict},
+    "speed": {
+        phase: {"dense_s": float, "routed_s": float, "speedup": float}
+        for phase in ("prefill", "decode")
+    },
+}  # fmt: skip
+
+
+def check_shape(value, shape):
+    if not isinstance(shape, dict):
+        assert isinstance(value, shape), (value, shape)
+        return
+    for key, inner in shape.items():
+        assert key in value, key
+        check_shape(value[key], inner)
+
+
+def test_quickstart_report(quickstart):
+    printed, out = quickstart
+    report = json.loads((out / "report.json").read_text())
+    check_shape(report, SHAPE)
+    assert report["parallel"] == {"tensor": 1, "pipeline": 2, "data": 1}
+    assert report["train"]["steps"] == 3
+    assert report["train"]["trainable_parameters"] == 2 * 32
+    assert report["train"]["frozen_parameters_changed"] == 0
+    assert max(report["parity"].values()) <= 2e-5
+    assert list(report["capacity"]["per_layer"]) == ["1", "2"]
+    for phase in ("prefill", "decode"):
+        timing = report["speed"][phase]
+        assert timing["speedup"] == pytest.approx(timing["dense_s"] / timing["routed_s"])
+    for word in ("capacity", "perplexity", "prefill", "decode", "step 3/3"):
+        assert word in printed
+
+
+def test_a_run_leaves_its_configuration_metrics_and_checkpoint(quickstart):
+    run_folder = quickstart[1] / "run"
+    config = cli.parse(["--config", str(run_folder / "config.yaml")])
+    assert config.train.steps == 3
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert {"loss", "capacity", "learning_rate", "grad_norm", "tokens_per_second"} <= set(steps[0])
+    assert [line["step"] for line in lines if "validation_loss" in line] == [3]
+    assert (run_folder / "latest").read_text().strip() == "step_00000003"
+    assert len(steps[0]["capacity"]) == 2
+
+
+def test_export_loads_and_generates(quickstart):
+    model = AutoModelForCausalLM.from_pretrained(quickstart[1] / "export", trust_remote_code=True)
+    made = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, eos_token_id=None)
+    assert made.shape == (1, 7)
+
+
+@pytest.fixture(scope="module")
+def base_settings(quickstart):
+    """Overrides that fit the shipped configuration to the tiny model."""
+    out = quickstart[1]
+    return [
+        "--config", "configs/smollm2/135m_attn_sequence.yaml",
+        "--model.checkpoint", out / "megatron", "--data.train", out / "data" / "validation.jsonl",
+        "--data.validation", "null", "--train.validation_interval", 0, "--train.steps", 2,
+        "--router.layers.deepest", 2, "--data.max_length", 64,
+        "--parallel.pipeline_model_parallel_size", 1,
+        "--parallel.num_layers_in_first_pipeline_stage", "null",
+    ]  # fmt: skip
+
+
+def test_other_topologies_and_no_steps(base_settings, tmp_path):
+    printed = torchrun(
+        2, "launch/pretrain_router.py", *base_settings, "--checkpoint.save", tmp_path / "run",
+        "--parallel.use_distributed_optimizer", "true", "--checkpoint.interval", 1,
+    )  # fmt: skip
+    assert "data 2" in printed
+    assert "2 routers (64 parameters" in printed
+    assert sorted(p.name for p in (tmp_path / "run").glob("step_*")) == [
+        "step_00000001", "step_00000002",
+    ]  # fmt: skip
+    # A stage that owns no router at all, and routers at their initial zeros.
+    torchrun(
+        2, "launch/pretrain_router.py", *base_settings, "--checkpoint.save", tmp_path / "zeros",
+        "--parallel.pipeline_model_parallel_size", 2, "--router.layers", "[3]", "--train.steps", 0,
+    )  # fmt: skip
+    torchrun(
+        2, "launch/pretrain_router.py", *base_settings, "--checkpoint.save", tmp_path / "deep",
+        "--parallel.pipeline_model_parallel_size", 2, "--router.layers", "[2, 3]",
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "deep" / "summary.json").read_text())
+    assert summary["train"]["frozen_parameters_changed"] == 0
+    run(
+        sys.executable, "tools/convert_megatron_to_hf.py",
+        "--load", tmp_path / "zeros", "--save", tmp_path / "export",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    assert not model.model.layers[3].router.weight.any()
+
+
+MISTAKES = [
+    (["--router.capcity", "0.5"], "did you mean 'router.capacity'"),
+    (["--router.layers", "[7]"], "router.layers: [7] out of range"),
+    (["--parallel.tensor_model_parallel_size", "3"], "does not divide the 2 ranks"),
+    (["--train.global_batch_size", "3"], "train.global_batch_size = 3"),
+    (["--model.checkpoint", "nowhere"], "nowhere: does not exist"),
+    (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["--checkpoint.save", "tests"], "checkpoint.save = tests: already exists"),
+    (["--data.max_length", "999"], "data.max_length = 999"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES, ids=lambda v: v[0] if v else "")
+def test_mistakes_get_one_message(base_settings, tmp_path, change, message):
+    save = tmp_path / "run"
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    printed = run(
+        sys.executable, "launch/pretrain_router.py", *base_settings, "--checkpoint.save", save,
+        *change, ok=False, **environment,
+    )  # fmt: skip
+    assert printed.count("error:") == 1
+    assert message in printed
+    assert "Traceback" not in printed
+    assert not save.exists()
+    printed = run(
+        sys.executable, "launch/pretrain_router.py", *base_settings, "--checkpoint.save", save,
+        *change, ok=False, **{**environment, "RANK": "1", "LOCAL_RANK": "1"},
+    )  # fmt: skip
+    assert "error:" not in printed, "one rank speaks, the others only stop"
+
+
+def test_tensor_degree_that_does_not_divide_the_heads(base_settings, tmp_path):
+    printed = run(
+        sys.executable, "launch/pretrain_router.py", *base_settings,
+        "--parallel.tensor_model_parallel_size", 3, "--checkpoint.save", tmp_path / "run",
+        ok=False, WORLD_SIZE="3",
+    )  # fmt: skip
+    assert "4 attention heads; use one of [1, 2, 4]" in printed
+
+
+def test_tools_refuse_with_a_message(tmp_path):
+    for tool, options in (
+        ("convert_hf_to_megatron.py", ["--hf-path", "nowhere"]),
+        ("convert_megatron_to_hf.py", ["--load", "nowhere"]),
+    ):
+        printed = run(
+            sys.executable, f"tools/{tool}", *options, "--save", tmp_path / "out", ok=False
+        )
+        assert "error: nowhere:" in printed
+        assert "Traceback" not in printed
+        assert not (tmp_path / "out").exists()
+
+
+def test_quickstart_refuses_before_it_starts(tmp_path):
+    for options in (["--out", tmp_path], ["--hf-path", tmp_path, "--out", tmp_path / "x"]):
+        printed = run(sys.executable, "launch/quickstart.py", *options, ok=False)
+        assert "error:" in printed
+        assert "Traceback" not in printed
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_readme_shows_one_complete_configuration(tmp_path):
+    (block,) = readme_blocks("yaml")
+    shown = yaml.safe_load(block)
+    assert [f"{section}.{field}" for section in shown for field in shown[section]] == list(
+        cli.FIELDS
+    )
+    uncommented = [
+        line for line in block.splitlines() if re.match(r"  \w", line) and "#" not in line
+    ]
+    assert not uncommented
+    path = tmp_path / "readme.yaml"
+    path.write_text(block)
+    cli.parse(["--config", str(path)])
+
+
+def test_readme_commands_run(quickstart, tiny_hf, tmp_path):
+    """The step-by-step commands, with the tiny model in SmolLM2's place and its few steps."""
+    (commands,) = (block for block in readme_blocks("bash") if "convert_hf_to_megatron" in block)
+    commands = commands.replace("\\\n", " ").replace("runs/", f"{tmp_path}/")
+    commands = commands.replace("nproc_per_node", "standalone --nproc_per_node")
+    done = []
+    for line in commands.splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        script = next(Path(word).name for word in words if word.endswith(".py"))
+        if script == "get_smollm2.py":
+            Path(words[-1]).symlink_to(tiny_hf)
+            continue
+        if script == "pretrain_router.py":
+            words += ["--train.steps", "1", "--router.layers.deepest", "2"]
+            words += ["--data.max_length", "64", "--train.validation_interval", "1"]
+            words += ["--parallel.num_layers_in_first_pipeline_stage", "null"]
+        bin_folder = Path(sys.executable).parent
+        run(*words, PATH=f"{bin_folder}{os.pathsep}{os.environ['PATH']}")
+        done.append(script)
+    assert {"convert_hf_to_megatron.py", "pretrain_router.py", "convert_megatron_to_hf.py",
+            "compare_logits.py", "make_python_docs.py"} <= set(done)  # fmt: skip
