@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+
+SECONDS_TO_SPEAK = 5
 
 
 @contextlib.contextmanager
@@ -23,6 +26,9 @@ def one_message() -> Iterator[None]:
             raise
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            # The first rank to end makes torchrun end the others: let it be the one that speaks.
+            time.sleep(SECONDS_TO_SPEAK)
         sys.exit(2)
 
 

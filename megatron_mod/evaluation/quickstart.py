@@ -16,7 +16,7 @@ from megatron_mod.data.python_docs import topic_text
 from megatron_mod.evaluation import speed, static
 from megatron_mod.evaluation.perplexity import perplexity
 
-CONTEXT = 1000  # tokens of a prompt whose prefill and decode are timed
+CONTEXT = 1000  # tokens of a prompt whose prefill and decode are timed, if the model has room
 PROMPTS = 6
 
 
@@ -60,7 +60,8 @@ def build_report(
     with static.without_attention(dense, removed):
         with_static = perplexity(dense, held_out_text, progress=shown(held_out_text, "static"))
 
-    prompts = long_prompts(tokenizer)
+    context = min(CONTEXT, dense.config.max_position_embeddings - speed.NEW_TOKENS)
+    prompts = long_prompts(tokenizer, length=context)
     timing = speed.compare([dense, routed], tqdm(prompts, desc="timing", unit="prompt"))
     parities = {entry["hf_path"]: entry["max_rel"] for entry in json.loads(read(parity))}
     summary = json.loads(read(Path(run) / "summary.json"))
@@ -88,7 +89,7 @@ def build_report(
             "per_layer": dict(zip(map(str, routing["layers"]), with_routers.capacity, strict=True)),
         },
         "speed": {
-            "context_tokens": CONTEXT,
+            "context_tokens": context,
             "capacity": prompt_capacity(routed, prompts),
             **{
                 phase: {
@@ -112,18 +113,18 @@ def load_model(folder: str | Path):
     return model.to(device).eval()
 
 
-def long_prompts(tokenizer) -> list[torch.Tensor]:
-    """Chat prompts of ``CONTEXT`` tokens about different parts of the language reference."""
+def long_prompts(tokenizer, *, length: int) -> list[torch.Tensor]:
+    """Chat prompts of ``length`` tokens about different parts of the language reference."""
     words = topic_text().split(" ")
     prompts = []
     for index in range(PROMPTS):
         start = index * len(words) // PROMPTS
-        page = " ".join(words[start : start + 2 * CONTEXT])
+        page = " ".join(words[start : start + 2 * length])
         message = {"role": "user", "content": f"Summarise this page.\n\n{page}"}
         if tokenizer.chat_template:
             page = tokenizer.apply_chat_template([message], tokenize=False)
         ids = tokenizer(page, add_special_tokens=False)["input_ids"]
-        prompts.append(torch.tensor([ids[:CONTEXT]]))
+        prompts.append(torch.tensor([ids[:length]]))
     return prompts
 
 

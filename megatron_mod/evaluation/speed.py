@@ -13,6 +13,9 @@ from torch import Tensor
 from megatron_mod.parallel.device import synchronize
 
 
+NEW_TOKENS = 16
+
+
 @dataclass(frozen=True)
 class Timing:
     """Medians in seconds: ``prefill_s`` of one prompt, ``decode_s`` of one token."""
@@ -21,7 +24,9 @@ class Timing:
     decode_s: float
 
 
-def compare(models: Sequence, prompts: Iterable[Tensor], *, new_tokens: int = 16) -> list[Timing]:
+def compare(
+    models: Sequence, prompts: Iterable[Tensor], *, new_tokens: int = NEW_TOKENS
+) -> list[Timing]:
     """Time each model on each prompt ``[1, S]``, alternating, after one unmeasured round."""
     prefills: list[list[float]] = [[] for _ in models]
     decodes: list[list[float]] = [[] for _ in models]

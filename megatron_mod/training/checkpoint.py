@@ -20,6 +20,11 @@ from megatron_mod.routing.config import RoutingConfig
 
 ROUTER = "self_attention.router.weight"
 NOT_IN_BASE = (ROUTER, "_extra_state")
+# A distributed optimizer's state as any other topology, or a plain optimizer, can read it.
+OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
 
 
 def load_base(model: RoutedGPTModel, base: str | Path) -> None:
@@ -71,7 +76,9 @@ def save_step(
     routers = {k: v for k, v in model.sharded_state_dict().items() if k.endswith(ROUTER)}
     content = {"model": routers, "scheduler": scheduler.state_dict(), "run": state}
     if not optimizer.is_stub_optimizer:
-        content["optimizer"] = optimizer.sharded_state_dict(model.sharded_state_dict())
+        content["optimizer"] = optimizer.sharded_state_dict(
+            model.sharded_state_dict(), metadata=OPTIMIZER_FORMAT
+        )
     dist_checkpointing.save(content, str(target), validate_access_integrity=False)
     if dist.get_rank() == 0:
         manifest = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +52,8 @@ def prepare(config: Config) -> Plan:
     Raises:
         ValueError: naming the field, its value, the constraint and the remedy.
     """
+    if int(os.environ.get("RANK", 0)):  # what is said about the data is said once
+        logging.getLogger("megatron_mod").setLevel(logging.ERROR)
     p = config.parallel
     base = Path(config.model.checkpoint)
     layout.read_manifest(base, kind="base")

@@ -128,7 +128,7 @@ def base_settings(quickstart):
         "--config", "configs/smollm2/135m_attn_sequence.yaml",
         "--model.checkpoint", out / "megatron", "--data.train", out / "data" / "validation.jsonl",
         "--data.validation", "null", "--train.validation_interval", 0, "--train.steps", 2,
-        "--router.layers.deepest", 2, "--data.max_length", 64,
+        "--router.layers.deepest", 2, "--data.max_length", 200,
         "--parallel.pipeline_model_parallel_size", 1,
         "--parallel.num_layers_in_first_pipeline_stage", "null",
     ]  # fmt: skip
@@ -258,7 +258,7 @@ def test_readme_commands_run(quickstart, tiny_hf, tmp_path):
             continue
         if script == "pretrain_router.py":
             words += ["--train.steps", "1", "--router.layers.deepest", "2"]
-            words += ["--data.max_length", "64", "--train.validation_interval", "1"]
+            words += ["--data.max_length", "200", "--train.validation_interval", "1"]
             words += ["--parallel.num_layers_in_first_pipeline_stage", "null"]
         bin_folder = Path(sys.executable).parent
         run(*words, PATH=f"{bin_folder}{os.pathsep}{os.environ['PATH']}")
