@@ -32,13 +32,21 @@ def arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     if args.pipeline is None:
-        args.pipeline = 1 if args.tensor > 1 or args.nproc == 1 else 2
+        alone = args.tensor > 1 or args.nproc == 1 or gpu_count() == 1
+        args.pipeline = 1 if alone else 2
     args.nproc = args.nproc or args.tensor * args.pipeline
     if args.out.exists():
         parser.error(f"--out {args.out}: already exists; remove it or give another output folder.")
     if args.hf_path and not (args.hf_path / "config.json").is_file():
         parser.error(f"--hf-path {args.hf_path}: no Hugging Face folder (config.json is missing).")
     return args
+
+
+def gpu_count() -> int:
+    """GPUs of this machine; every rank needs its own."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 class Steps:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron_mod.parallel.device import synchronize
 
-
 NEW_TOKENS = 16
 
 

@@ -19,20 +19,32 @@ def prepare() -> None:
     for harmless in (".*flash_attn.*", "full scope is deprecated.*", "`load_state_dict` is dep.*"):
         warnings.filterwarnings("ignore", message=harmless)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    if HAS_GPU:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        return
-    from megatron_mod.parallel import cpu
+    if not HAS_GPU:
+        from megatron_mod.parallel import cpu
 
-    cpu.install()
+        cpu.install()
 
 
-def prepare_megatron() -> None:
-    """What is left to do on this machine once Megatron-core is imported."""
+def select() -> None:
+    """Take this rank's device; call once Megatron-core is imported, before groups are made.
+
+    Raises:
+        ValueError: more ranks on this machine than GPUs.
+    """
     if not HAS_GPU:
         from megatron_mod.parallel import cpu
 
         cpu.patch_megatron()
+        return
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= count:
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)
+        raise ValueError(
+            f"torchrun --nproc_per_node {ranks}: this machine has {count} GPU(s) and every rank "
+            f"needs its own; start {count} rank(s) here, or hide the GPUs (CUDA_VISIBLE_DEVICES=) "
+            "to compute on the CPU."
+        )
+    torch.cuda.set_device(local_rank)
 
 
 def device() -> torch.device:

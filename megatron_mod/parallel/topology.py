@@ -60,6 +60,7 @@ def initialize(topology: Topology, *, seed: int = 0, init_method: str | None = N
     Without ``torchrun`` (and its environment) only a world of one rank can be made;
     ``init_method`` as in ``torch.distributed`` overrides how ranks meet.
     """
+    device.select()
     rank = int(os.environ.get("RANK", 0))
     if not dist.is_initialized():
         if init_method is None and "MASTER_ADDR" not in os.environ:
@@ -73,7 +74,6 @@ def initialize(topology: Topology, *, seed: int = 0, init_method: str | None = N
                 world_size=topology.world_size,
                 timeout=timedelta(minutes=10),
             )
-    device.prepare_megatron()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor,
         pipeline_model_parallel_size=topology.pipeline,

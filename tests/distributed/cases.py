@@ -49,10 +49,12 @@ def convert(hf: Path, save: Path) -> None:
     hf_to_megatron(hf, save)
 
 
-def logit_differences(cases: list[tuple[Path, Path]], topologies: list[dict], vocab: int) -> dict:
+def logit_differences(
+    cases: list[tuple[Path, Path]], topologies: list[dict], vocab: int, routing: RoutingConfig
+) -> dict:
     """Largest relative logit difference of each (Hugging Face, base) pair in each topology, with
     routers at their initial zeros."""
-    rows = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
     found = {}
     for topology in topologies:
         topology = dict(topology)
@@ -60,14 +62,11 @@ def logit_differences(cases: list[tuple[Path, Path]], topologies: list[dict], vo
         ranks = meet(**topology)
         for hf, base in cases:
             lengths = (12, 20)  # multiples of the tensor degree, as sequence parallelism needs
-            ids = [torch.randint(vocab, (n,), generator=rows).tolist() for n in lengths]
-            model = build(
-                base, ranks, sequence_parallel=sequence_parallel, routing=routing_config()
-            )
+            ids = [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
+            model = build(base, ranks, sequence_parallel=sequence_parallel, routing=routing)
             key = (hf.name, *sorted(topology.items()), sequence_parallel)
-            found[key] = max_relative_difference(
-                model, hf, [prompt_batch(ids), prompt_batch(ids[::-1])]
-            )
+            batches = [prompt_batch(ids), prompt_batch(ids[::-1])]
+            found[key] = max_relative_difference(model, hf, batches)
     return found
 
 

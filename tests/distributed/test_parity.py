@@ -19,6 +19,7 @@ TWO = [
     {},  # data 2
 ]
 FOUR = [{"tensor": 2, "pipeline": 2}]
+ZEROS = cases.routing_config()
 LOGITS = 2e-5  # largest logit difference over largest logit, fp32
 EXACT = 1e-4  # relative difference of losses and gradients
 
@@ -65,7 +66,7 @@ ROUTINGS = [
 )
 def test_logits_equal_hugging_face(models, world, topologies, tmp_path):
     found = run_ranks(
-        cases.logit_differences, models, topologies, 128, world=world, folder=tmp_path
+        cases.logit_differences, models, topologies, 128, ZEROS, world=world, folder=tmp_path
     )
     for per_rank in found:
         assert len(per_rank) == len(models) * len(topologies)
@@ -73,14 +74,14 @@ def test_logits_equal_hugging_face(models, world, topologies, tmp_path):
 
 
 def test_logits_equal_hugging_face_on_one_rank(models, single_process):
-    found = cases.logit_differences(models, ONE, 128)
+    found = cases.logit_differences(models, ONE, 128, ZEROS)
     assert len(found) == len(models)
     assert max(found.values()) <= LOGITS, found
 
 
 def test_another_model_is_told_apart(models, single_process):
     swapped = [(models[0][0], models[1][1])]
-    (difference,) = cases.logit_differences(swapped, ONE, 128).values()
+    (difference,) = cases.logit_differences(swapped, ONE, 128, ZEROS).values()
     assert difference > 0.1
 
 
