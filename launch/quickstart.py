@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_mod.config.errors import one_message
+
+if TYPE_CHECKING:
+    from megatron_mod.model.architecture import Architecture
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "smollm2" / "135m_attn_sequence.yaml"
@@ -34,11 +41,17 @@ def arguments() -> argparse.Namespace:
     if args.pipeline is None:
         alone = args.tensor > 1 or args.nproc == 1 or gpu_count() == 1
         args.pipeline = 1 if alone else 2
-    args.nproc = args.nproc or args.tensor * args.pipeline
+    model_parallel = args.tensor * args.pipeline
+    args.nproc = args.nproc or model_parallel
+    if min(args.tensor, args.pipeline) < 1 or args.nproc % model_parallel:
+        parser.error(
+            f"--nproc {args.nproc}: must be a multiple of --tensor {args.tensor} x "
+            f"--pipeline {args.pipeline}, all of them at least 1."
+        )
+    if args.steps is not None and args.steps < 0:
+        parser.error(f"--steps {args.steps}: must be at least 0.")
     if args.out.exists():
         parser.error(f"--out {args.out}: already exists; remove it or give another output folder.")
-    if args.hf_path and not (args.hf_path / "config.json").is_file():
-        parser.error(f"--hf-path {args.hf_path}: no Hugging Face folder (config.json is missing).")
     return args
 
 
@@ -78,17 +91,27 @@ class Steps:
             sys.exit(f"\nStopped: {script.name} failed; its message is above.")
 
 
-def fitting(hf_path: Path, *, pipeline: int, is_default: bool) -> tuple[list[str], int]:
+def read_architecture(hf_path: Path, *, tensor: int, pipeline: int) -> Architecture:
+    """The model's shape, refused here rather than after minutes of work."""
+    from megatron_mod.conversion.families import family_of
+    from megatron_mod.conversion.hf_reader import read_config
+    from megatron_mod.model.architecture import check_parallel
+
+    hf_config = read_config(hf_path)
+    arch = family_of(hf_config).architecture_of(hf_config)
+    check_parallel(arch, tensor=tensor, pipeline=pipeline)
+    return arch
+
+
+def fitting(arch: Architecture, *, pipeline: int, is_default: bool) -> tuple[list[str], int]:
     """Overrides that fit the configuration to the model at hand, and the length samples are cut to.
 
     The configuration is SmolLM2-135M's at pipeline 2; another model routes its deeper half.
     """
-    model = json.loads((hf_path / "config.json").read_text(encoding="utf-8"))
-    layers, positions = model["num_hidden_layers"], model["max_position_embeddings"]
-    max_length = min(256, positions)
+    max_length = min(256, arch.max_sequence_length)
     overrides = []
     if not is_default:
-        overrides += ["--router.layers.deepest", str(max(1, layers // 2))]
+        overrides += ["--router.layers.deepest", str(max(1, arch.num_layers // 2))]
         overrides += ["--data.max_length", str(max_length)]
     if pipeline != 2 or not is_default:
         overrides += ["--parallel.num_layers_in_first_pipeline_stage", "null"]
@@ -98,19 +121,20 @@ def fitting(hf_path: Path, *, pipeline: int, is_default: bool) -> tuple[list[str
 def main() -> None:
     args = arguments()
     out, steps = args.out.resolve(), Steps(nproc=args.nproc)
-    out.mkdir(parents=True)
     hf_path, data = args.hf_path, out / "data"
+    degrees = {"tensor": args.tensor, "pipeline": args.pipeline}
+    if hf_path is not None:
+        arch = read_architecture(hf_path, **degrees)
     if hf_path is None:
         steps.say("1/6 Getting SmolLM2-135M-Instruct")
         hf_path = out / "original"
         steps.tool("get_smollm2.py", "--save", hf_path)
+        arch = read_architecture(hf_path, **degrees)
     steps.say("2/6 Converting it to a Megatron checkpoint, preparing text")
     steps.tool("convert_hf_to_megatron.py", "--hf-path", hf_path, "--save", out / "megatron")
     steps.tool("make_python_docs.py", "--save", data)
 
-    overrides, max_length = fitting(
-        hf_path, pipeline=args.pipeline, is_default=args.hf_path is None
-    )
+    overrides, max_length = fitting(arch, pipeline=args.pipeline, is_default=args.hf_path is None)
     overrides += ["--model.checkpoint", out / "megatron", "--checkpoint.save", out / "run"]
     overrides += ["--data.train", data / "train.jsonl"]
     overrides += ["--data.validation", data / "validation.jsonl"]
@@ -143,4 +167,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_message():
+        main()

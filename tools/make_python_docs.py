@@ -14,9 +14,9 @@ from megatron_mod.data.python_docs import write_splits
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", required=True, help="folder for the files, one a split")
-    parser.add_argument("--validation", type=int, default=48, help="records for validation.jsonl")
-    parser.add_argument("--ranking", type=int, default=48, help="records for ranking.jsonl")
-    parser.add_argument("--held-out", type=int, default=96, help="records for held_out.jsonl")
+    parser.add_argument("--validation", type=int, default=24, help="records for validation.jsonl")
+    parser.add_argument("--ranking", type=int, default=16, help="records for ranking.jsonl")
+    parser.add_argument("--held-out", type=int, default=48, help="records for held_out.jsonl")
     args = parser.parse_args()
     sizes = {
         "validation": args.validation,

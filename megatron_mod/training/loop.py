@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from transformers import AutoTokenizer
 
 from megatron_mod.config.cli import to_yaml
 from megatron_mod.config.schema import Config
@@ -22,6 +21,7 @@ from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import read_config
 from megatron_mod.data.dataset import load_samples
 from megatron_mod.data.loader import Loader
+from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.architecture import Architecture, check_parallel
 from megatron_mod.model.builder import RoutedGPTModel, build_model, transformer_config
 from megatron_mod.parallel import device, topology
@@ -86,7 +86,7 @@ def prepare(config: Config) -> Plan:
             f"{arch.max_sequence_length} tokens (max_position_embeddings)."
         )
     routing = config.router.resolve(num_layers=arch.num_layers)
-    tokenizer = AutoTokenizer.from_pretrained(base / layout.HUGGINGFACE)
+    tokenizer = load_tokenizer(base / layout.HUGGINGFACE, vocab_size=arch.vocab_size)
     samples = {
         name: load_samples(path, tokenizer, max_length=config.data.max_length) if path else []
         for name, path in (("train", config.data.train), ("validation", config.data.validation))

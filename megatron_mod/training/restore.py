@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import read_config
+from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.architecture import check_parallel
 from megatron_mod.model.builder import RoutedGPTModel, build_model, transformer_config
 from megatron_mod.parallel.topology import Topology
@@ -39,4 +39,4 @@ def restore_model(
     checkpoint.load_base(model, base)
     if routed:
         checkpoint.load_routers(model, step)
-    return model, AutoTokenizer.from_pretrained(base / layout.HUGGINGFACE)
+    return model, load_tokenizer(base / layout.HUGGINGFACE, vocab_size=arch.vocab_size)

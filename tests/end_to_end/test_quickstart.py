@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,18 @@ def test_tensor_degree_that_does_not_divide_the_heads(base_settings, tmp_path):
     assert "4 attention heads; use one of [1, 2, 4]" in printed
 
 
+def test_a_model_without_its_tokenizer_is_named(base_settings, quickstart, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(quickstart[1] / "megatron", base)
+    for path in (base / "huggingface").glob("tokenizer*"):
+        path.unlink()
+    printed = run(
+        sys.executable, "launch/pretrain_router.py", *base_settings, "--model.checkpoint", base,
+        "--checkpoint.save", tmp_path / "run", ok=False,
+    )  # fmt: skip
+    assert "no tokenizer that Transformers can load" in printed
+
+
 def test_tools_refuse_with_a_message(tmp_path):
     for tool, options in (
         ("convert_hf_to_megatron.py", ["--hf-path", "nowhere"]),
@@ -216,11 +229,20 @@ def test_tools_refuse_with_a_message(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_quickstart_refuses_before_it_starts(tmp_path):
-    for options in (["--out", tmp_path], ["--hf-path", tmp_path, "--out", tmp_path / "x"]):
+def test_quickstart_refuses_before_it_starts(tiny_hf, tmp_path):
+    cases = [
+        (["--out", tmp_path], "already exists"),
+        (["--hf-path", tmp_path / "none"], "no such folder"),
+        (["--hf-path", tiny_hf, "--tensor", 3], "4 attention heads; use one of [1, 2, 4]"),
+        (["--hf-path", tiny_hf, "--pipeline", 3], "use one of [1, 2, 4]"),
+        (["--hf-path", tiny_hf, "--nproc", 3], "multiple of --tensor 1 x --pipeline 2"),
+    ]
+    for options, message in cases:
+        options = ["--out", tmp_path / "x", *options]
         printed = run(sys.executable, "launch/quickstart.py", *options, ok=False)
-        assert "error:" in printed
+        assert message in printed
         assert "Traceback" not in printed
+        assert not (tmp_path / "x").exists()
 
 
 def readme_blocks(language: str) -> list[str]:

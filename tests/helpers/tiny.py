@@ -10,7 +10,11 @@ LLAMAS = {
     "tied": {"tie_word_embeddings": True},
     "untied": {"tie_word_embeddings": False},
     "grouped_queries": {"num_key_value_heads": 2},
-    "odd_vocabulary": {"vocab_size": 131, "tie_word_embeddings": True},
+    "odd_vocabulary": {
+        "vocab_size": 131,
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 2,
+    },
     "odd_vocabulary_untied": {"vocab_size": 131},
     "llama3_rope": {
         "rope_parameters": {
