@@ -136,12 +136,15 @@ class OptimizerConfig:
         warmup_fraction: share of the steps over which the learning rate rises to lr; 0 to 1.
         weight_decay: decoupled weight decay, at least 0.
         clip_grad: largest gradient norm; 0 does not clip.
+        average_fraction: share of the steps, the last ones, whose routers are averaged for the
+            final checkpoint; 0 keeps the last step's; 0 to 1.
     """
 
     lr: float = 1e-3
     warmup_fraction: float = 0.03
     weight_decay: float = 0.0
     clip_grad: float = 1.0
+    average_fraction: float = 0.0
 
 
 @dataclass

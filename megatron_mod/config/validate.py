@@ -44,8 +44,9 @@ def check_values(config: Config) -> None:
         )
     if not o.lr > 0:
         raise ValueError(f"optimizer.lr = {o.lr}: must be above 0.")
-    if not 0 <= o.warmup_fraction <= 1:
-        raise ValueError(f"optimizer.warmup_fraction = {o.warmup_fraction}: must be 0 to 1.")
+    for name in ("warmup_fraction", "average_fraction"):
+        if not 0 <= getattr(o, name) <= 1:
+            raise ValueError(f"optimizer.{name} = {getattr(o, name)}: must be 0 to 1.")
     if p.sequence_parallel and p.tensor_model_parallel_size == 1:
         raise ValueError(
             "parallel.sequence_parallel = true: needs parallel.tensor_model_parallel_size above 1; "

@@ -19,7 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
 
 
 class MoDLlamaConfig(LlamaConfig):
@@ -209,10 +214,16 @@ class MoDLlamaModel(LlamaModel):
     _keep_in_fp32_modules_strict = ("router",)
 
     def __init__(self, config: MoDLlamaConfig) -> None:
-        super().__init__(config)
+        LlamaPreTrainedModel.__init__(self, config)  # LlamaModel's would build dense layers first
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
             [MoDLlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
         )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def forward(
@@ -252,6 +263,8 @@ class MoDLlamaForCausalLM(LlamaForCausalLM):
     _keep_in_fp32_modules_strict = ("router",)
 
     def __init__(self, config: MoDLlamaConfig) -> None:
-        super().__init__(config)
+        LlamaPreTrainedModel.__init__(self, config)
         self.model = MoDLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

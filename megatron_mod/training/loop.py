@@ -28,6 +28,7 @@ from megatron_mod.parallel import device, topology
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import checkpoint
+from megatron_mod.training.average import RouterAverage
 from megatron_mod.training.metrics import Metrics
 from megatron_mod.training.optimizer import build_optimizer, wrap_ddp
 from megatron_mod.training.step import StepResult, run_schedule
@@ -123,6 +124,7 @@ def train(config: Config, plan: Plan) -> dict:
         (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     dist.barrier()
     metrics = Metrics(run, plan.routing, steps=config.train.steps)
+    average = RouterAverage(model.routers())
     saved = None
 
     def save(step: int) -> int:
@@ -150,6 +152,10 @@ def train(config: Config, plan: Plan) -> dict:
         if step % config.logging.interval == 0 or step in (1, config.train.steps):
             _log(metrics, step, result, controller, learning_rate, grad_norm)
         controller.end_step(result.capacity)
+        if step > (1 - config.optimizer.average_fraction) * config.train.steps:
+            average.update()
+        if step == config.train.steps:
+            average.apply()
         interval = config.train.validation_interval
         if interval and (step % interval == 0 or step == config.train.steps):
             loss, capacity = validate(ddp, model, loaders["validation"], plan.routing)

@@ -176,44 +176,49 @@ MISTAKES = [
 ]
 
 
+def start(settings, monkeypatch, *, world: int) -> None:
+    """What ``pretrain_router`` does before ranks meet, in this process."""
+    from megatron_mod.training.loop import prepare
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    prepare(cli.parse([str(part) for part in settings]))
+
+
 @pytest.mark.parametrize(("change", "message"), MISTAKES, ids=lambda v: v[0] if v else "")
-def test_mistakes_get_one_message(base_settings, tmp_path, change, message):
+def test_mistakes_are_refused_at_start(base_settings, tmp_path, monkeypatch, change, message):
     save = tmp_path / "run"
-    environment = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
-    printed = run(
-        sys.executable, "launch/pretrain_router.py", *base_settings, "--checkpoint.save", save,
-        *change, ok=False, **environment,
-    )  # fmt: skip
-    assert printed.count("error:") == 1
-    assert message in printed
-    assert "Traceback" not in printed
+    settings = [*base_settings, "--checkpoint.save", save, *change]
+    with pytest.raises(ValueError) as caught:
+        start(settings, monkeypatch, world=2)
+    assert message in str(caught.value)
     assert not save.exists()
-    printed = run(
-        sys.executable, "launch/pretrain_router.py", *base_settings, "--checkpoint.save", save,
-        *change, ok=False, **{**environment, "RANK": "1", "LOCAL_RANK": "1"},
-    )  # fmt: skip
-    assert "error:" not in printed, "one rank speaks, the others only stop"
 
 
-def test_tensor_degree_that_does_not_divide_the_heads(base_settings, tmp_path):
-    printed = run(
-        sys.executable, "launch/pretrain_router.py", *base_settings,
-        "--parallel.tensor_model_parallel_size", 3, "--checkpoint.save", tmp_path / "run",
-        ok=False, WORLD_SIZE="3",
-    )  # fmt: skip
-    assert "4 attention heads; use one of [1, 2, 4]" in printed
+def test_tensor_degree_that_does_not_divide_the_heads(base_settings, tmp_path, monkeypatch):
+    degree = ["--parallel.tensor_model_parallel_size", 3, "--checkpoint.save", tmp_path / "run"]
+    with pytest.raises(ValueError, match="4 attention heads; use one of"):
+        start([*base_settings, *degree], monkeypatch, world=3)
 
 
-def test_a_model_without_its_tokenizer_is_named(base_settings, quickstart, tmp_path):
+def test_a_model_without_its_tokenizer_is_named(base_settings, quickstart, tmp_path, monkeypatch):
     base = tmp_path / "base"
     shutil.copytree(quickstart[1] / "megatron", base)
     for path in (base / "huggingface").glob("tokenizer*"):
         path.unlink()
-    printed = run(
-        sys.executable, "launch/pretrain_router.py", *base_settings, "--model.checkpoint", base,
-        "--checkpoint.save", tmp_path / "run", ok=False,
+    change = ["--model.checkpoint", base, "--checkpoint.save", tmp_path / "run"]
+    with pytest.raises(ValueError, match="no tokenizer that Transformers can load"):
+        start([*base_settings, *change], monkeypatch, world=2)
+
+
+def test_a_mistake_is_told_once_and_by_one_rank(tmp_path):
+    printed = torchrun(
+        2, "launch/pretrain_router.py", "--config", "configs/smollm2/135m_attn_sequence.yaml",
+        "--router.capcity", "0.5", ok=False,
     )  # fmt: skip
-    assert "no tokenizer that Transformers can load" in printed
+    assert printed.count("error: ") == 1
+    assert "did you mean 'router.capacity'" in printed
+    assert 'pretrain_router.py", line' not in printed, "no traceback of ours"
 
 
 def test_tools_refuse_with_a_message(tmp_path):
