@@ -17,7 +17,7 @@ from megatron_mod.evaluation import speed, static
 from megatron_mod.evaluation.perplexity import perplexity
 
 CONTEXT = 1000  # tokens of a prompt whose prefill and decode are timed, if the model has room
-PROMPTS = 5
+PROMPTS = 4
 
 
 def build_report(

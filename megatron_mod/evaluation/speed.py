@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_mod.parallel.device import synchronize
 
-NEW_TOKENS = 16
+PREFILLS = 2  # of each prompt by each model
+NEW_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -23,40 +24,43 @@ class Timing:
     decode_s: float
 
 
+@torch.no_grad()
 def compare(
     models: Sequence, prompts: Iterable[Tensor], *, new_tokens: int = NEW_TOKENS
 ) -> list[Timing]:
-    """Time each model on each prompt ``[1, S]``, alternating, after one unmeasured round."""
+    """Time the models on each prompt ``[1, S]``: prefills, then greedy decode steps, each in turn.
+
+    Who goes first changes every time, so that a machine whose speed drifts is fair to all;
+    a first round is not counted.
+    """
     prefills: list[list[float]] = [[] for _ in models]
     decodes: list[list[float]] = [[] for _ in models]
-    for turn, prompt in enumerate(prompts):
-        order = list(range(len(models)))
-        for which in order if turn % 2 else reversed(order):
-            if turn == 0:
-                measure(models[which], prompt, new_tokens=2)
-            prefill, decode = measure(models[which], prompt, new_tokens=new_tokens)
-            prefills[which].append(prefill)
-            decodes[which] += decode
+    for model in models:
+        _timed(model, torch.ones(1, 8, dtype=torch.int64), None)
+    for prompt in prompts:
+        for turn in range(PREFILLS):
+            outputs = _in_turn(models, [(prompt, None)] * len(models), turn, prefills)
+        for turn in range(new_tokens):
+            inputs = [(o.logits[:, -1:].argmax(-1), o.past_key_values) for o in outputs]
+            outputs = _in_turn(models, inputs, turn, decodes)
     return [
         Timing(statistics.median(prefill), statistics.median(decode))
         for prefill, decode in zip(prefills, decodes, strict=True)
     ]
 
 
-@torch.no_grad()
-def measure(model, prompt: Tensor, *, new_tokens: int) -> tuple[float, list[float]]:
-    """Seconds of the prefill and of each greedy decode step, with the model's own cache."""
-    prompt = prompt.to(model.device)
-    prefill, output = _timed(model, prompt, None)
-    decode = []
-    for _ in range(new_tokens):
-        token = output.logits[:, -1:].argmax(-1)
-        seconds, output = _timed(model, token, output.past_key_values)
-        decode.append(seconds)
-    return prefill, decode
+def _in_turn(models: Sequence, inputs: list, turn: int, times: list[list[float]]) -> list:
+    """Run each model on its ``(ids, cache)``, forwards on odd turns and backwards on even ones."""
+    outputs = [None] * len(models)
+    order = range(len(models))
+    for which in order if turn % 2 else reversed(order):
+        seconds, outputs[which] = _timed(models[which], *inputs[which])
+        times[which].append(seconds)
+    return outputs
 
 
 def _timed(model, ids: Tensor, cache: object) -> tuple[float, object]:
+    ids = ids.to(model.device)
     synchronize()
     start = time.perf_counter()
     output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -16,7 +16,13 @@ def prepare() -> None:
     """Ready ``torch`` for Megatron-core on this machine; call before importing Megatron-core."""
     for absent in ("apex", "Apex", "Transformer Engine", "transformer_engine", "TransformerEngine"):
         warnings.filterwarnings("ignore", message=f".*{absent}.*")
-    for harmless in (".*flash_attn.*", "full scope is deprecated.*", "`load_state_dict` is dep.*"):
+    for harmless in (
+        ".*flash_attn.*",
+        "full scope is deprecated.*",
+        "`load_state_dict` is deprecated.*",
+        "`torch.distributed.* is deprecated.*",
+        ".*absl.logging is not installed.*",
+    ):
         warnings.filterwarnings("ignore", message=harmless)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     if not HAS_GPU:

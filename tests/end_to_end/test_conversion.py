@@ -62,9 +62,10 @@ def test_large_models_are_written_in_shards(tmp_path):
             assert torch.equal(reader.tensor(name), tensor)
 
 
-def edit_config(folder, **changes):
+def edit_config(folder, *dropped, **changes):
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in dropped}))
 
 
 def drop(folder, name):
@@ -96,6 +97,7 @@ BROKEN = {
         lambda f: edit_config(f, architectures=["LlamaForSequenceClassification"]),
         "architectures = ['LlamaForSequenceClassification']",
     ),
+    "missing field": (lambda f: edit_config(f, "rms_norm_eps"), "rms_norm_eps is missing"),
     "another activation": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act = 'gelu'"),
     "attention bias": (lambda f: edit_config(f, attention_bias=True), "attention_bias = True"),
     "rope": (

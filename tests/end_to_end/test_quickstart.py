@@ -17,6 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from megatron_mod.config import cli
+from megatron_mod.conversion.checkpoint import load_tensors
 from tests.helpers import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,33 +136,72 @@ def base_settings(quickstart):
     ]  # fmt: skip
 
 
-def test_other_topologies_and_no_steps(base_settings, tmp_path):
+def read_metrics(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if "loss" in line]
+
+
+def test_steps_are_the_same_at_every_topology(base_settings, tmp_path):
+    """Three optimizer steps: data 2 with a distributed optimizer, and pipeline 2 whose first
+    stage owns no router at all."""
+    common = [*base_settings, "--router.layers", "[2, 3]", "--train.steps", 3]
     printed = torchrun(
-        2, "launch/pretrain_router.py", *base_settings, "--checkpoint.save", tmp_path / "run",
-        "--parallel.use_distributed_optimizer", "true", "--checkpoint.interval", 1,
+        2, "launch/pretrain_router.py", *common, "--checkpoint.save", tmp_path / "data",
+        "--parallel.use_distributed_optimizer", "true", "--checkpoint.interval", 2,
     )  # fmt: skip
     assert "data 2" in printed
     assert "2 routers (64 parameters" in printed
-    assert sorted(p.name for p in (tmp_path / "run").glob("step_*")) == [
-        "step_00000001", "step_00000002",
-    ]  # fmt: skip
-    # A stage that owns no router at all, and routers at their initial zeros.
+    saved = sorted(path.name for path in (tmp_path / "data").glob("step_*"))
+    assert saved == ["step_00000002", "step_00000003"]
+    torchrun(
+        2, "launch/pretrain_router.py", *common, "--checkpoint.save", tmp_path / "pipeline",
+        "--parallel.pipeline_model_parallel_size", 2,
+    )  # fmt: skip
+    run(
+        sys.executable, "launch/pretrain_router.py", *common,
+        "--checkpoint.save", tmp_path / "one",
+    )  # fmt: skip
+    wanted = read_metrics(tmp_path / "one")
+    assert len({step["loss"] for step in wanted}) == 3
+    for name in ("data", "pipeline"):
+        for step, expected in zip(read_metrics(tmp_path / name), wanted, strict=True):
+            for key in ("loss", "task_loss", "grad_norm", "capacity", "learning_rate", "tokens"):
+                assert step[key] == pytest.approx(expected[key], rel=1e-4), (name, key)
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["train"]["frozen_parameters_changed"] == 0
+
+
+@pytest.mark.usefixtures("single_process")
+def test_bfloat16_with_sequence_parallelism(base_settings, tmp_path):
+    """Half the digits, the same loss to a percent; routers stay float32."""
+    common = [*base_settings, "--train.steps", 1, "--router.pooling", "all"]
+    torchrun(
+        2, "launch/pretrain_router.py", *common, "--checkpoint.save", tmp_path / "half",
+        "--parallel.tensor_model_parallel_size", 2, "--parallel.sequence_parallel", "true",
+        "--model.dtype", "bfloat16",
+    )  # fmt: skip
+    run(
+        sys.executable, "launch/pretrain_router.py", *common, "--checkpoint.save", tmp_path / "one",
+    )  # fmt: skip
+    (half,), (one,) = read_metrics(tmp_path / "half"), read_metrics(tmp_path / "one")
+    assert half["loss"] == pytest.approx(one["loss"], rel=0.01)
+    assert half["loss"] != one["loss"]
+    saved = load_tensors(tmp_path / "half" / "step_00000001" / "state", keep="router.weight")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+def test_no_steps_export_untrained_routers(base_settings, tmp_path):
     torchrun(
         2, "launch/pretrain_router.py", *base_settings, "--checkpoint.save", tmp_path / "zeros",
         "--parallel.pipeline_model_parallel_size", 2, "--router.layers", "[3]", "--train.steps", 0,
     )  # fmt: skip
-    torchrun(
-        2, "launch/pretrain_router.py", *base_settings, "--checkpoint.save", tmp_path / "deep",
-        "--parallel.pipeline_model_parallel_size", 2, "--router.layers", "[2, 3]",
-    )  # fmt: skip
-    summary = json.loads((tmp_path / "deep" / "summary.json").read_text())
-    assert summary["train"]["frozen_parameters_changed"] == 0
     run(
         sys.executable, "tools/convert_megatron_to_hf.py",
         "--load", tmp_path / "zeros", "--save", tmp_path / "export",
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
     assert not model.model.layers[3].router.weight.any()
+    assert [layer.router is not None for layer in model.model.layers] == [False] * 3 + [True]
 
 
 MISTAKES = [

@@ -123,6 +123,20 @@ def test_capacity_is_one_number_or_one_per_layer():
         resolve_capacity(0.0, num_routed=2)
 
 
+def test_average_is_the_mean_of_what_it_saw():
+    from megatron_mod.training.average import RouterAverage
+
+    router = Router(4)
+    average = RouterAverage({3: router})
+    average.apply()  # nothing seen: nothing changes
+    seen = torch.randn(5, 1, 4)
+    for weight in seen:
+        router.weight.data.copy_(weight)
+        average.update()
+    average.apply()
+    torch.testing.assert_close(router.weight.data, seen.mean(0))
+
+
 def test_routing_imports_no_megatron():
     import subprocess
     import sys

@@ -21,6 +21,17 @@ class Family:
     ignored: Callable[[Architecture, str], bool]
 
 
+def value_of(hf_config: dict, field: str):
+    """A field every config.json of the family has.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    if field not in hf_config:
+        raise ValueError(f"config.json: {field} is missing.")
+    return hf_config[field]
+
+
 def require(hf_config: dict, field: str, allowed: tuple, *, default: object) -> None:
     """Refuse a config.json whose ``field`` is none of ``allowed``."""
     value = hf_config.get(field, default)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mod.conversion.families.base import Family, require
+from megatron_mod.conversion.families.base import Family, require, value_of
 from megatron_mod.conversion.mappings import QKV, Direct, GatedMLP, Mapping
 from megatron_mod.model.architecture import Architecture
 
@@ -45,19 +45,19 @@ def architecture_of(hf_config: dict) -> Architecture:
     require(hf_config, "mlp_bias", (False,), default=False)
     require(hf_config, "pretraining_tp", (1,), default=1)
     require(hf_config, "quantization_config", (None,), default=None)
-    heads = hf_config["num_attention_heads"]
-    hidden = hf_config["hidden_size"]
+    heads = value_of(hf_config, "num_attention_heads")
+    hidden = value_of(hf_config, "hidden_size")
     base, factor = _rope(hf_config)
     return Architecture(
-        num_layers=hf_config["num_hidden_layers"],
+        num_layers=value_of(hf_config, "num_hidden_layers"),
         hidden_size=hidden,
-        ffn_hidden_size=hf_config["intermediate_size"],
+        ffn_hidden_size=value_of(hf_config, "intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=hf_config.get("num_key_value_heads") or heads,
         kv_channels=hf_config.get("head_dim") or hidden // heads,
-        vocab_size=hf_config["vocab_size"],
-        max_sequence_length=hf_config["max_position_embeddings"],
-        layernorm_epsilon=hf_config["rms_norm_eps"],
+        vocab_size=value_of(hf_config, "vocab_size"),
+        max_sequence_length=value_of(hf_config, "max_position_embeddings"),
+        layernorm_epsilon=value_of(hf_config, "rms_norm_eps"),
         rotary_base=base,
         tied_embeddings=hf_config.get("tie_word_embeddings", False),
         rope_scaling_factor=factor,
