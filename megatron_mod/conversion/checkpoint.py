@@ -102,4 +102,5 @@ def load_tensors(folder: Path, keep: str = "") -> dict[str, Tensor]:
     """Every tensor of a distributed checkpoint whose key contains ``keep``, whole."""
     description = dist_checkpointing.load_tensors_metadata(str(folder))
     wanted = {key: value for key, value in description.items() if keep in key}
-    return dist_checkpointing.load(wanted, str(folder))
+    loaded = dist_checkpointing.load(wanted, str(folder))  # with what is no tensor beside them
+    return {key: loaded[key] for key in wanted}
