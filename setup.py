@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 QUICKSTART = ["gguf>=0.17", "accelerate>=1.0"]
-TEST = ["pytest>=8", "ruff>=0.17,<0.18"]  # ruff: its formatting differs between releases
+TEST = ["pytest>=8", "ruff>=0.17,<0.18"]  # formatting differs between ruff releases
 
 setup(
     name="megatron_mod",
