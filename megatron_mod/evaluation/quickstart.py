@@ -35,7 +35,7 @@ def build_report(
     Args:
         ranking, held_out: JSON lines neither the training nor the other one has seen.
     """
-    tokenizer = AutoTokenizer.from_pretrained(export)
+    tokenizer = AutoTokenizer.from_pretrained(hf_path)
     dense, routed = load_model(hf_path), load_model(export)
     routing = routed.config.routing
     text = {
@@ -153,7 +153,7 @@ def table(report: dict) -> str:
     )
     ranks, par = report["world_size"], report["parallel"]
     dense, routed, fixed = (quality[f"{k}_perplexity"] for k in ("dense", "routed", "static"))
-    better = "better" if routed < fixed else "worse"
+    better = "better" if routed < fixed else "no better"
     rows = [
         ("model", report["model"]),
         (
@@ -184,7 +184,7 @@ def table(report: dict) -> str:
         ),
         (
             "perplexity",
-            f"dense {dense:.2f}, routed {routed:.2f} (+{100 * (routed / dense - 1):.1f} %),"
+            f"dense {dense:.2f}, routed {routed:.2f} ({100 * (routed / dense - 1):+.1f} %),"
             f" best static removal {fixed:.2f}: routers are {better}"
             f" ({quality['eval_tokens']} tokens, pooling: {quality['pooling']})",
         ),

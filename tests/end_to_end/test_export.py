@@ -17,6 +17,7 @@ from tests.helpers.routed import save_export
 
 ROUTED = (0, 2, 3)  # the first layer too: a cache must not read its length off it
 LENGTHS = (5, 11, 8, 3, 9)
+PAD, EXTRA = 50, 12  # a token with an embedding like any other, and more of it than needed
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,11 @@ def load(export, **changes):
 
 
 def pad(prompts, side):
-    longest = max(map(len, prompts))
+    longest = max(map(len, prompts)) + EXTRA
     ids, mask = [], []
     for p in prompts:
         blank = [0] * (longest - len(p))
-        ids.append(blank + p if side == "left" else p + blank)
+        ids.append([PAD] * len(blank) + p if side == "left" else p + [PAD] * len(blank))
         real = [1] * len(p)
         mask.append(blank + real if side == "left" else real + blank)
     return torch.tensor(ids), torch.tensor(mask)
@@ -81,6 +82,19 @@ def test_logits_equal_the_formula(case, side, use_cache, attention):
             expected, _, _ = oracle.forward(dense, prompt, routers)
             difference = (logits[row][mask[row].bool()] - expected).abs().max()
             assert difference / expected.abs().max() < 2e-5
+
+
+def test_padding_would_change_decisions_if_it_counted(case):
+    """A control: the comparison above can tell whether padding is pooled."""
+    export, _, _, prompts = case
+    ids, mask = pad(prompts, "right")
+    model = load(export)
+    with torch.no_grad():
+        masked, counted = (
+            model(ids, attention_mask=m, use_cache=True).past_key_values for m in (mask, None)
+        )
+    for layer in ROUTED:
+        assert not torch.equal(masked.layers[layer].kept, counted.layers[layer].kept)
 
 
 def test_greedy_generation_equals_the_formula_with_each_prompts_decisions(case):
