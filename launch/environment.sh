@@ -17,7 +17,7 @@ install_environment() {
     # Installing again is quick when nothing is missing, and finds what has changed.
     python -c 'import torch' 2>/dev/null ||
         python -m pip install --quiet --disable-pip-version-check "${MEGATRON_MOD_TORCH:-torch==2.13.0}"
-    python -m pip install --quiet --disable-pip-version-check --editable "$root[$extras]"
+    python -m pip install --quiet --disable-pip-version-check --use-pep517 --editable "$root[$extras]"
 }
 
 echo "Preparing the Python environment ..."
