@@ -62,8 +62,8 @@ def save_step(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     state: dict,
-) -> Path:
-    """Write ``RUN/step_XXXXXXXX`` and point ``RUN/latest`` at it; called by all ranks.
+) -> None:
+    """Write ``RUN/step_<number>`` and point ``RUN/latest`` at it; called by all ranks.
 
     The folder is written under another name and renamed when it is whole.
     """
@@ -93,7 +93,6 @@ def save_step(
         pointer.write_text(folder.name + "\n", encoding="utf-8")
         pointer.rename(Path(run) / layout.LATEST)
     dist.barrier()
-    return folder
 
 
 def frozen_digests(model: torch.nn.Module) -> dict[str, str]:

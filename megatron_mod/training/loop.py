@@ -125,9 +125,8 @@ def train(config: Config, plan: Plan) -> dict:
     dist.barrier()
     metrics = Metrics(run, plan.routing, steps=config.train.steps)
     average = RouterAverage(model.routers())
-    saved = None
 
-    def save(step: int) -> int:
+    def save(step: int) -> None:
         checkpoint.save_step(
             run,
             step=step,
@@ -138,7 +137,6 @@ def train(config: Config, plan: Plan) -> dict:
             scheduler=scheduler,
             state={"controller": controller.state_dict()},
         )
-        return step
 
     for step in range(1, config.train.steps + 1):
         batch = loaders["train"].step(step - 1)
@@ -149,21 +147,26 @@ def train(config: Config, plan: Plan) -> dict:
         _, grad_norm, _ = optimizer.step()
         scheduler.step(increment=1)
         metrics.add_tokens(batch.num_tokens)
-        if step % config.logging.interval == 0 or step in (1, config.train.steps):
+        last = step == config.train.steps
+        saving = last or (config.checkpoint.interval and step % config.checkpoint.interval == 0)
+        logging_step = last or step == 1 or step % config.logging.interval == 0
+        if saving or logging_step:
+            _require_finite(step, result, grad_norm)
+        if logging_step:
             _log(metrics, step, result, controller, learning_rate, grad_norm)
         controller.end_step(result.capacity)
         if step > (1 - config.optimizer.average_fraction) * config.train.steps:
             average.update()
-        if step == config.train.steps:
+        if last:
             average.apply()
         interval = config.train.validation_interval
-        if interval and (step % interval == 0 or step == config.train.steps):
+        if interval and (last or step % interval == 0):
             loss, capacity = validate(ddp, model, loaders["validation"], plan.routing)
             metrics.log_validation(step, loss=loss, capacity=capacity)
-        if config.checkpoint.interval and step % config.checkpoint.interval == 0:
-            saved = save(step)
-    if saved != config.train.steps:
-        save(config.train.steps)
+        if saving:
+            save(step)
+    if config.train.steps == 0:
+        save(0)
 
     changed = checkpoint.count_changed(frozen, checkpoint.frozen_digests(model))
     summary = _summary(config, plan, metrics, changed)
@@ -219,6 +222,16 @@ def _loader(config: Config, plan: Plan, name: str) -> Loader:
     )
 
 
+def _require_finite(step: int, result: StepResult, grad_norm: float) -> None:
+    """Stop before what has diverged is logged or saved."""
+    loss = float(result.task_loss)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise ValueError(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}: training has diverged; lower "
+            "optimizer.lr or check the data. The checkpoints saved are from before this step."
+        )
+
+
 def _log(
     metrics: Metrics,
     step: int,
@@ -228,15 +241,9 @@ def _log(
     grad_norm: float,
 ) -> None:
     task_loss = float(result.task_loss)
-    loss = task_loss + float(controller.penalty(result.capacity))
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise ValueError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}: training has diverged; lower "
-            "optimizer.lr or check the data. The last checkpoint is from before this step."
-        )
     metrics.log(
         step,
-        loss=loss,
+        loss=task_loss + float(controller.penalty(result.capacity)),
         task_loss=task_loss,
         capacity=result.capacity.tolist(),
         learning_rate=learning_rate,
