@@ -30,33 +30,46 @@ class RouterConfig:
     """The routers: where they sit, how they decide, what capacity they are held to.
 
     Args:
-        granularity: what one decision covers: attn_sequence decides on a layer's attention,
-            once per sequence.
-        layers: routed layers, `{deepest: n}` (the n deepest but the last) or a list of
-            zero-based indices.
-        capacity: target share of sequences that keep a layer, above 0 and at most 1; one number,
-            or one per routed layer.
+        granularity: what one decision covers: a layer's attention, its MLP or the whole block, for
+            one sequence or one token (the units of this section).
+        layers: routed layers: `{deepest: n}` (the n deepest but the last), `{every: n, offset: k}`
+            (every n-th from index k on; offset defaults to n - 1), or a list of zero-based indices.
+        capacity: target share of units that keep a layer, above 0 and at most 1; one number, or
+            one per routed layer.
         scope: `layer` holds every layer to its target, `model` only their mean, so that
             important layers may stay on.
         capacity_loss_weight: weight of the penalty on capacity above target, above 0.
-        threshold: a sequence keeps a layer when sigmoid(logit) is at least this; between 0 and 1.
-        pooling: tokens a decision averages over: `prompt` those before the first label (what a
-            generation's prefill sees), `all` every token that is not padding.
+        threshold: a unit keeps a layer when sigmoid(logit) is at least this; between 0 and 1.
+        pooling: tokens a sequence's decision averages over: `prompt` (the default) those before
+            the first label, what a generation's prefill sees; `all` every token but padding.
+        keys_values: with attn_token or block_token, whose keys and values kept tokens attend to:
+            `all` (the default, as published) or those of `selected` tokens only.
+        training_compute: `dense` computes skipped units too, for the full straight-through
+            gradient; `sparse` skips them in training as well, and their routers hear from the
+            capacity penalty only.
+        check_decisions_interval: steps between checks that all tensor-parallel ranks decide alike
+            (a debugging aid, one host synchronisation per routed layer); 0: never.
     """
 
-    granularity: Literal["attn_sequence"] = "attn_sequence"
+    granularity: Literal[
+        "attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token"
+    ] = "attn_sequence"
     layers: dict[str, int] | list[int] = field(default_factory=lambda: {"deepest": 16})
     capacity: float | list[float] = 0.5
     scope: Literal["layer", "model"] = "model"
     capacity_loss_weight: float = 1.0
     threshold: float = 0.5
-    pooling: Literal["all", "prompt"] = "prompt"
+    pooling: Literal["all", "prompt"] | None = None
+    keys_values: Literal["all", "selected"] | None = None
+    training_compute: Literal["dense", "sparse"] = "dense"
+    check_decisions_interval: int = 0
 
     def resolve(self, *, num_layers: int) -> RoutingConfig:
         """These settings for a model of ``num_layers`` layers.
 
         Raises:
-            ValueError: layers or capacities that do not fit the model.
+            ValueError: layers or capacities that do not fit the model, or settings without meaning
+                for the granularity.
         """
         layers = resolve_layers(self.layers, num_layers=num_layers)
         return RoutingConfig(
@@ -67,6 +80,8 @@ class RouterConfig:
             capacity_loss_weight=self.capacity_loss_weight,
             threshold=self.threshold,
             pooling=self.pooling,
+            keys_values=self.keys_values,
+            training_compute=self.training_compute,
         )
 
 
@@ -93,6 +108,9 @@ class ParallelConfig:
     Args:
         tensor_model_parallel_size: ranks that share each layer; divides heads and query groups.
         pipeline_model_parallel_size: ranks that share the layers; divides their number.
+        virtual_pipeline_model_parallel_size: parts of the model each pipeline rank holds, at least
+            2, for smaller pipeline bubbles; unset: one.
+        context_parallel_size: ranks that share each sequence, from the embedding to the loss.
         num_layers_in_first_pipeline_stage: layers of the first stage, when the others share the
             rest evenly; unset: all alike. Routers sit deep and the first stage needs no backward
             pass below them, so it can take more layers.
@@ -103,6 +121,8 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
     num_layers_in_first_pipeline_stage: int | None = None
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False

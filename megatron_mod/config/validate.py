@@ -19,6 +19,8 @@ def check_values(config: Config) -> None:
         "data.max_length": (d.max_length, 2),
         "parallel.tensor_model_parallel_size": (p.tensor_model_parallel_size, 1),
         "parallel.pipeline_model_parallel_size": (p.pipeline_model_parallel_size, 1),
+        "parallel.context_parallel_size": (p.context_parallel_size, 1),
+        "router.check_decisions_interval": (r.check_decisions_interval, 0),
         "train.steps": (t.steps, 0),
         "train.global_batch_size": (t.global_batch_size, 1),
         "train.micro_batch_size": (t.micro_batch_size, 1),
@@ -47,6 +49,11 @@ def check_values(config: Config) -> None:
     for name in ("warmup_fraction", "average_fraction"):
         if not 0 <= getattr(o, name) <= 1:
             raise ValueError(f"optimizer.{name} = {getattr(o, name)}: must be 0 to 1.")
+    if r.check_decisions_interval and p.tensor_model_parallel_size == 1:
+        raise ValueError(
+            f"router.check_decisions_interval = {r.check_decisions_interval}: compares "
+            "tensor-parallel ranks and parallel.tensor_model_parallel_size is 1; leave it 0."
+        )
     if p.sequence_parallel and p.tensor_model_parallel_size == 1:
         raise ValueError(
             "parallel.sequence_parallel = true: needs parallel.tensor_model_parallel_size above 1; "
@@ -59,17 +66,22 @@ def check_values(config: Config) -> None:
         )
 
 
-def check_batches(*, global_batch_size: int, micro_batch_size: int, data_ranks: int) -> None:
+def check_batches(
+    *, global_batch_size: int, micro_batch_size: int, data_ranks: int, pipeline: int = 1
+) -> None:
     """Refuse batch sizes the data-parallel ranks cannot share evenly.
+
+    ``pipeline``: with a virtual pipeline its degree, which divides a rank's micro-batches.
 
     Raises:
         ValueError: naming both fields and the next batch size that fits.
     """
-    share = micro_batch_size * data_ranks
+    share = micro_batch_size * data_ranks * pipeline
     if global_batch_size % share:
         fits = -(-global_batch_size // share) * share
         raise ValueError(
             f"train.global_batch_size = {global_batch_size}: must be a multiple of "
-            f"train.micro_batch_size ({micro_batch_size}) x data-parallel ranks ({data_ranks}); "
+            f"train.micro_batch_size ({micro_batch_size}) x data-parallel ranks ({data_ranks})"
+            f"{f' x pipeline ranks ({pipeline}), for the virtual pipeline' * (pipeline > 1)}; "
             f"use {fits}, for example."
         )

@@ -17,7 +17,7 @@ from megatron_mod.conversion.hf_writer import HFWriter
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
 
-ROUTER_KEY = "decoder.layers.{}.self_attention.router.weight"
+ROUTER_KEY = "decoder.layers.{}.router.weight"
 HF_ROUTER_KEY = "model.layers.{}.router.weight"
 
 

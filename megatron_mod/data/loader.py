@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,16 +17,23 @@ class MicroBatch:
     """Rows of one forward pass, padded on the right to a common length ``S``.
 
     ``input_ids``, ``position_ids`` int64 ``[B, S]``; ``labels`` int64 ``[B, S]``, the next
-    token or ``IGNORE``; ``roles`` uint8 ``[B, S]`` of ``TokenRole``.
+    token or ``IGNORE``; ``roles`` uint8 ``[B, S]`` of ``TokenRole``; ``documents``: for each row
+    the lengths in tokens of the documents in it.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
     roles: Tensor
+    documents: tuple[tuple[int, ...], ...]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
+        """The batch with its tensors put through ``function``."""
+        tensors = (self.input_ids, self.position_ids, self.labels, self.roles)
+        return MicroBatch(*map(function, tensors), self.documents)
 
     def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
+        return self.map(lambda tensor: tensor.to(device))
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,27 @@ def collate(samples: Sequence[Sample], *, multiple: int = 1, pad_id: int = 0) ->
         roles[row, :prompt] = int(TokenRole.PROMPT)
         roles[row, prompt:count] = int(TokenRole.ANSWER)
     position_ids = torch.arange(length).expand(shape).contiguous()
-    return MicroBatch(input_ids, position_ids, labels, roles)
+    documents = tuple((len(sample.ids),) for sample in samples)
+    return MicroBatch(input_ids, position_ids, labels, roles, documents)
+
+
+def equal_lengths(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """The batches with their rows padded on the right to the longest of all."""
+    length = max(batch.roles.shape[1] for batch in batches)
+    return [_widen(batch, length) for batch in batches]
+
+
+def _widen(batch: MicroBatch, length: int) -> MicroBatch:
+    rows, missing = batch.roles.shape[0], length - batch.roles.shape[1]
+    more = torch.arange(1, missing + 1).expand(rows, missing)
+    pad = torch.nn.functional.pad
+    return MicroBatch(
+        pad(batch.input_ids, (0, missing)),
+        torch.cat((batch.position_ids, batch.position_ids[:, -1:] + more), dim=1),
+        pad(batch.labels, (0, missing), value=IGNORE),
+        pad(batch.roles, (0, missing), value=int(TokenRole.PADDING)),
+        batch.documents,
+    )
 
 
 class Loader:
@@ -66,7 +93,8 @@ class Loader:
     permutation of its own, and batches run across epoch borders. Inside a global batch
     rows are sorted by length before they are cut into micro-batches (less padding), and
     rank ``r`` of ``n`` takes micro-batches ``r, r + n, ...``, so that their composition
-    does not depend on ``n``.
+    does not depend on ``n``. ``group``: a rank's micro-batches are filled up with blank ones to
+    a multiple of it (a virtual pipeline asks for that).
     """
 
     def __init__(
@@ -79,13 +107,14 @@ class Loader:
         data_rank: int = 0,
         data_ranks: int = 1,
         multiple: int = 1,
+        group: int = 1,
     ) -> None:
         self.samples = samples
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.data_rank, self.data_ranks = data_rank, data_ranks
-        self.multiple = multiple
+        self.multiple, self.group = multiple, group
         self._epoch: tuple[int, Tensor] | None = None
 
     def _index(self, position: int) -> int:
@@ -114,7 +143,7 @@ class Loader:
             collate(ordered[i : i + size], multiple=self.multiple)
             for i in range(0, len(ordered), size)
         ]
-        while len(micro_batches) % self.data_ranks:
+        while len(micro_batches) % (self.data_ranks * self.group):
             micro_batches.append(_blank_like(micro_batches[0]))
         return StepBatch(
             micro_batches=micro_batches[self.data_rank :: self.data_ranks],
@@ -131,4 +160,5 @@ def _blank_like(batch: MicroBatch) -> MicroBatch:
         batch.position_ids,
         torch.full_like(batch.labels, IGNORE),
         torch.full_like(batch.roles, int(TokenRole.PADDING)),
+        ((),) * len(batch.documents),
     )

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_mod.data.chat import IGNORE
 from megatron_mod.data.loader import MicroBatch
-from megatron_mod.model.builder import RoutedGPTModel
+from megatron_mod.model.builder import ModelChunks
+from megatron_mod.model.layout import TokenLayout
 from megatron_mod.parallel import device
 from megatron_mod.routing.masks import TokenRole, valid_tokens
 
@@ -30,23 +31,28 @@ def prompt_batch(rows: Sequence[Sequence[int]]) -> MicroBatch:
         input_ids[index, : len(row)] = torch.tensor(row)
         roles[index, : len(row)] = int(TokenRole.PROMPT)
     position_ids = torch.arange(length).expand_as(input_ids).contiguous()
-    return MicroBatch(input_ids, position_ids, torch.full_like(input_ids, IGNORE), roles)
+    documents = tuple((len(row),) for row in rows)
+    labels = torch.full_like(input_ids, IGNORE)
+    return MicroBatch(input_ids, position_ids, labels, roles, documents)
 
 
 @torch.no_grad()
-def megatron_logits(model: RoutedGPTModel, batches: Sequence[MicroBatch]) -> list[Tensor]:
+def megatron_logits(model: ModelChunks, batches: Sequence[MicroBatch]) -> list[Tensor]:
     """Logits ``[B, S, vocab]`` of each batch, on the last pipeline stage; elsewhere nothing."""
     model.eval()
 
     def forward_step(data, model):
         batch = next(data).to(device.device())
-        output = model(batch.input_ids, batch.position_ids, batch.roles)
-        return output, partial(_whole_vocabulary, model=model)
+        layout = TokenLayout(
+            roles=batch.roles, position_ids=batch.position_ids, documents=batch.documents
+        )
+        output = model(batch.input_ids, batch.position_ids, None, packed_seq_params=layout)
+        return output, partial(_whole_vocabulary, vocab_size=model.unpadded_vocab_size)
 
     logits = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(batches),
-        model=[model],
+        model=list(model),
         num_microbatches=len(batches),
         seq_length=batches[0].input_ids.shape[1],
         micro_batch_size=batches[0].input_ids.shape[0],
@@ -56,14 +62,14 @@ def megatron_logits(model: RoutedGPTModel, batches: Sequence[MicroBatch]) -> lis
     return logits
 
 
-def _whole_vocabulary(output: Tensor, *, model: RoutedGPTModel, non_loss_data: bool) -> Tensor:
+def _whole_vocabulary(output: Tensor, *, vocab_size: int, non_loss_data: bool) -> Tensor:
     assert non_loss_data
-    return gather_from_tensor_model_parallel_region(output)[..., : model.unpadded_vocab_size]
+    return gather_from_tensor_model_parallel_region(output)[..., :vocab_size]
 
 
 @torch.no_grad()
 def max_relative_difference(
-    model: RoutedGPTModel, hf_path: str | Path, batches: Sequence[MicroBatch]
+    model: ModelChunks, hf_path: str | Path, batches: Sequence[MicroBatch]
 ) -> float:
     """Largest logit difference over largest logit, over all valid tokens; same on every rank.
 

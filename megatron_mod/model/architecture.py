@@ -24,7 +24,12 @@ class Architecture:
 
 
 def check_parallel(
-    arch: Architecture, *, tensor: int, pipeline: int, first_stage_layers: int | None = None
+    arch: Architecture,
+    *,
+    tensor: int,
+    pipeline: int,
+    virtual_pipeline: int | None = None,
+    first_stage_layers: int | None = None,
 ) -> None:
     """Refuse degrees that do not divide the model.
 
@@ -42,6 +47,8 @@ def check_parallel(
                 f"parallel.tensor_model_parallel_size = {tensor}: does not divide this model's "
                 f"{number} {what}; use one of {fits}."
             )
+    if virtual_pipeline is not None:
+        _check_virtual(arch, pipeline=pipeline, virtual=virtual_pipeline, first=first_stage_layers)
     if first_stage_layers is not None:
         _check_first_stage(arch, pipeline=pipeline, layers=first_stage_layers)
     elif arch.num_layers % pipeline:
@@ -59,6 +66,26 @@ def _check_first_stage(arch: Architecture, *, pipeline: int, layers: int) -> Non
             f"parallel.num_layers_in_first_pipeline_stage = {layers}: of {arch.num_layers} layers "
             f"it must leave the other {pipeline - 1} stage(s) the same number each, at least one; "
             "change it or parallel.pipeline_model_parallel_size (2 or more)."
+        )
+
+
+def _check_virtual(arch: Architecture, *, pipeline: int, virtual: int, first: int | None) -> None:
+    name = f"parallel.virtual_pipeline_model_parallel_size = {virtual}"
+    if pipeline == 1 or virtual < 2:
+        raise ValueError(
+            f"{name}: chunks a pipeline rank, needs 2 or more, and "
+            f"parallel.pipeline_model_parallel_size ({pipeline}) 2 or more; raise them or leave it "
+            "out."
+        )
+    if first is not None:
+        raise ValueError(
+            f"{name}: deals the layers evenly, so it excludes "
+            "parallel.num_layers_in_first_pipeline_stage; set one of the two."
+        )
+    if arch.num_layers % (pipeline * virtual):
+        raise ValueError(
+            f"{name}: times the pipeline degree ({pipeline}) it does not divide this model's "
+            f"{arch.num_layers} layers; use another, or leave it out."
         )
 
 

@@ -1,116 +1,163 @@
-"""Self-attention that a router can skip, and the torch attention inside it."""
+"""Self-attention over chosen tokens, and the torch attention inside it."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.routing.decision import keep_mask
-from megatron_mod.routing.masks import pooled_tokens, valid_tokens
-from megatron_mod.routing.router import Router
+from megatron_mod.model.layout import AttentionPlan, TokenLayout
+
+NEVER = torch.iinfo(torch.int64).max  # position of what pads keys: later than every query
+LAST = NEVER - 1  # position of what pads queries: after every key, so no row of scores is empty
 
 
 class TorchCoreAttention(MegatronModule):
     """Causal attention by ``torch.nn.functional.scaled_dot_product_attention``.
 
-    Rows are padded on the right, so the causal mask alone keeps padding out of
-    every valid token's attention, and ``attention_mask`` is not looked at.
+    Context-parallel ranks gather keys and values of the whole documents.
     """
 
-    def __init__(self, config, layer_number: int, attn_mask_type, attention_type, **unused) -> None:
+    def __init__(
+        self, config, layer_number: int, attn_mask_type, attention_type, *, pg_collection, **unused
+    ) -> None:
         super().__init__(config=config)
         self.dropout = config.attention_dropout
+        self.context_group = pg_collection.cp
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **unused: object
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None = None,
+        *,
+        packed_seq_params: AttentionPlan | TokenLayout | None = None,
+        **unused: object,
     ) -> Tensor:
-        """Attend: query ``[S, B, heads, D]``, key and value ``[S, B, groups, D]`` (this tensor
-        rank's part) to ``[S, B, heads * D]``."""
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        context = torch.nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=True,
+        """Attend: query ``[S, B, heads, D]``, key and value ``[T, B, groups, D]`` (this tensor
+        rank's part; streams have ``B = 1``) to ``[S, B, heads * D]``."""
+        plan = self._plan(packed_seq_params, query)
+        mask = None
+        q, k, v = plan.queries.pad(query), plan.keys.pad(key), plan.keys.pad(value)
+        if (
+            plan.queries is not plan.keys
+            or plan.kept_keys is not None
+            or self.context_group.size() > 1
+        ):
+            k, v, positions, kept = self._whole_documents(k, v, plan)
+            if plan.documents is not None:
+                k, v, positions = k[plan.documents], v[plan.documents], positions[plan.documents]
+            mask = _visible(plan.queries.pad_positions(LAST), positions, kept)[:, None]
+        context = F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)),
+            attn_mask=mask,
+            is_causal=mask is None,
             dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=query.shape[2] != key.shape[2],
         )
-        return context.permute(2, 0, 1, 3).flatten(2).contiguous()
+        return plan.queries.unpad(context.transpose(1, 2)).flatten(2).contiguous()
+
+    def _plan(self, plan: AttentionPlan | TokenLayout | None, query: Tensor) -> AttentionPlan:
+        if isinstance(plan, AttentionPlan):
+            return plan
+        if plan is None:
+            group = self.context_group
+            plan = TokenLayout.of_prompts(
+                query, context_rank=group.rank(), context_ranks=group.size()
+            )
+        return plan.attention
+
+    def _whole_documents(self, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple:
+        """Keys, values ``[D, T, groups, dim]``, their positions and which may be seen ``[D, T]``,
+        of all context-parallel ranks."""
+        positions, kept = plan.keys.pad_positions(NEVER), plan.kept_keys
+        if self.context_group.size() == 1:
+            return k, v, positions, kept
+        return (
+            self._gather(k),
+            self._gather(v),
+            self._gather(positions),
+            None if kept is None else self._gather(kept.to(torch.uint8)).bool(),
+        )
+
+    def _gather(self, padded: Tensor) -> Tensor:
+        """``[D, T, ...]`` of each rank to ``[D, ranks * T, ...]``; backward sums over the ranks."""
+        ranks = self.context_group.size()
+        gathered = gather_from_sequence_parallel_region(
+            padded.contiguous(), tensor_parallel_output_grad=True, group=self.context_group
+        )
+        parts = gathered.view(ranks, *padded.shape).transpose(0, 1)
+        return parts.reshape(padded.shape[0], ranks * padded.shape[1], *padded.shape[2:])
 
 
-class SequenceRoutedSelfAttention(SelfAttention):
-    """Self-attention with one keep-or-skip decision per sequence (``attn_sequence``).
+def _visible(queries: Tensor, keys: Tensor, kept: Tensor | None) -> Tensor:
+    """Which keys a query sees, bool ``[D, S, T]``, of positions ``[D, S]`` and ``[D, T]``: earlier
+    ones that are kept, and its own."""
+    queries, keys = queries[:, :, None], keys[:, None, :]
+    if kept is None:
+        return keys <= queries
+    return ((keys < queries) & kept[:, None, :]) | (keys == queries)
 
-    Its input is the output of the layer's unfused input norm, which is what the
-    router reads. In place of an attention mask it takes the batch's token roles
-    (``[B, S]`` uint8, see ``routing.masks``; ``None``: every token is a valid one of
-    a prompt). In training it computes every sequence and multiplies by the
-    straight-through mask; otherwise skipped sequences are not computed.
-    """
 
-    def __init__(self, config, *args, routing: RoutingConfig, **kwargs) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.routing = routing
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.router = Router(config.hidden_size, device=device)
-        self.router.weight.sequence_parallel = config.sequence_parallel
+class RoutedSelfAttention(SelfAttention):
+    """Megatron's self-attention for packed rows and for queries of fewer tokens than keys."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
-        """``[S, B, H]`` (``[S / tp, B, H]`` with sequence parallelism) to the same shape; the
-        second value, Megatron's bias to be added later, is already added."""
-        mask = self._decide(hidden_states, attention_mask)
-        if self.training:
-            output = self._attend(hidden_states, **kwargs)
-            return output * mask.to(output.dtype)[None, :, None], None
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: object,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        packed_seq_params: AttentionPlan | TokenLayout | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's; in packed rows rotary positions begin anew with each document."""
+        if isinstance(packed_seq_params, TokenLayout) and packed_seq_params.packed:
+            rotary_pos_emb = packed_seq_params.rotary(rotary_pos_emb)
+        return super().forward(
+            hidden_states,
+            *args,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+            **kwargs,
+        )
 
-        kept = mask.nonzero().squeeze(-1)  # the one host synchronisation: its size is a shape
-        if len(kept) == hidden_states.shape[1]:
-            return self._attend(hidden_states, **kwargs), None
-        output = torch.zeros_like(hidden_states)
-        if len(kept):
-            output[:, kept] = self._attend(hidden_states[:, kept], **kwargs)
-        return output, None
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: Tensor | None = None, **kwargs: object
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As Megatron's; with ``key_value_states`` ``[T, B, H]`` keys and values are theirs and
+        queries those of ``hidden_states``, with no more than either's projection computed."""
+        if key_value_states is None:
+            return super().get_query_key_value_tensors(hidden_states, **kwargs)
+        groups, dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        heads = self.num_attention_heads_per_partition // groups
+        query = self._project(hidden_states, slice(0, heads * dim))
+        keys_values = self._project(key_value_states, slice(heads * dim, (heads + 2) * dim))
+        query = query.reshape(*query.shape[:2], groups * heads, dim)
+        key, value = keys_values.split(dim, dim=-1)
+        if self.q_layernorm is not None and not isinstance(self.q_layernorm, IdentityOp):
+            query = self.q_layernorm(query)
+        if self.k_layernorm is not None and not isinstance(self.k_layernorm, IdentityOp):
+            key = self.k_layernorm(key)
+        return query, key, value
 
-    def _attend(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        output, bias = super().forward(hidden_states, attention_mask=None, **kwargs)
-        return output if bias is None else output + bias
-
-    def _decide(self, hidden_states: Tensor, roles: Tensor | None) -> Tensor:
-        """The keep mask ``[B]``, the same on all tensor-parallel ranks."""
-        logits = self.router(hidden_states)  # [S or S / tp, B]
-        if roles is None:
-            pooled = valid = torch.ones_like(logits, dtype=torch.bool)
+    def _project(self, hidden_states: Tensor, part: slice) -> Tensor:
+        """``[S, B, H]`` to ``[S, B, groups, width]`` by a part of each query group's rows of the
+        fused weight ``[groups * (heads + 2) * dim, H]``."""
+        groups, bias = self.num_query_groups_per_partition, self.linear_qkv.bias
+        rows = self.linear_qkv.weight.unflatten(0, (groups, -1))[:, part]
+        if bias is not None and bias.numel():  # Transformer Engine writes no bias as an empty one
+            bias = bias.unflatten(0, (groups, -1))[:, part].flatten()
         else:
-            pooled = self._local_tokens(pooled_tokens(roles, pooling=self.routing.pooling))
-            valid = self._local_tokens(valid_tokens(roles))
-        total = (logits * pooled).sum(0)
-        counts = torch.stack((pooled.sum(0), valid.sum(0))).to(total.dtype)
-        if self.config.sequence_parallel:
-            total = reduce_from_tensor_model_parallel_region(total)
-            counts = reduce_from_tensor_model_parallel_region(counts)
-        is_valid = counts[1] > 0
-        mask = keep_mask(
-            total / counts[0].clamp(min=1),
-            border=self.routing.logit_border,
-            penalty_gradient=self.router.penalty_per_unit * is_valid,
+            bias = None
+        hidden_states = copy_to_tensor_model_parallel_region(
+            hidden_states, group=self.pg_collection.tp
         )
-        self.router.count(mask.detach().bool(), is_valid)
-        if self.config.sequence_parallel:
-            # Each rank's use of the mask sees only its tokens: add up what comes back.
-            mask = copy_to_tensor_model_parallel_region(mask)
-        return mask
-
-    def _local_tokens(self, mask: Tensor) -> Tensor:
-        """``[B, S]`` to this rank's ``[S, B]``, or ``[S / tp, B]`` with sequence parallelism."""
-        mask = mask.t()
-        if not self.config.sequence_parallel:
-            return mask
-        group = self.pg_collection.tp
-        return mask.chunk(group.size())[group.rank()]
+        return F.linear(hidden_states, rows.flatten(0, 1), bias).unflatten(-1, (groups, -1))

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mod.model.architecture import Architecture
+from megatron_mod.model.layer import RoutedTransformerLayer
 from megatron_mod.model.specs import get_routed_layer_specs
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
@@ -32,12 +33,40 @@ class RoutedGPTModel(GPTModel):
             logits[..., max(local - padding, 0) :] = torch.finfo(logits.dtype).min
         return super().compute_language_model_loss(labels, logits)
 
-    def routers(self) -> dict[int, Router]:
-        """This stage's routers by global layer index."""
+    def routed_layers(self) -> dict[int, RoutedTransformerLayer]:
+        """This chunk's routed layers by global layer index."""
         return {
-            layer.layer_number - 1: layer.self_attention.router
+            layer.layer_number - 1: layer
             for layer in self.decoder.layers
-            if hasattr(layer.self_attention, "router")
+            if isinstance(layer, RoutedTransformerLayer)
+        }
+
+
+class ModelChunks(torch.nn.ModuleList):
+    """This rank's part of the model: one stage, or several with a virtual pipeline."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self[0].config
+
+    @property
+    def unpadded_vocab_size(self) -> int:
+        return self[0].unpadded_vocab_size
+
+    def routed_layers(self) -> dict[int, RoutedTransformerLayer]:
+        """This rank's routed layers by global layer index."""
+        return {index: layer for chunk in self for index, layer in chunk.routed_layers().items()}
+
+    def routers(self) -> dict[int, Router]:
+        """This rank's routers by global layer index."""
+        return {index: layer.router for index, layer in self.routed_layers().items()}
+
+    def sharded_state_dict(self) -> dict:
+        """Megatron's sharded state dicts of all chunks, under the keys of ``state_dict``."""
+        return {
+            f"{number}.{key}": value
+            for number, chunk in enumerate(self)
+            for key, value in chunk.sharded_state_dict().items()
         }
 
 
@@ -47,6 +76,8 @@ def transformer_config(
     dtype: torch.dtype,
     tensor: int = 1,
     pipeline: int = 1,
+    virtual_pipeline: int | None = None,
+    context: int = 1,
     first_stage_layers: int | None = None,
     sequence_parallel: bool = False,
 ) -> TransformerConfig:
@@ -68,14 +99,20 @@ def transformer_config(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         num_layers_in_first_pipeline_stage=first_stage_layers,
+        virtual_pipeline_model_parallel_size=virtual_pipeline,
+        # Megatron's default point-to-point settings give a virtual pipeline of two stages wrong
+        # losses and gradients.
+        overlap_p2p_comm=virtual_pipeline is not None,
+        batch_p2p_comm=virtual_pipeline is None,
+        context_parallel_size=context,
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=not device.HAS_GPU,
         perform_initialization=False,
-        # Micro-batches are padded to their own longest row.
-        variable_seq_lengths=True,
+        # Micro-batches are padded to their own longest row, but for the virtual pipeline.
+        variable_seq_lengths=virtual_pipeline is None,
         moe_token_dispatcher_type="alltoall",  # asked for with variable lengths, experts or not
         # The loss function and the routers each add their exact share of the global
         # batch's gradient, so nothing may divide by micro-batches or ranks.
@@ -98,31 +135,44 @@ def padded_vocab_size(vocab_size: int, *, tensor: int) -> int:
 
 def build_model(
     arch: Architecture, config: TransformerConfig, routing: RoutingConfig | None
-) -> RoutedGPTModel:
-    """This rank's stage of the model on its device, weights not yet loaded, all frozen but routers.
+) -> ModelChunks:
+    """This rank's part of the model on its device, weights not yet loaded, all frozen but routers.
 
     Raises:
         ValueError: degrees that do not divide the model.
     """
-    model = RoutedGPTModel(
+    virtual = config.virtual_pipeline_model_parallel_size
+    stages = [None] if virtual is None else range(virtual)
+    model = ModelChunks([_build_chunk(arch, config, routing, vp_stage) for vp_stage in stages])
+    freeze_all_but_routers(model)
+    return model.to(device.device())
+
+
+def _build_chunk(
+    arch: Architecture,
+    config: TransformerConfig,
+    routing: RoutingConfig | None,
+    vp_stage: int | None,
+) -> RoutedGPTModel:
+    where = {"ignore_virtual": False, "vp_stage": vp_stage}
+    return RoutedGPTModel(
         config=config,
-        transformer_layer_spec=get_routed_layer_specs(config, routing),
+        transformer_layer_spec=get_routed_layer_specs(config, routing, vp_stage=vp_stage),
         vocab_size=padded_vocab_size(arch.vocab_size, tensor=config.tensor_model_parallel_size),
         unpadded_vocab_size=arch.vocab_size,
         max_sequence_length=arch.max_sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
         share_embeddings_and_output_weights=arch.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=arch.rotary_base,
         rope_scaling=arch.rope_scaling_factor is not None,
         rope_scaling_factor=arch.rope_scaling_factor or 1.0,
+        vp_stage=vp_stage,
     )
-    freeze_all_but_routers(model)
-    return model.to(device.device())
 
 
-def freeze_all_but_routers(model: RoutedGPTModel) -> None:
+def freeze_all_but_routers(model: ModelChunks) -> None:
     """Leave only the routers' weights trainable; call before wrapping the model in DDP."""
     model.requires_grad_(False)
     for router in model.routers().values():

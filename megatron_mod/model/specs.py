@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_mod.model.attention import SequenceRoutedSelfAttention, TorchCoreAttention
+from megatron_mod.model.attention import RoutedSelfAttention, TorchCoreAttention
+from megatron_mod.model.layer import RoutedTransformerLayer
 from megatron_mod.model.norm import RMSNorm
 from megatron_mod.routing.config import RoutingConfig
 
@@ -23,16 +24,16 @@ def dense_layer_spec() -> ModuleSpec:
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.module = RoutedSelfAttention
     spec.submodules.self_attention.submodules.core_attention = TorchCoreAttention
     return spec
 
 
 def routed_layer_spec(routing: RoutingConfig) -> ModuleSpec:
-    """The ordinary layer with a router in front of what ``routing.granularity`` names."""
+    """The ordinary layer with a router that chooses what ``routing.granularity`` names."""
     spec = copy.deepcopy(dense_layer_spec())
-    attention = spec.submodules.self_attention
-    attention.module = SequenceRoutedSelfAttention
-    attention.params = {**attention.params, "routing": routing}
+    spec.module = RoutedTransformerLayer
+    spec.params = {**spec.params, "routing": routing}
     return spec
 
 

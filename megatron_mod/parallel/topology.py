@@ -18,35 +18,49 @@ from megatron_mod.parallel import device
 
 @dataclass(frozen=True)
 class Topology:
-    """How a job's ranks are laid out: ``world_size = tensor * pipeline * data``."""
+    """How a job's ranks are laid out: ``world_size = tensor * pipeline * context * data``.
+
+    ``virtual_pipeline``: model chunks each pipeline rank holds (``None``: one stage).
+    """
 
     tensor: int
     pipeline: int
     data: int
+    context: int = 1
+    virtual_pipeline: int | None = None
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
 
     def to_dict(self) -> dict[str, int]:
-        return {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data}
+        degrees = {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data}
+        return {**degrees, "context": self.context}
 
 
-def plan(*, tensor: int, pipeline: int, world_size: int) -> Topology:
-    """The layout of ``world_size`` ranks; what tensor and pipeline leave is data parallel.
+def plan(
+    *,
+    tensor: int,
+    pipeline: int,
+    world_size: int,
+    context: int = 1,
+    virtual_pipeline: int | None = None,
+) -> Topology:
+    """The layout of ``world_size`` ranks; what the degrees leave over is data parallel.
 
     Raises:
         ValueError: the degrees do not divide the world size.
     """
-    model_parallel = tensor * pipeline
-    if min(tensor, pipeline) < 1 or world_size % model_parallel:
+    model_parallel = tensor * pipeline * context
+    if min(tensor, pipeline, context) < 1 or world_size % model_parallel:
         raise ValueError(
             f"parallel.tensor_model_parallel_size ({tensor}) x "
-            f"parallel.pipeline_model_parallel_size ({pipeline}) = {model_parallel} does not "
+            f"parallel.pipeline_model_parallel_size ({pipeline}) x "
+            f"parallel.context_parallel_size ({context}) = {model_parallel} does not "
             f"divide the {world_size} ranks started; start a multiple of {model_parallel} "
             "(torchrun --nproc_per_node), or change the degrees."
         )
-    return Topology(tensor, pipeline, world_size // model_parallel)
+    return Topology(tensor, pipeline, world_size // model_parallel, context, virtual_pipeline)
 
 
 def environment_world_size() -> int:
@@ -77,6 +91,8 @@ def initialize(topology: Topology, *, seed: int = 0, init_method: str | None = N
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor,
         pipeline_model_parallel_size=topology.pipeline,
+        virtual_pipeline_model_parallel_size=topology.virtual_pipeline,
+        context_parallel_size=topology.context,
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

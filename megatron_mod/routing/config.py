@@ -5,17 +5,27 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-GRANULARITIES = ("attn_sequence",)
-POOLINGS = ("all", "prompt")
-SCOPES = ("layer", "model")
+GRANULARITIES = (
+    "attn_sequence",
+    "attn_token",
+    "mlp_sequence",
+    "mlp_token",
+    "block_sequence",
+    "block_token",
+)
 
 
 @dataclass(frozen=True)
 class RoutingConfig:
-    """Which layers carry a router and how it decides.
+    """Which layers carry a router, what it decides on and how.
 
     ``layers`` are global, zero-based layer indices in ascending order; ``capacity``
-    holds one target per routed layer, in that order.
+    holds one target per routed layer, in that order. ``pooling`` belongs to sequence
+    granularities only (default ``prompt``), ``keys_values`` to token-routed attention only
+    (``attn_token`` and ``block_token``, default ``all``); elsewhere they are ``None``.
+
+    Raises:
+        ValueError: an unknown granularity, or a setting that this granularity would ignore.
     """
 
     granularity: str
@@ -24,7 +34,40 @@ class RoutingConfig:
     scope: str = "model"
     capacity_loss_weight: float = 1.0
     threshold: float = 0.5
-    pooling: str = "prompt"
+    pooling: str | None = None
+    keys_values: str | None = None
+    training_compute: str = "dense"
+
+    def __post_init__(self) -> None:
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(
+                f"router.granularity = {self.granularity!r}: must be one of "
+                f"{', '.join(GRANULARITIES)}."
+            )
+        self._own("pooling", self.per_sequence, "prompt", "a sequence granularity")
+        routes_keys = not self.per_sequence and self.target != "mlp"
+        self._own("keys_values", routes_keys, "all", "attn_token or block_token")
+
+    def _own(self, name: str, belongs: bool, default: str, where: str) -> None:
+        """Give a setting its default where it belongs and refuse it elsewhere."""
+        value = getattr(self, name)
+        if belongs:
+            object.__setattr__(self, name, value or default)
+        elif value is not None:
+            raise ValueError(
+                f"router.{name} = {value!r}: has no meaning for router.granularity = "
+                f"{self.granularity!r}; leave it out, or choose {where}."
+            )
+
+    @property
+    def target(self) -> str:
+        """What a decision covers: ``attn``, ``mlp`` or ``block``."""
+        return self.granularity.split("_")[0]
+
+    @property
+    def per_sequence(self) -> bool:
+        """One decision per sequence rather than per token."""
+        return self.granularity.endswith("_sequence")
 
     @property
     def logit_border(self) -> float:
@@ -43,27 +86,17 @@ class RoutingConfig:
 
 
 def resolve_layers(layers: dict[str, int] | list[int], *, num_layers: int) -> tuple[int, ...]:
-    """Turn ``{'deepest': n}`` or a list into ascending layer indices.
+    """Turn a rule or a list into ascending layer indices.
 
-    The ``n`` deepest leave out the last layer, as published: indices
-    ``num_layers - n - 1 .. num_layers - 2``.
+    ``{'deepest': n}``: the ``n`` deepest but the last, as published: indices
+    ``num_layers - n - 1 .. num_layers - 2``. ``{'every': n, 'offset': k}``: every ``n``-th layer
+    from index ``k`` on (default ``n - 1``, so that ``every: 2`` is the second, fourth, ...).
 
     Raises:
         ValueError: an index out of range, twice the same one, none at all, or an unknown rule.
     """
     if isinstance(layers, dict):
-        if set(layers) != {"deepest"}:
-            raise ValueError(
-                f"router.layers = {layers}: the only rule is 'deepest: n'; "
-                "write that, or a list of layer indices."
-            )
-        n = layers["deepest"]
-        if not 1 <= n <= num_layers - 1:
-            raise ValueError(
-                f"router.layers.deepest = {n}: this model has {num_layers} layers and the last is "
-                f"never counted among the deepest; use 1 to {num_layers - 1}."
-            )
-        return tuple(range(num_layers - n - 1, num_layers - 1))
+        return _by_rule(layers, num_layers=num_layers)
     if not layers:
         raise ValueError("router.layers = []: name at least one layer, or use 'deepest: n'.")
     bad = [i for i in layers if not 0 <= i < num_layers]
@@ -74,6 +107,32 @@ def resolve_layers(layers: dict[str, int] | list[int], *, num_layers: int) -> tu
     if len(set(layers)) != len(layers):
         raise ValueError(f"router.layers = {list(layers)}: a layer is named twice.")
     return tuple(sorted(layers))
+
+
+def _by_rule(rule: dict[str, int], *, num_layers: int) -> tuple[int, ...]:
+    if set(rule) == {"deepest"}:
+        n = rule["deepest"]
+        if not 1 <= n <= num_layers - 1:
+            raise ValueError(
+                f"router.layers.deepest = {n}: this model has {num_layers} layers and the last is "
+                f"never counted among the deepest; use 1 to {num_layers - 1}."
+            )
+        return tuple(range(num_layers - n - 1, num_layers - 1))
+    if "every" not in rule or set(rule) - {"every", "offset"}:
+        raise ValueError(
+            f"router.layers = {rule}: the rules are 'deepest: n' and 'every: n' with an optional "
+            "'offset: k'; write one of them, or a list of layer indices."
+        )
+    n = rule["every"]
+    if not 1 <= n <= num_layers:
+        raise ValueError(f"router.layers.every = {n}: must be 1 to {num_layers}.")
+    offset = rule.get("offset", n - 1)
+    if not 0 <= offset < num_layers:
+        raise ValueError(
+            f"router.layers.offset = {offset}: the first routed layer; must be 0 to "
+            f"{num_layers - 1}."
+        )
+    return tuple(range(offset, num_layers, n))
 
 
 def resolve_capacity(capacity: float | list[float], *, num_routed: int) -> tuple[float, ...]:
@@ -92,6 +151,6 @@ def resolve_capacity(capacity: float | list[float], *, num_routed: int) -> tuple
         if not 0.0 < value <= 1.0:
             raise ValueError(
                 f"router.capacity = {value}: must be above 0 and at most 1 (the share of "
-                "sequences that keeps a routed layer)."
+                "units that keeps a routed layer)."
             )
     return values

@@ -14,11 +14,11 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_mod.conversion import checkpoint as layout
-from megatron_mod.model.builder import RoutedGPTModel
+from megatron_mod.model.builder import ModelChunks
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
 
-ROUTER = "self_attention.router.weight"
+ROUTER = "router.weight"
 NOT_IN_BASE = (ROUTER, "_extra_state")
 # A distributed optimizer's state as any other topology, or a plain optimizer, can read it.
 OPTIMIZER_FORMAT = {
@@ -27,7 +27,7 @@ OPTIMIZER_FORMAT = {
 }
 
 
-def load_base(model: RoutedGPTModel, base: str | Path) -> None:
+def load_base(model: ModelChunks, base: str | Path) -> None:
     """Fill everything but the routers from a base checkpoint, whatever topology wrote it.
 
     Raises:
@@ -44,7 +44,7 @@ def load_base(model: RoutedGPTModel, base: str | Path) -> None:
     assert all(key.endswith(NOT_IN_BASE) for key in missing), missing
 
 
-def load_routers(model: RoutedGPTModel, step: str | Path) -> None:
+def load_routers(model: ModelChunks, step: str | Path) -> None:
     """Fill the routers from a step folder of a training run."""
     state = Path(step) / layout.STATE
     wanted = {k: v for k, v in model.sharded_state_dict().items() if k.endswith(ROUTER)}
@@ -58,7 +58,7 @@ def save_step(
     step: int,
     base: str | Path,
     routing: RoutingConfig,
-    model: RoutedGPTModel,
+    model: ModelChunks,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     state: dict,

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
 
 from megatron_mod.config.cli import to_yaml
 from megatron_mod.config.schema import Config
@@ -23,7 +22,7 @@ from megatron_mod.data.dataset import load_samples
 from megatron_mod.data.loader import Loader
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.architecture import Architecture, check_parallel
-from megatron_mod.model.builder import RoutedGPTModel, build_model, transformer_config
+from megatron_mod.model.builder import ModelChunks, build_model, transformer_config
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
@@ -68,18 +67,22 @@ def prepare(config: Config) -> Plan:
     plan = topology.plan(
         tensor=p.tensor_model_parallel_size,
         pipeline=p.pipeline_model_parallel_size,
+        context=p.context_parallel_size,
+        virtual_pipeline=p.virtual_pipeline_model_parallel_size,
         world_size=topology.environment_world_size(),
     )
     check_parallel(
         arch,
         tensor=plan.tensor,
         pipeline=plan.pipeline,
+        virtual_pipeline=plan.virtual_pipeline,
         first_stage_layers=p.num_layers_in_first_pipeline_stage,
     )
     check_batches(
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         data_ranks=plan.data,
+        pipeline=plan.pipeline if plan.virtual_pipeline else 1,
     )
     if config.data.max_length > arch.max_sequence_length:
         raise ValueError(
@@ -102,7 +105,7 @@ def describe(config: Config, plan: Plan) -> None:
     t, routing = plan.topology, plan.routing
     print(
         f"{t.world_size} rank(s) on {device.describe()}: tensor {t.tensor} x pipeline {t.pipeline}"
-        f" x data {t.data}\n"
+        f"{f' x context {t.context}' if t.context > 1 else ''} x data {t.data}\n"
         f"{plan.arch.num_layers} layers frozen in {config.model.dtype}; training "
         f"{len(routing.layers)} routers ({len(routing.layers) * plan.arch.hidden_size} parameters,"
         f" float32), {routing.granularity} on layers {list(routing.layers)}\n"
@@ -115,7 +118,7 @@ def describe(config: Config, plan: Plan) -> None:
 def train(config: Config, plan: Plan) -> dict:
     """Run the training and return its summary, which is also ``summary.json`` of the run."""
     run = Path(config.checkpoint.save)
-    model, ddp, optimizer, scheduler = _build(config, plan)
+    model, chunks, optimizer, scheduler = _build(config, plan)
     frozen = checkpoint.frozen_digests(model)
     controller = CapacityController(plan.routing, device=device.device())
     loaders = {name: _loader(config, plan, name) for name in ("train", "validation")}
@@ -141,9 +144,13 @@ def train(config: Config, plan: Plan) -> dict:
     for step in range(1, config.train.steps + 1):
         batch = loaders["train"].step(step - 1)
         learning_rate = optimizer.param_groups[0]["lr"] if optimizer.param_groups else 0.0
-        ddp.zero_grad_buffer()
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        check = config.router.check_decisions_interval
+        for layer in model.routed_layers().values():
+            layer.check_decisions = bool(check) and step % check == 0
         optimizer.zero_grad()
-        result = run_schedule(ddp, model, batch, plan.routing, controller=controller)
+        result = run_schedule(chunks, model, batch, plan.routing, controller=controller)
         _, grad_norm, _ = optimizer.step()
         scheduler.step(increment=1)
         metrics.add_tokens(batch.num_tokens)
@@ -161,7 +168,7 @@ def train(config: Config, plan: Plan) -> dict:
             average.apply()
         interval = config.train.validation_interval
         if interval and (last or step % interval == 0):
-            loss, capacity = validate(ddp, model, loaders["validation"], plan.routing)
+            loss, capacity = validate(chunks, model, loaders["validation"], plan.routing)
             metrics.log_validation(step, loss=loss, capacity=capacity)
         if saving:
             save(step)
@@ -177,18 +184,19 @@ def train(config: Config, plan: Plan) -> dict:
 
 @torch.no_grad()
 def validate(
-    chunk: torch.nn.Module, model: RoutedGPTModel, loader: Loader, routing: RoutingConfig
+    chunks: list[torch.nn.Module], model: ModelChunks, loader: Loader, routing: RoutingConfig
 ) -> tuple[float, list[float]]:
     """Mean loss (nats per labelled token) and capacity per routed layer, with real skipping."""
-    chunk.eval()
-    loss, capacity, labels, sequences = 0.0, 0.0, 0, 0
+    model.eval()
+    loss, capacity, labels, units = 0.0, 0.0, 0, 0
     for batch in loader.passes():
-        result = run_schedule(chunk, model, batch, routing, controller=None)
+        result = run_schedule(chunks, model, batch, routing, controller=None)
         loss = loss + result.task_loss * batch.num_labels
-        capacity = capacity + result.capacity * batch.num_sequences
-        labels, sequences = labels + batch.num_labels, sequences + batch.num_sequences
-    chunk.train()
-    return float(loss / labels), (capacity / sequences).tolist()
+        num_units = batch.num_sequences if routing.per_sequence else batch.num_tokens
+        capacity = capacity + result.capacity * num_units
+        labels, units = labels + batch.num_labels, units + num_units
+    model.train()
+    return float(loss / labels), (capacity / units).tolist()
 
 
 def _build(config: Config, plan: Plan) -> tuple:
@@ -198,27 +206,30 @@ def _build(config: Config, plan: Plan) -> tuple:
         dtype=DTYPES[config.model.dtype],
         tensor=plan.topology.tensor,
         pipeline=plan.topology.pipeline,
+        virtual_pipeline=plan.topology.virtual_pipeline,
+        context=plan.topology.context,
         first_stage_layers=p.num_layers_in_first_pipeline_stage,
         sequence_parallel=p.sequence_parallel,
     )
     model = build_model(plan.arch, megatron, plan.routing)
     checkpoint.load_base(model, config.model.checkpoint)
-    ddp: DistributedDataParallel = wrap_ddp(
-        model, use_distributed_optimizer=p.use_distributed_optimizer
-    )
-    optimizer, scheduler = build_optimizer(ddp, config)
-    return model, ddp, optimizer, scheduler
+    chunks = wrap_ddp(model, use_distributed_optimizer=p.use_distributed_optimizer)
+    optimizer, scheduler = build_optimizer(chunks, config)
+    return model, chunks, optimizer, scheduler
 
 
 def _loader(config: Config, plan: Plan, name: str) -> Loader:
+    ranks = plan.topology
     return Loader(
         getattr(plan, name),
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         seed=config.train.seed,
         data_rank=parallel_state.get_data_parallel_rank(),
-        data_ranks=plan.topology.data,
-        multiple=plan.topology.tensor if config.parallel.sequence_parallel else 1,
+        data_ranks=ranks.data,
+        multiple=(ranks.tensor if config.parallel.sequence_parallel else 1)
+        * (2 * ranks.context if ranks.context > 1 else 1),
+        group=ranks.pipeline if ranks.virtual_pipeline else 1,
     )
 
 

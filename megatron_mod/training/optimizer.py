@@ -14,23 +14,30 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_mod.config.schema import Config
-from megatron_mod.model.builder import RoutedGPTModel
+from megatron_mod.model.builder import ModelChunks
 
 
-def wrap_ddp(model: RoutedGPTModel, *, use_distributed_optimizer: bool) -> DistributedDataParallel:
-    """Megatron's DDP around a model that is already frozen; gradients are sums, not means."""
-    ddp = DistributedDataParallel(
-        config=model.config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=use_distributed_optimizer,
-        ),
-        module=model,
-    )
+def wrap_ddp(
+    model: ModelChunks, *, use_distributed_optimizer: bool
+) -> list[DistributedDataParallel]:
+    """Megatron's DDP around each chunk of a model that is already frozen; gradients are sums over
+    the ranks, not means."""
+    wrapped = [
+        DistributedDataParallel(
+            config=chunk.config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=False,
+                use_distributed_optimizer=use_distributed_optimizer,
+            ),
+            module=chunk,
+        )
+        for chunk in model
+    ]
+    no_sync = [chunk.no_sync for chunk in wrapped]
     model.config.finalize_model_grads_func = _sum_gradients
-    model.config.no_sync_func = ddp.no_sync
-    return ddp
+    model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
 
 
 def _sum_gradients(chunks: list, num_tokens: torch.Tensor | None = None, **kwargs: object) -> None:
@@ -39,7 +46,7 @@ def _sum_gradients(chunks: list, num_tokens: torch.Tensor | None = None, **kwarg
 
 
 def build_optimizer(
-    ddp: DistributedDataParallel, config: Config
+    chunks: list[DistributedDataParallel], config: Config
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Adam over the routers and a cosine schedule with warm-up, down to zero."""
     o = config.optimizer
@@ -55,7 +62,7 @@ def build_optimizer(
             params_dtype=torch.float32,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         ),
-        [ddp],
+        chunks,
     )
     warmup = min(round(o.warmup_fraction * config.train.steps), max(config.train.steps - 1, 0))
     scheduler = OptimizerParamScheduler(

@@ -11,7 +11,7 @@ from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import read_config
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.architecture import check_parallel
-from megatron_mod.model.builder import RoutedGPTModel, build_model, transformer_config
+from megatron_mod.model.builder import ModelChunks, build_model, transformer_config
 from megatron_mod.parallel.topology import Topology
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import checkpoint
@@ -19,7 +19,7 @@ from megatron_mod.training import checkpoint
 
 def restore_model(
     load: str | Path, ranks: Topology, *, dtype: torch.dtype = torch.float32
-) -> tuple[RoutedGPTModel, object]:
+) -> tuple[ModelChunks, object]:
     """This rank's stage of a base checkpoint (dense) or of a training run (with its routers), and
     the tokenizer.
 

@@ -12,8 +12,9 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_mod.data.loader import MicroBatch, StepBatch
-from megatron_mod.model.builder import RoutedGPTModel
+from megatron_mod.data.loader import MicroBatch, StepBatch, equal_lengths
+from megatron_mod.model.builder import ModelChunks
+from megatron_mod.model.layout import TokenLayout, zigzag
 from megatron_mod.parallel import device
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
@@ -32,8 +33,8 @@ class StepResult:
 
 
 def run_schedule(
-    chunk: torch.nn.Module,
-    model: RoutedGPTModel,
+    chunks: list[torch.nn.Module],
+    model: ModelChunks,
     batch: StepBatch,
     routing: RoutingConfig,
     *,
@@ -42,29 +43,31 @@ def run_schedule(
     """Run all micro-batches forward, and backward if there is a controller to train with.
 
     Every rank adds its exact share of the global batch's loss and gradient: the task loss is
-    divided by the labels of the global batch, the penalty by its sequences, and nothing
-    divides again.
+    divided by the labels of the global batch, the penalty by its units, and nothing divides again.
 
     Args:
-        chunk: what the schedule calls: the model, or the DDP wrapped around it.
-        model: this rank's stage, unwrapped.
+        chunks: what the schedule calls: the model's chunks, or the DDPs wrapped around them.
+        model: this rank's part of the model, unwrapped.
     """
     routers = model.routers()
     if controller is not None:
-        per_unit = dict(
-            zip(routing.layers, controller.penalty_per_unit(batch.num_sequences), strict=True)
-        )
+        num_units = batch.num_sequences if routing.per_sequence else batch.num_tokens
+        per_unit = dict(zip(routing.layers, controller.penalty_per_unit(num_units), strict=True))
         for layer, router in routers.items():
             router.penalty_per_unit.copy_(per_unit[layer])
     for router in routers.values():
         router.reset_counts()
+    micro_batches = batch.micro_batches
+    if len(chunks) > 1:
+        micro_batches = equal_lengths(micro_batches)
+    iterators = [iter(micro_batches) for _ in chunks]
     losses = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, num_labels=batch.num_labels),
-        data_iterator=iter(batch.micro_batches),
-        model=[chunk],
-        num_microbatches=len(batch.micro_batches),
-        seq_length=batch.micro_batches[0].input_ids.shape[1],
-        micro_batch_size=batch.micro_batches[0].input_ids.shape[0],
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks,
+        num_microbatches=len(micro_batches),
+        seq_length=micro_batches[0].input_ids.shape[1],
+        micro_batch_size=micro_batches[0].input_ids.shape[0],
         forward_only=controller is None,
     )
     return _reduce(losses, routers, routing)
@@ -73,14 +76,31 @@ def run_schedule(
 def _forward_step(
     data: Iterator[MicroBatch], model: torch.nn.Module, *, num_labels: int
 ) -> tuple[Tensor, object]:
-    batch = next(data).to(device.device())
+    batch = _part_of_this_rank(next(data).to(device.device()))
     output = model(
         batch.input_ids,
         batch.position_ids,
-        batch.roles,
+        None,
         labels=batch.labels.clamp(min=0),
+        packed_seq_params=token_layout(batch),
     )
     return output, partial(_loss, labels=batch.labels, num_labels=num_labels)
+
+
+def token_layout(batch: MicroBatch) -> TokenLayout:
+    """What the layers need to know about this rank's part of a micro-batch."""
+    return TokenLayout(
+        roles=batch.roles,
+        position_ids=batch.position_ids,
+        documents=batch.documents,
+        context_ranks=parallel_state.get_context_parallel_world_size(),
+    )
+
+
+def _part_of_this_rank(batch: MicroBatch) -> MicroBatch:
+    """The tokens of each row that this context-parallel rank holds."""
+    group = parallel_state.get_context_parallel_group()
+    return batch.map(partial(zigzag, dim=1, rank=group.rank(), ranks=group.size()))
 
 
 def _loss(per_token: Tensor, *, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.conversion.convert import hf_to_megatron
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import read_config
 from megatron_mod.data.chat import Sample
-from megatron_mod.data.loader import Loader
+from megatron_mod.data.loader import Loader, MicroBatch, StepBatch, collate
 from megatron_mod.evaluation.parity import max_relative_difference, prompt_batch
 from megatron_mod.model.builder import build_model, transformer_config
 from megatron_mod.routing.capacity import CapacityController
@@ -30,13 +32,15 @@ def routing_config(**changes: object) -> RoutingConfig:
 
 
 def build(base: Path, ranks, *, sequence_parallel: bool = False, routing=None, first=None):
-    """This rank's stage of a base checkpoint."""
+    """This rank's part of a base checkpoint."""
     arch = family_of(config := read_config(base / layout.HUGGINGFACE)).architecture_of(config)
     megatron = transformer_config(
         arch,
         dtype=torch.float32,
         tensor=ranks.tensor,
         pipeline=ranks.pipeline,
+        virtual_pipeline=ranks.virtual_pipeline,
+        context=ranks.context,
         sequence_parallel=sequence_parallel,
         first_stage_layers=first,
     )
@@ -77,13 +81,15 @@ def gradients(
     topologies: list[dict],
     routings: list[RoutingConfig],
 ) -> dict:
-    """Loss, penalty, capacity and router gradients of one global batch in each topology."""
+    """Loss, penalty, capacity and router gradients of one global batch in each topology, and the
+    loss of an evaluation, which really skips."""
     found = {}
     for topology in topologies:
         topology = dict(topology)
         sequence_parallel = topology.pop("sequence_parallel", False)
         distributed = topology.pop("use_distributed_optimizer", False)
         first = topology.pop("first", None)
+        packed = topology.pop("packed", False)
         ranks = meet(**topology)
         for number, routing in enumerate(routings):
             model = build(
@@ -91,22 +97,36 @@ def gradients(
             )
             for layer, router in model.routers().items():
                 router.weight.data.copy_(routers[layer])
+            for layer in model.routed_layers().values():
+                layer.check_decisions = True
             frozen = checkpoint.frozen_digests(model)
-            ddp = wrap_ddp(model, use_distributed_optimizer=distributed)
-            ddp.zero_grad_buffer()
+            chunks = wrap_ddp(model, use_distributed_optimizer=distributed)
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
             controller = CapacityController(routing)
             batch = _loader(samples, ranks, sequence_parallel).step(0)
-            result = run_schedule(ddp, model, batch, routing, controller=controller)
+            if packed:
+                batch = pack(samples)
+            result = run_schedule(chunks, model, batch, routing, controller=controller)
             loss = result.task_loss + controller.penalty(result.capacity)
-            # With the distributed optimizer a rank's buffer holds the sums of its shard only.
-            grads = (
-                {}
-                if distributed
-                else {k: r.weight.main_grad.clone() for k, r in model.routers().items()}
+            if distributed:
+                gather_gradients(chunks)
+            grads = {k: r.weight.main_grad.clone() for k, r in model.routers().items()}
+            model.eval()
+            with torch.no_grad():
+                evaluated = run_schedule(chunks, model, batch, routing, controller=None)
+            name = (
+                *sorted(topology.items()),
+                sequence_parallel,
+                distributed,
+                first,
+                packed,
+                number,
             )
-            name = (*sorted(topology.items()), sequence_parallel, distributed, first, number)
             found[name] = {
                 "loss": float(loss),
+                "task_loss": float(evaluated.task_loss),
+                "evaluated_capacity": evaluated.capacity.tolist(),
                 "capacity": result.capacity.tolist(),
                 "gradients": grads,
                 "frozen_changed": checkpoint.count_changed(
@@ -116,9 +136,47 @@ def gradients(
     return found
 
 
-def _loader(samples: list[Sample], ranks, sequence_parallel: bool) -> Loader:
-    from megatron.core import parallel_state
+def gather_gradients(chunks: list) -> None:
+    """Fill the gradient buffers of a distributed optimizer, of which each rank has its shard."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for chunk in chunks:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
+
+def pack(samples: list[Sample]) -> StepBatch:
+    """Eight samples as one micro-batch of three rows of two documents and one of two rows, one
+    with one document and one with none but padding."""
+    rows = [samples[0:2], samples[2:4], samples[4:6]], [samples[6:8], []]
+    return StepBatch(
+        [_packed(micro_batch) for micro_batch in rows],
+        num_sequences=len(samples),
+        num_tokens=sum(len(sample.ids) for sample in samples),
+        num_labels=sum(sample.num_labels for sample in samples),
+    )
+
+
+def _packed(rows: list[list[Sample]]) -> MicroBatch:
+    length = max(sum(len(sample.ids) for sample in row) for row in rows) + 3
+    parts = {"input_ids": [], "position_ids": [], "labels": [], "roles": []}
+    for row in rows:
+        single = [collate([sample]) for sample in row]
+        missing = length - sum(len(sample.ids) for sample in row)
+        last = single[-1].position_ids[0, -1] + 1 if single else 0
+        for name, fill in (("input_ids", 0), ("labels", -100), ("roles", 0)):
+            pieces = [getattr(one, name)[0] for one in single]
+            parts[name].append(torch.cat([*pieces, torch.full((missing,), fill)]))
+        positions = [one.position_ids[0] for one in single]
+        parts["position_ids"].append(torch.cat([*positions, last + torch.arange(missing)]))
+    documents = tuple(tuple(len(sample.ids) for sample in row) for row in rows)
+    tensors = {name: torch.stack(rows) for name, rows in parts.items()}
+    tensors["roles"] = tensors["roles"].to(torch.uint8)
+    return MicroBatch(**tensors, documents=documents)
+
+
+def _loader(samples: list[Sample], ranks, sequence_parallel: bool) -> Loader:
     return Loader(
         samples,
         global_batch_size=len(samples),
@@ -126,5 +184,6 @@ def _loader(samples: list[Sample], ranks, sequence_parallel: bool) -> Loader:
         seed=5,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_ranks=ranks.data,
-        multiple=ranks.tensor if sequence_parallel else 1,
+        multiple=(ranks.tensor if sequence_parallel else 1) * 2 * ranks.context,
+        group=ranks.pipeline if ranks.virtual_pipeline else 1,
     )

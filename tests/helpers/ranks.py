@@ -62,7 +62,9 @@ def _rank(function: Callable, args: tuple, rank: int, world: int, folder: str) -
         raise
 
 
-def meet(*, tensor: int = 1, pipeline: int = 1):
+def meet(
+    *, tensor: int = 1, pipeline: int = 1, context: int = 1, virtual_pipeline: int | None = None
+):
     """Lay this job's ranks out (again, if they were); returns the topology."""
     from megatron.core import parallel_state
 
@@ -71,7 +73,11 @@ def meet(*, tensor: int = 1, pipeline: int = 1):
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     ranks = topology.plan(
-        tensor=tensor, pipeline=pipeline, world_size=int(os.environ["WORLD_SIZE"])
+        tensor=tensor,
+        pipeline=pipeline,
+        context=context,
+        virtual_pipeline=virtual_pipeline,
+        world_size=int(os.environ["WORLD_SIZE"]),
     )
     topology.initialize(ranks, init_method=os.environ["MEET"])
     return ranks

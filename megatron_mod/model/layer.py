@@ -1,0 +1,217 @@
+"""The transformer layer that asks a router what to compute."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_mod.model.layout import AttentionPlan, TokenLayout
+from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.decision import keep_mask
+from megatron_mod.routing.router import Router
+from megatron_mod.routing.selection import Everything, Selection, count_chosen, select
+
+
+class RoutedTransformerLayer(TransformerLayer):
+    """``y = x + m * F(x)`` with ``F`` attention, MLP or both, and ``m`` its router's decision.
+
+    The router reads the output of the input norm. In training every unit is computed and
+    multiplied by the straight-through mask (``training_compute: dense``), or chosen units
+    only (``sparse``); in evaluation chosen units only.
+
+    With sequence parallelism the layer gathers its rows, works as if there were none, and
+    scatters them again: its tensor-parallel ranks then decide on the same numbers, and
+    only chosen tokens take part in its reductions.
+    """
+
+    def __init__(self, config, *args, routing: RoutingConfig, **kwargs) -> None:
+        if config.hidden_dropout:
+            raise ValueError(
+                f"hidden_dropout = {config.hidden_dropout}: a routed layer adds its update without "
+                "dropout; set hidden_dropout to 0."
+            )
+        self.gathers_rows = config.sequence_parallel
+        if self.gathers_rows:
+            config = copy.copy(config)
+            config.sequence_parallel = False
+        super().__init__(config, *args, **kwargs)
+        self.routing = routing
+        self.check_decisions = False
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.router = Router(config.hidden_size, device=device)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        *,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: TokenLayout | None = None,
+        **unused: object,
+    ) -> tuple[Tensor, None]:
+        """``[S, B, H]`` (``[S / tp, B, H]`` with sequence parallelism) to the same shape.
+
+        Raises:
+            ValueError: an attention mask or packed parameters that are not a ``TokenLayout``.
+        """
+        if attention_mask is not None or not isinstance(
+            packed_seq_params, (TokenLayout, type(None))
+        ):
+            raise ValueError(
+                "a routed layer attends causally and takes roles and documents from a TokenLayout: "
+                "call the model with attention_mask=None and packed_seq_params=TokenLayout(...)."
+            )
+        x, tp = hidden_states, self.pg_collection.tp
+        if self.gathers_rows:
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=tp)
+        cp = self.pg_collection.cp
+        layout = packed_seq_params or TokenLayout.of_prompts(
+            x, context_rank=cp.rank(), context_ranks=cp.size()
+        )
+        normed = self.input_layernorm(x)
+        chosen = self._choose(normed, layout)
+        if self.routing.target == "attn":
+            x = chosen.add(x, self._attend(normed, chosen, layout, rotary_pos_emb))
+            x = x + self._feed_forward(x)
+        elif self.routing.target == "mlp":
+            x = x + self._attend(normed, Everything(), layout, rotary_pos_emb)
+            x = chosen.add(x, self._feed_forward(chosen.take(x)))
+        else:
+            update = self._attend(normed, chosen, layout, rotary_pos_emb)
+            update = update + self._feed_forward(chosen.take(x) + update)
+            x = chosen.add(x, update)
+        if self.gathers_rows:
+            x = scatter_to_sequence_parallel_region(x, group=tp)
+        return x, None
+
+    def _choose(self, normed: Tensor, layout: TokenLayout) -> Selection | Everything:
+        """Ask the router about normed hidden states ``[S, B, H]``."""
+        if self.routing.per_sequence:
+            kept, mask = self._decide_sequences(normed, layout)
+        else:
+            kept, mask = self._decide_tokens(normed, layout)
+        if self.check_decisions:
+            self._require_equal_decisions(kept)
+        dense = self.training and self.routing.training_compute == "dense"
+        if dense:
+            return Everything(mask)
+        counts = count_chosen(kept, layout.document, layout.num_documents)[None]
+        cp = self.pg_collection.cp
+        if cp.size() > 1:
+            counts = gather_from_sequence_parallel_region(counts, group=cp)
+        host_counts = counts.tolist()  # the one host synchronisation: shapes follow from it
+        mask = mask if self.training else None
+        if min(map(sum, host_counts)) == kept.numel():
+            return Everything(mask)
+        return select(
+            kept,
+            layout.document,
+            layout.position_ids.t(),
+            counts,
+            host_counts,
+            rank=cp.rank(),
+            mask=mask,
+        )
+
+    def _decide_tokens(self, normed: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """Which tokens are kept, bool ``[S, B]``, and the mask with its gradient."""
+        mask = keep_mask(
+            self.router(normed),
+            border=self.routing.logit_border,
+            penalty_gradient=self.router.penalty_per_unit * layout.valid,
+        )
+        mask = mask * layout.valid
+        kept = mask.detach().bool()
+        self.router.count(kept, layout.valid)
+        return kept, mask
+
+    def _decide_sequences(self, normed: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """As ``_decide_tokens``, with one decision for all tokens of a document."""
+        pooled = layout.pooled(self.routing.pooling)
+        total = layout.pool(self.router(normed), pooled)
+        counts = torch.stack(
+            [layout.pool(tokens.to(total.dtype), tokens) for tokens in (pooled, layout.valid)]
+        )
+        cp = self.pg_collection.cp
+        if cp.size() > 1:
+            total = reduce_from_tensor_model_parallel_region(total, group=cp)
+            counts = reduce_from_tensor_model_parallel_region(counts, group=cp)
+        is_valid = counts[1] > 0
+        mask = keep_mask(
+            total / counts[0].clamp(min=1),
+            border=self.routing.logit_border,
+            penalty_gradient=self.router.penalty_per_unit * is_valid,
+        )
+        self.router.count(mask.detach().bool(), is_valid)
+        if cp.size() > 1:
+            # Each rank's use of the mask sees only its tokens: add up what comes back.
+            mask = copy_to_tensor_model_parallel_region(mask, group=cp)
+        mask = layout.per_token(mask)
+        return mask.detach().bool(), mask
+
+    def _attend(
+        self,
+        normed: Tensor,
+        chosen: Selection | Everything,
+        layout: TokenLayout,
+        rotary_pos_emb: Tensor | None,
+    ) -> Tensor:
+        """The attention's update of the chosen tokens, a grid ``[S, B, H]`` or a stream."""
+        if isinstance(chosen, Selection) and not chosen.segments.num_documents:
+            return normed.new_zeros(0, 1, normed.shape[-1])
+        everyone = self.routing.keys_values == "all" or isinstance(chosen, Everything)
+        if rotary_pos_emb is not None and (layout.packed or isinstance(chosen, Selection)):
+            grid = layout.rotary(rotary_pos_emb)
+            queries = chosen.take(grid)
+            rotary_pos_emb = (queries, grid if everyone else queries)
+        output, bias = self.self_attention(
+            chosen.take(normed),
+            attention_mask=None,
+            key_value_states=normed if everyone and isinstance(chosen, Selection) else None,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=self._plan(chosen, layout, everyone=everyone),
+        )
+        return output if bias is None else output + bias
+
+    def _plan(
+        self, chosen: Selection | Everything, layout: TokenLayout, *, everyone: bool
+    ) -> AttentionPlan:
+        if isinstance(chosen, Selection):
+            if everyone:
+                return AttentionPlan(
+                    queries=chosen.segments, keys=layout.tokens, documents=chosen.documents
+                )
+            return AttentionPlan(queries=chosen.segments, keys=chosen.segments)
+        if self.routing.keys_values == "selected" and chosen.mask is not None:
+            kept = layout.tokens.pad(chosen.mask.detach()) > 0
+            return AttentionPlan(queries=layout.tokens, keys=layout.tokens, kept_keys=kept)
+        return layout.attention
+
+    def _feed_forward(self, hidden_states: Tensor) -> Tensor:
+        """The MLP's update of a grid ``[S, B, H]`` or a stream ``[N, 1, H]``."""
+        if not len(hidden_states):
+            return hidden_states
+        output, bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return output if bias is None else output + bias
+
+    def _require_equal_decisions(self, kept: Tensor) -> None:
+        group = self.pg_collection.tp
+        if group.size() == 1:
+            return
+        ours = kept.flatten().to(torch.uint8)
+        theirs = gather_from_sequence_parallel_region(ours, group=group).view(group.size(), -1)
+        if bool((theirs != ours).any()):
+            raise RuntimeError(
+                f"layer {self.layer_number - 1} ({self.routing.granularity}): tensor-parallel "
+                f"ranks decided differently on {int((theirs != ours).any(0).sum())} of {ours.numel()} "
+                "tokens; what follows would be wrong or never end."
+            )

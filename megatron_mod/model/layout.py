@@ -1,0 +1,169 @@
+"""What Megatron's layers need to know about a micro-batch besides its hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_mod.routing.masks import TokenRole, pooled_tokens, valid_tokens
+from megatron_mod.routing.selection import Rows, Segments, Selection, select
+
+
+@dataclass
+class GridSegments:
+    """Packed rows ``[S, B, ...]`` seen document by document; padding belongs to none."""
+
+    selection: Selection
+    shape: torch.Size
+
+    def pad(self, grid: Tensor) -> Tensor:
+        return self.selection.segments.pad(self.selection.take(grid))
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        return self.selection.put(self.selection.segments.unpad(padded), self.shape)
+
+    def pad_positions(self, fill: int) -> Tensor:
+        return self.selection.segments.pad_positions(fill)
+
+
+@dataclass
+class AttentionPlan(PackedSeqParams):
+    """Who attends to whom: causally, inside a document.
+
+    It travels as Megatron's ``packed_seq_params``, which self-attention hands to its core.
+
+    Args:
+        queries, keys: how the query and the key (and value) tensors are padded by document.
+        documents: the documents of ``keys`` that ``queries`` holds (``None``: all).
+        kept_keys: bool ``[D, T]``, keys that others may attend to besides their own query
+            (``None``: all).
+    """
+
+    queries: Rows | Segments | GridSegments | None = None
+    keys: Rows | Segments | GridSegments | None = None
+    documents: Tensor | None = None
+    kept_keys: Tensor | None = None
+
+
+@dataclass
+class TokenLayout(PackedSeqParams):
+    """A micro-batch's roles and documents, as this context-parallel rank holds them.
+
+    Give it to Megatron's ``GPTModel`` as ``packed_seq_params``; without it every token counts as
+    a valid one of a prompt and every row as one document.
+
+    Args:
+        roles: uint8 ``[B, S]`` of ``TokenRole``.
+        position_ids: int64 ``[B, S]``, of each token in its document.
+        documents: per row the lengths in tokens of its documents, in order; padding follows them.
+        context_ranks: how many ranks share a row.
+    """
+
+    roles: Tensor | None = None
+    position_ids: Tensor | None = None
+    documents: Sequence[Sequence[int]] = ()
+    context_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        self.qkv_format = "sbhd"
+        # Megatron makes its rotary table this long and then takes this rank's part of it.
+        self.max_seqlen_q = self.max_seqlen_kv = self.roles.shape[1] * self.context_ranks
+        self._pooled: dict[str, Tensor] = {}
+
+    @classmethod
+    def of_prompts(cls, hidden_states: Tensor, *, context_rank: int, context_ranks: int):
+        """Rows ``[S, B, H]`` that are one whole prompt each."""
+        length, rows = hidden_states.shape[:2]
+        device = hidden_states.device
+        roles = torch.full((rows, length), int(TokenRole.PROMPT), dtype=torch.uint8, device=device)
+        whole = torch.arange(length * context_ranks, device=device)
+        local = zigzag(whole, dim=0, rank=context_rank, ranks=context_ranks)
+        return cls(
+            roles=roles,
+            position_ids=local.expand(rows, length),
+            documents=((length,),) * rows,
+            context_ranks=context_ranks,
+        )
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds several documents."""
+        return any(len(row) > 1 for row in self.documents)
+
+    @cached_property
+    def num_documents(self) -> int:
+        """Documents of the micro-batch; unpacked, a row is one even if it is all padding."""
+        return sum(map(len, self.documents)) if self.packed else self.roles.shape[0]
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """bool ``[S, B]``: not padding."""
+        return valid_tokens(self.roles).t()
+
+    def pooled(self, pooling: str) -> Tensor:
+        """bool ``[S, B]``: the tokens a sequence router averages over."""
+        if pooling not in self._pooled:
+            self._pooled[pooling] = pooled_tokens(self.roles, pooling=pooling).t()
+        return self._pooled[pooling]
+
+    @cached_property
+    def document(self) -> Tensor:
+        """int64 ``[S, B]``: which document a token belongs to, counted row by row."""
+        rows, length = self.roles.shape
+        if not self.packed:
+            return torch.arange(rows, device=self.roles.device).expand(length, rows)
+        starts = (self.position_ids == 0) & self.valid.t()
+        return (starts.flatten().cumsum(0) - 1).clamp(min=0).view(rows, length).t()
+
+    def rotary(self, table: Tensor | None) -> Tensor | None:
+        """Rotary angles ``[S, B, 1, dim]`` of each token from Megatron's table ``[S, 1, 1, dim]``,
+        which holds those of this rank's part of a row."""
+        if table is None:
+            return None
+        rows, length = self.roles.shape
+        if self.packed:
+            return table[self.position_ids.t(), 0]
+        return table[:length].expand(length, rows, *table.shape[2:])
+
+    @cached_property
+    def tokens(self) -> Rows | GridSegments:
+        """How a grid of all tokens is padded by document."""
+        if not self.packed:
+            return Rows(self.position_ids)
+        lengths = [length for row in self.documents for length in row]
+        counts = torch.zeros(1, len(lengths), dtype=torch.int64, device=self.roles.device)
+        counts[0].scatter_add_(0, self.document.flatten(), self.valid.flatten().long())
+        whole = select(self.valid, self.document, self.position_ids.t(), counts, [lengths])
+        return GridSegments(whole, self.valid.shape)
+
+    @cached_property
+    def attention(self) -> AttentionPlan:
+        """Every token attends to its document's earlier tokens and to itself."""
+        return AttentionPlan(queries=self.tokens, keys=self.tokens)
+
+    def pool(self, values: Tensor, tokens: Tensor) -> Tensor:
+        """Sum ``[D]`` over each document of ``values`` ``[S, B]`` at ``tokens`` ``[S, B]``.
+
+        Deterministic on every device, so that ranks that hold the same tokens agree.
+        """
+        return self.tokens.pad(values * tokens).sum(1)
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """Each document's value ``[D]`` at its tokens, zero at padding: ``[S, B]``."""
+        if self.packed:
+            return values[self.document] * self.valid
+        return values.expand(self.valid.shape) * self.valid
+
+
+def zigzag(tensor: Tensor, *, dim: int, rank: int, ranks: int) -> Tensor:
+    """One context-parallel rank's part of a sequence, cut as Megatron does: of ``2 * ranks`` equal
+    chunks number ``rank`` and number ``2 * ranks - 1 - rank``, so that causal work is even."""
+    if ranks == 1:
+        return tensor
+    chunks = tensor.chunk(2 * ranks, dim=dim)
+    return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]), dim=dim)

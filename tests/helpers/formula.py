@@ -1,0 +1,105 @@
+"""Every routing scheme in plain torch on Hugging Face's own Llama, nothing of ours in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+
+@dataclass
+class Scheme:
+    """What is routed and how (the fields of a routing configuration, spelled out again)."""
+
+    granularity: str
+    layers: Sequence[int]
+    pooling: str | None = None
+    keys_values: str | None = None
+    training_compute: str = "dense"
+    threshold: float = 0.5
+
+
+def straight_through(logit: Tensor, threshold: float) -> Tensor:
+    """``m = 1 if logit >= log(t / (1 - t)) else 0``; backward ``dL/dp = dL/dm``."""
+    probability = torch.sigmoid(logit)
+    keep = (logit >= math.log(threshold / (1 - threshold))).float()
+    return probability + (keep - probability).detach()
+
+
+def attention(module, normed: Tensor, rotary: tuple, seen: Tensor) -> Tensor:
+    """Softmax attention of one document ``[T, H]``; ``seen`` bool ``[T, T]``: key by query."""
+    length, dim = normed.shape[0], module.head_dim
+    q, k, v = (
+        p(normed).view(1, length, -1, dim).transpose(1, 2)
+        for p in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    q, k = apply_rotary_pos_emb(q, k, *rotary)
+    k, v = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (k, v))
+    scores = (q @ k.transpose(-1, -2)) / math.sqrt(dim)
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    return module.o_proj((weights @ v).transpose(1, 2).reshape(length, -1))
+
+
+def forward(
+    model, ids: Sequence[int], prompt: int, routers: dict[int, Tensor], scheme: Scheme
+) -> tuple[Tensor, dict[int, Tensor], float]:
+    """One document: logits ``[T, vocab]``, each routed layer's mask (a scalar or ``[T]``), and the
+    smallest distance of a logit from the border."""
+    ids = torch.tensor([list(ids)])
+    x = model.model.embed_tokens(ids)
+    rotary = model.model.rotary_emb(x, torch.arange(ids.shape[1])[None])
+    x, made, margin = x[0], {}, math.inf
+    causal = torch.ones(len(x), len(x)).tril().bool()
+    border = math.log(scheme.threshold / (1 - scheme.threshold))
+    target = scheme.granularity.split("_")[0]
+    for index, layer in enumerate(model.model.layers):
+        normed = layer.input_layernorm(x)
+        m, seen = torch.ones(len(x)), causal
+        if index in scheme.layers:
+            logit = (normed.double() @ routers[index].double().squeeze(0)).float()
+            if scheme.granularity.endswith("sequence"):
+                pooled = logit[:prompt] if scheme.pooling == "prompt" else logit
+                logit = pooled.mean()
+            margin = min(margin, float((logit.detach() - border).abs().min()))
+            m = made[index] = straight_through(logit, scheme.threshold)
+            if scheme.training_compute == "sparse":  # what is skipped has no task gradient
+                m = m * m.detach()
+            m = m.expand(len(x))
+            if scheme.keys_values == "selected":
+                seen = causal & ((m.detach() > 0)[None, :] | torch.eye(len(x)).bool())
+        m = m[:, None]
+        update = attention(layer.self_attn, normed, rotary, seen)
+        if target == "attn":
+            x = x + m * update
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        elif target == "mlp":
+            x = x + update
+            x = x + m * layer.mlp(layer.post_attention_layernorm(x))
+        else:
+            update = update + layer.mlp(layer.post_attention_layernorm(x + update))
+            x = x + m * update
+    return model.lm_head(model.model.norm(x)), made, margin
+
+
+def batch_loss(
+    model, samples: Sequence, routers: dict[int, Tensor], scheme: Scheme
+) -> tuple[Tensor, dict[int, Tensor], float]:
+    """Cross entropy per label of a whole batch, each layer's capacity (both with their graphs)
+    and the smallest margin."""
+    nll, count, margin = 0.0, 0, math.inf
+    masks = {layer: [] for layer in scheme.layers}
+    for sample in samples:
+        logits, made, closest = forward(model, sample.ids, sample.prompt_length, routers, scheme)
+        targets = [i for i, label in enumerate(sample.labelled) if label and i]
+        expected = torch.tensor([sample.ids[i] for i in targets])
+        picked = logits[[i - 1 for i in targets]]
+        nll = nll + torch.nn.functional.cross_entropy(picked, expected, reduction="sum")
+        count += len(targets)
+        margin = min(margin, closest)
+        for layer, mask in made.items():
+            masks[layer].append(mask.reshape(-1))
+    return nll / count, {layer: torch.cat(m).mean() for layer, m in masks.items()}, margin
