@@ -15,6 +15,7 @@ from megatron_mod.data.dataset import load_samples
 from megatron_mod.data.python_docs import topic_text
 from megatron_mod.evaluation import speed, static
 from megatron_mod.evaluation.perplexity import perplexity
+from megatron_mod.routing.config import RoutingConfig
 
 CONTEXT = 1000  # tokens of a prompt whose prefill and decode are timed, if the model has room
 PROMPTS = 4
@@ -49,15 +50,17 @@ def build_report(
     held_out_text = text["held_out"]
     with_dense = perplexity(dense, held_out_text, progress=shown(held_out_text, "dense"))
     with_routers = perplexity(routed, held_out_text, progress=shown(held_out_text, "routed"))
+    target = RoutingConfig.from_dict(routing).target
     importance = static.rank_layers(
         dense,
         text["ranking"],
         routing["layers"],
+        target=target,
         progress=shown(text["ranking"], "ranking layers"),
     )
     capacity = mean(with_routers.capacity)
     removed = static.removed_layers(importance, capacity=capacity)
-    with static.without_attention(dense, removed):
+    with static.without(dense, removed, target=target):
         with_static = perplexity(dense, held_out_text, progress=shown(held_out_text, "static"))
 
     context = min(CONTEXT, dense.config.max_position_embeddings - speed.NEW_TOKENS)

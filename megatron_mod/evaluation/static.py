@@ -1,4 +1,5 @@
-"""The baseline a router must beat: attention removed for good from the least important layers."""
+"""The baseline a router must beat: what it routes removed for good from the least important
+layers."""
 
 from __future__ import annotations
 
@@ -13,18 +14,29 @@ from megatron_mod.evaluation.perplexity import cross_entropy, label_positions
 
 
 @contextlib.contextmanager
-def without_attention(model, layers: Iterable[int]) -> Iterator[None]:
-    """The block's attention outputs of a dense Hugging Face model are zero in ``layers``."""
+def without(model, layers: Iterable[int], *, target: str) -> Iterator[None]:
+    """The block's dense Hugging Face model adds nothing for the ``target`` of ``layers``: their
+    ``attn``, their ``mlp``, or the whole ``block``."""
 
-    def nothing(module: object, inputs: object, output: tuple) -> tuple:
-        return (torch.zeros_like(output[0]), *output[1:])
+    def zero(module: object, inputs: object, output: Tensor | tuple) -> Tensor | tuple:
+        if isinstance(output, tuple):
+            return (torch.zeros_like(output[0]), *output[1:])
+        return torch.zeros_like(output)
 
-    hooks = [model.model.layers[i].self_attn.register_forward_hook(nothing) for i in layers]
+    def unchanged(module: object, inputs: tuple, output: Tensor) -> Tensor:
+        return inputs[0]
+
+    def hook(layer: torch.nn.Module) -> object:
+        if target == "block":
+            return layer.register_forward_hook(unchanged)
+        return (layer.self_attn if target == "attn" else layer.mlp).register_forward_hook(zero)
+
+    hooks = [hook(model.model.layers[index]) for index in layers]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
 
 
 def removed_layers(importance: dict[int, float], *, capacity: float) -> list[int]:
@@ -39,9 +51,10 @@ def rank_layers(
     samples: Sequence[Sample],
     layers: Sequence[int],
     *,
+    target: str,
     progress: Iterable[Sample] | None = None,
 ) -> dict[int, float]:
-    """How much the loss (nats a token) grows when one layer's attention is removed, for each.
+    """How much the loss (nats a token) grows when one layer's ``target`` is removed, for each.
 
     The layers below the first candidate are computed once per sample; each removal then
     starts from the hidden states in front of its layer.
@@ -55,7 +68,7 @@ def rank_layers(
         last = len(inputs) - 1
         dense = _loss_from(model, last, inputs[last], context, ids[0], targets)
         for index in layers:
-            with without_attention(model, [index]):
+            with without(model, [index], target=target):
                 loss = _loss_from(model, index, inputs[index], context, ids[0], targets)
             grown[index] += loss - dense
         tokens += len(targets)

@@ -212,6 +212,6 @@ class RoutedTransformerLayer(TransformerLayer):
         if bool((theirs != ours).any()):
             raise RuntimeError(
                 f"layer {self.layer_number - 1} ({self.routing.granularity}): tensor-parallel "
-                f"ranks decided differently on {int((theirs != ours).any(0).sum())} of {ours.numel()} "
-                "tokens; what follows would be wrong or never end."
+                f"ranks decided differently on {int((theirs != ours).any(0).sum())} of "
+                f"{ours.numel()} tokens; what follows would be wrong or never end."
             )

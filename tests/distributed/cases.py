@@ -136,6 +136,23 @@ def gradients(
     return found
 
 
+def disagreement(base: Path, samples: list[Sample], routing: RoutingConfig) -> str:
+    """What a training says whose tensor-parallel ranks hold different routers."""
+    ranks = meet(tensor=2)
+    model = build(base, ranks, routing=routing)
+    for index, layer in model.routed_layers().items():
+        layer.check_decisions = True
+        sign = -1 if index == 2 and parallel_state.get_tensor_model_parallel_rank() else 1
+        layer.router.weight.data.fill_(0.3 * sign)
+    batch = _loader(samples, ranks, False).step(0)
+    chunks = wrap_ddp(model, use_distributed_optimizer=False)
+    try:
+        run_schedule(chunks, model, batch, routing, controller=CapacityController(routing))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
 def gather_gradients(chunks: list) -> None:
     """Fill the gradient buffers of a distributed optimizer, of which each rank has its shard."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)

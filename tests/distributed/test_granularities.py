@@ -139,3 +139,11 @@ def test_the_batch_skips_some_units_in_every_scheme(case):
 )
 def test_loss_and_gradients_equal_the_formula(case, routings, world, topologies, tmp_path):
     check(case, routings, world, topologies, tmp_path)
+
+
+def test_ranks_that_decide_differently_are_stopped(case, tmp_path):
+    _, base, samples, _ = case
+    for message in run_ranks(
+        cases.disagreement, base, samples, scheme("mlp_token"), world=2, folder=tmp_path
+    ):
+        assert message.startswith("layer 2 (mlp_token): tensor-parallel ranks decided differently")

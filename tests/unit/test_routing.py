@@ -98,12 +98,45 @@ def test_deepest_leaves_out_the_last_layer_as_published():
     assert resolve_layers([5, 1], num_layers=6) == (1, 5)
 
 
+def test_every_counts_from_its_offset():
+    assert resolve_layers({"every": 2}, num_layers=6) == (1, 3, 5)
+    assert resolve_layers({"every": 2, "offset": 0}, num_layers=6) == (0, 2, 4)
+    assert resolve_layers({"every": 3, "offset": 1}, num_layers=6) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "pooling", "keys_values"),
+    [
+        ("attn_sequence", "prompt", None),
+        ("attn_token", None, "all"),
+        ("mlp_sequence", "prompt", None),
+        ("mlp_token", None, None),
+        ("block_sequence", "prompt", None),
+        ("block_token", None, "all"),
+    ],
+)
+def test_settings_belong_to_their_granularity(granularity, pooling, keys_values):
+    made = config(granularity=granularity)
+    assert (made.pooling, made.keys_values) == (pooling, keys_values)
+    assert RoutingConfig.from_dict(made.to_dict()) == made
+    for name, belongs in (("pooling", pooling), ("keys_values", keys_values)):
+        if belongs is None:
+            with pytest.raises(ValueError, match=f"router.{name} = 'all'.*no meaning"):
+                config(granularity=granularity, **{name: "all"})
+        else:
+            assert getattr(config(granularity=granularity, **{name: "all"}), name) == "all"
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
         ({"deepest": 6}, "use 1 to 5"),
         ({"deepest": 0}, "use 1 to 5"),
-        ({"every": 2}, "deepest: n"),
+        ({"evry": 2}, "'every: n'"),
+        ({"deepest": 2, "offset": 1}, "'every: n'"),
+        ({"every": 7}, "must be 1 to 6"),
+        ({"every": 0}, "must be 1 to 6"),
+        ({"every": 2, "offset": 6}, "must be 0 to 5"),
         ([0, 6], r"\[6\] out of range; this model has layers 0 to 5"),
         ([2, 2], "twice"),
         ([], "at least one layer"),
