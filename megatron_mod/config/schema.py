@@ -19,10 +19,13 @@ class ModelConfig:
     Args:
         checkpoint: folder that tools/convert_hf_to_megatron.py wrote.
         dtype: what the frozen weights and activations are held in; routers stay in float32.
+        transformer_impl: the layers' modules: `transformer_engine` (GPUs only) or `local`,
+            Megatron's own with torch's attention; unset: Transformer Engine where it works.
     """
 
     checkpoint: str
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    transformer_impl: Literal["local", "transformer_engine"] | None = None
 
 
 @dataclass

@@ -134,16 +134,24 @@ def padded_vocab_size(vocab_size: int, *, tensor: int) -> int:
 
 
 def build_model(
-    arch: Architecture, config: TransformerConfig, routing: RoutingConfig | None
+    arch: Architecture,
+    config: TransformerConfig,
+    routing: RoutingConfig | None,
+    *,
+    implementation: str = "local",
 ) -> ModelChunks:
     """This rank's part of the model on its device, weights not yet loaded, all frozen but routers.
+
+    ``implementation``: see ``specs.choose_implementation``.
 
     Raises:
         ValueError: degrees that do not divide the model.
     """
     virtual = config.virtual_pipeline_model_parallel_size
     stages = [None] if virtual is None else range(virtual)
-    model = ModelChunks([_build_chunk(arch, config, routing, vp_stage) for vp_stage in stages])
+    model = ModelChunks(
+        [_build_chunk(arch, config, routing, stage, implementation) for stage in stages]
+    )
     freeze_all_but_routers(model)
     return model.to(device.device())
 
@@ -153,11 +161,14 @@ def _build_chunk(
     config: TransformerConfig,
     routing: RoutingConfig | None,
     vp_stage: int | None,
+    implementation: str,
 ) -> RoutedGPTModel:
     where = {"ignore_virtual": False, "vp_stage": vp_stage}
     return RoutedGPTModel(
         config=config,
-        transformer_layer_spec=get_routed_layer_specs(config, routing, vp_stage=vp_stage),
+        transformer_layer_spec=get_routed_layer_specs(
+            config, routing, vp_stage=vp_stage, implementation=implementation
+        ),
         vocab_size=padded_vocab_size(arch.vocab_size, tensor=config.tensor_model_parallel_size),
         unpadded_vocab_size=arch.vocab_size,
         max_sequence_length=arch.max_sequence_length,

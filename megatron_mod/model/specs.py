@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+    get_mlp_module_spec_for_backend,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -16,40 +18,122 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_mod.model.attention import RoutedSelfAttention, TorchCoreAttention
 from megatron_mod.model.layer import RoutedTransformerLayer
 from megatron_mod.model.norm import RMSNorm
+from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
 
+IMPLEMENTATIONS = ("local", "transformer_engine")
 
-def dense_layer_spec() -> ModuleSpec:
-    """An ordinary layer: Megatron's parallel linears, torch's attention, our norm."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
+
+def choose_implementation(wanted: str | None = None) -> str:
+    """The layers' back end: ``wanted``, or Transformer Engine where it works, else ``local``.
+
+    Raises:
+        ValueError: Transformer Engine is wanted and cannot work here.
+    """
+    if wanted == "local":
+        return wanted
+    reason = "there is no GPU"
+    if device.HAS_GPU:
+        try:
+            import megatron_mod.model.transformer_engine  # noqa: F401
+
+            return "transformer_engine"
+        except ImportError as error:
+            reason = f"it does not import: {error}"
+    if wanted is not None:
+        raise ValueError(
+            f"model.transformer_impl = {wanted!r}: Transformer Engine cannot work here, {reason}; "
+            "use local, or leave it out."
+        )
+    return "local"
+
+
+def dense_layer_spec(implementation: str = "local") -> ModuleSpec:
+    """An ordinary layer: Megatron's parallel linears, torch's attention and our norm (``local``),
+    or Transformer Engine's modules."""
+    if implementation == "transformer_engine":
+        from megatron_mod.model.transformer_engine import TECoreAttention
+
+        spec = get_gpt_layer_with_transformer_engine_spec()
+        core = TECoreAttention
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.input_layernorm = RMSNorm
+        spec.submodules.pre_mlp_layernorm = RMSNorm
+        core = TorchCoreAttention
     spec.submodules.self_attention.module = RoutedSelfAttention
-    spec.submodules.self_attention.submodules.core_attention = TorchCoreAttention
+    spec.submodules.self_attention.submodules.core_attention = core
     return spec
 
 
-def routed_layer_spec(routing: RoutingConfig) -> ModuleSpec:
-    """The ordinary layer with a router that chooses what ``routing.granularity`` names."""
-    spec = copy.deepcopy(dense_layer_spec())
+def routed_layer_spec(routing: RoutingConfig, implementation: str = "local") -> ModuleSpec:
+    """The ordinary layer, its norms unfused, with a router that chooses what
+    ``routing.granularity`` names."""
+    spec = dense_layer_spec(implementation)
+    if implementation == "transformer_engine":
+        _unfuse_norms(spec)
     spec.module = RoutedTransformerLayer
     spec.params = {**spec.params, "routing": routing}
     return spec
 
 
+def _unfuse_norms(spec: ModuleSpec) -> None:
+    """Split Transformer Engine's norm-and-linear modules, keeping their checkpoint keys."""
+    from megatron_mod.model.transformer_engine import UnfusedSpecProvider
+
+    backend, layer = UnfusedSpecProvider(), spec.submodules
+    layer.input_layernorm = backend.layer_norm()
+    layer.pre_mlp_layernorm = backend.layer_norm()
+    layer.self_attention.submodules.linear_qkv = backend.column_parallel_linear()
+    layer.mlp = get_mlp_module_spec_for_backend(backend=backend)
+    local = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.sharded_state_dict_keys_map = local.submodules.sharded_state_dict_keys_map
+
+
 def get_routed_layer_specs(
-    config: TransformerConfig, routing: RoutingConfig | None, *, vp_stage: int | None = None
+    config: TransformerConfig,
+    routing: RoutingConfig | None,
+    *,
+    vp_stage: int | None = None,
+    implementation: str = "local",
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, routed where ``routing`` says; ``None``: all dense.
 
-    Pass it as ``transformer_layer_spec`` to Megatron's ``GPTModel``. Needs an
-    initialised ``parallel_state``.
+    Pass it as ``transformer_layer_spec`` to Megatron's ``GPTModel``, and each micro-batch's
+    ``TokenLayout`` as ``packed_seq_params`` (without one, every row is a whole prompt); the
+    attention mask stays ``None``. Needs an initialised ``parallel_state`` and
+    ``hidden_dropout = 0``. README shows a training script around it.
+
+    Args:
+        config: the model's; ``normalization`` must be ``RMSNorm``.
+        routing: layers by global, zero-based index.
+        vp_stage: which chunk of a virtual pipeline.
+        implementation: ``local`` or ``transformer_engine`` (see ``choose_implementation``).
+
+    Raises:
+        ValueError: a layer index the model does not have, or another normalization.
     """
+    routed = set(routing.layers) if routing else set()
+    if routed and max(routed) >= config.num_layers:
+        raise ValueError(
+            f"routing.layers names layer {max(routed)}, but num_layers is {config.num_layers}; "
+            f"use 0 to {config.num_layers - 1}."
+        )
+    if config.normalization != "RMSNorm":
+        raise ValueError(
+            f"normalization = {config.normalization!r}: these layers are built with 'RMSNorm'."
+        )
     offset = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)
-    routed = set(routing.layers) if routing else set()
     layers = [
-        routed_layer_spec(routing) if index in routed else dense_layer_spec()
+        routed_layer_spec(routing, implementation)
+        if index in routed
+        else dense_layer_spec(implementation)
         for index in range(offset, offset + count)
     ]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    norm = RMSNorm
+    if implementation == "transformer_engine":
+        from megatron_mod.model.transformer_engine import UnfusedSpecProvider
+
+        norm = UnfusedSpecProvider().layer_norm()
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

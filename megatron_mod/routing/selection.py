@@ -33,11 +33,13 @@ class Segments:
     longest document, ``[D, L, ...]``.
 
     ``slots`` is the place of each token in the flattened ``[D * L]`` (``None``: all documents are
-    ``L`` long), ``positions`` its position in its document; int64 ``[N]``.
+    ``L`` long), ``positions`` its position in its document; int64 ``[N]``. ``lengths``: tokens of
+    each document, int64 ``[D]``.
     """
 
     num_documents: int
     longest: int
+    lengths: Tensor
     slots: Tensor | None
     positions: Tensor
 
@@ -151,7 +153,9 @@ def select(
         first = counts[rank].cumsum(0) - counts[rank]
         within = torch.arange(num_chosen, device=chosen.device) - first[of_token]
         slots = dense_number[of_token] * longest + within
-    segments = Segments(num_documents, longest, slots, positions.t().flatten()[by_row])
+    segments = Segments(
+        num_documents, longest, counts[rank][documents], slots, positions.t().flatten()[by_row]
+    )
     return Selection(column * rows + row, documents, segments, mask)
 
 

@@ -23,6 +23,7 @@ from megatron_mod.data.loader import Loader
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.architecture import Architecture, check_parallel
 from megatron_mod.model.builder import ModelChunks, build_model, transformer_config
+from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
@@ -42,6 +43,7 @@ class Plan:
     arch: Architecture
     routing: RoutingConfig
     topology: topology.Topology
+    implementation: str
     train: list
     validation: list
 
@@ -55,6 +57,7 @@ def prepare(config: Config) -> Plan:
     if int(os.environ.get("RANK", 0)):  # what is said about the data is said once
         logging.getLogger("megatron_mod").setLevel(logging.ERROR)
     p = config.parallel
+    implementation = choose_implementation(config.model.transformer_impl)
     base = Path(config.model.checkpoint)
     layout.read_manifest(base, kind="base")
     if Path(config.checkpoint.save).exists():
@@ -95,7 +98,14 @@ def prepare(config: Config) -> Plan:
         name: load_samples(path, tokenizer, max_length=config.data.max_length) if path else []
         for name, path in (("train", config.data.train), ("validation", config.data.validation))
     }
-    return Plan(arch, routing, plan, samples["train"], samples["validation"])
+    return Plan(
+        arch=arch,
+        routing=routing,
+        topology=plan,
+        implementation=implementation,
+        train=samples["train"],
+        validation=samples["validation"],
+    )
 
 
 def describe(config: Config, plan: Plan) -> None:
@@ -106,9 +116,10 @@ def describe(config: Config, plan: Plan) -> None:
     print(
         f"{t.world_size} rank(s) on {device.describe()}: tensor {t.tensor} x pipeline {t.pipeline}"
         f"{f' x context {t.context}' if t.context > 1 else ''} x data {t.data}\n"
-        f"{plan.arch.num_layers} layers frozen in {config.model.dtype}; training "
-        f"{len(routing.layers)} routers ({len(routing.layers) * plan.arch.hidden_size} parameters,"
-        f" float32), {routing.granularity} on layers {list(routing.layers)}\n"
+        f"{plan.arch.num_layers} layers ({plan.implementation}) frozen in {config.model.dtype};"
+        f" training {len(routing.layers)} routers"
+        f" ({len(routing.layers) * plan.arch.hidden_size} parameters, float32),"
+        f" {routing.granularity} on layers {list(routing.layers)}\n"
         f"{len(plan.train)} training and {len(plan.validation)} validation samples;"
         f" {config.train.steps} steps of {config.train.global_batch_size} sequences",
         flush=True,
@@ -211,7 +222,7 @@ def _build(config: Config, plan: Plan) -> tuple:
         first_stage_layers=p.num_layers_in_first_pipeline_stage,
         sequence_parallel=p.sequence_parallel,
     )
-    model = build_model(plan.arch, megatron, plan.routing)
+    model = build_model(plan.arch, megatron, plan.routing, implementation=plan.implementation)
     checkpoint.load_base(model, config.model.checkpoint)
     chunks = wrap_ddp(model, use_distributed_optimizer=p.use_distributed_optimizer)
     optimizer, scheduler = build_optimizer(chunks, config)

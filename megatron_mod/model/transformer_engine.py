@@ -1,0 +1,96 @@
+"""The layers' Transformer Engine back end; importing this module needs Transformer Engine."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import transformer_engine.pytorch  # noqa: F401  (fails here, with its own reason, if it cannot work)
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_mod.model.attention import TorchCoreAttention
+from megatron_mod.model.layout import AttentionPlan, GridSegments, TokenLayout
+from megatron_mod.routing.selection import Rows, Segments
+
+
+class UnfusedSpecProvider(TESpecProvider):
+    """Transformer Engine's modules with norms of their own, whose output a router can read."""
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return False
+
+    def column_parallel_layer_norm_linear(self) -> None:
+        return None
+
+
+class TECoreAttention(TEDotProductAttention):
+    """Transformer Engine's attention over rows and over streams of chosen tokens.
+
+    What its kernels cannot express goes to torch's attention: queries of fewer tokens than
+    keys, keys left out by a mask, streams in fp32 or shared by context-parallel ranks.
+    """
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, **kwargs) -> None:
+        super().__init__(config, layer_number, attn_mask_type, attention_type, **kwargs)
+        self.torch_attention = TorchCoreAttention(
+            config, layer_number, attn_mask_type, attention_type, **kwargs
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        attn_mask_type,
+        *,
+        packed_seq_params: AttentionPlan | TokenLayout | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        """As ``TorchCoreAttention.forward``."""
+        plan = packed_seq_params
+        if isinstance(plan, TokenLayout):
+            plan = plan.attention
+        if plan is None or self._is_rows(plan):
+            return super().forward(query, key, value, None, attn_mask_type, **kwargs)
+        if not self._is_stream(plan, query):
+            return self.torch_attention(query, key, value, packed_seq_params=plan)
+        grid = plan.queries if isinstance(plan.queries, GridSegments) else None
+        if grid is not None:
+            query, key, value = (grid.selection.take(t) for t in (query, key, value))
+        context = super().forward(
+            *(t.squeeze(1) for t in (query, key, value)),
+            None,
+            attn_mask_type,
+            packed_seq_params=_packed(grid.selection.segments if grid else plan.queries),
+            **kwargs,
+        )
+        context = context.reshape(query.shape[0], 1, -1)
+        return grid.selection.put(context, grid.shape) if grid else context
+
+    def _is_rows(self, plan: AttentionPlan) -> bool:
+        return (
+            isinstance(plan.queries, Rows) and plan.queries is plan.keys and plan.kept_keys is None
+        )
+
+    def _is_stream(self, plan: AttentionPlan, query: Tensor) -> bool:
+        return (
+            plan.queries is plan.keys
+            and plan.kept_keys is None
+            and query.dtype in (torch.float16, torch.bfloat16)
+            and self.torch_attention.context_group.size() == 1
+        )
+
+
+def _packed(segments: Segments) -> PackedSeqParams:
+    """Megatron's description of a stream of documents."""
+    ends = F.pad(segments.lengths.cumsum(0), (1, 0)).to(torch.int32)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=segments.longest,
+        max_seqlen_kv=segments.longest,
+    )
