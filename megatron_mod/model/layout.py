@@ -62,6 +62,9 @@ class TokenLayout(PackedSeqParams):
         position_ids: int64 ``[B, S]``, of each token in its document.
         documents: per row the lengths in tokens of its documents, in order; padding follows them.
         context_ranks: how many ranks share a row.
+
+    Raises:
+        ValueError: several documents in a row that ranks share.
     """
 
     roles: Tensor | None = None
@@ -70,6 +73,11 @@ class TokenLayout(PackedSeqParams):
     context_ranks: int = 1
 
     def __post_init__(self) -> None:
+        if self.packed and self.context_ranks > 1:
+            raise ValueError(
+                f"{self.context_ranks} context-parallel ranks share rows of several documents: "
+                "a row must hold one document; do not pack, or set context_parallel_size to 1."
+            )
         self.qkv_format = "sbhd"
         # Megatron makes its rotary table this long and then takes this rank's part of it.
         self.max_seqlen_q = self.max_seqlen_kv = self.roles.shape[1] * self.context_ranks

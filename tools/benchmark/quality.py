@@ -105,6 +105,17 @@ def train(args: argparse.Namespace, overrides: list[str], name: str, weight: flo
     return next(r for r in map(json.loads, reversed(lines)) if "validation_loss" in r)
 
 
+def weight_of(granularity: str, importance: dict[int, float]) -> float:
+    """A capacity loss weight that reaches the target without swinging far below it.
+
+    About what the last layer that static removal takes is worth alone; sequences need more of it,
+    because they give up whole layers and the second costs more than the first.
+    """
+    costs = sorted(importance.values())
+    last = costs[round((1 - CAPACITY) * len(costs)) - 1]
+    return last * (3 if granularity.endswith("sequence") else 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -127,10 +138,7 @@ def main() -> None:
     for scope in args.scopes:
         for granularity in args.granularities:
             target = granularity.split("_")[0]
-            # About what the last layer to be removed at this capacity is worth: a smaller weight
-            # does not reach the target, a much larger one makes the capacity swing.
-            costs = sorted(baseline.importance(target).values())
-            weight = max(costs[round((1 - CAPACITY) * len(costs)) - 1], 0.01)
+            weight = max(weight_of(granularity, baseline.importance(target)), 0.01)
             record = train(args, overrides, f"{granularity}-{scope}", weight)
             kept = record["validation_capacity"]
             capacity = sum(kept) / len(kept)

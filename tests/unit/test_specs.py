@@ -1,0 +1,84 @@
+"""Routed layers in somebody else's Megatron model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.masks import TokenRole
+
+ROUTING = RoutingConfig("block_token", (1,), (0.5,))
+
+
+@pytest.fixture
+def own_model(single_process):
+    """A plain ``GPTModel`` built as a user's script would, and its settings to vary."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_mod.model.specs import get_routed_layer_specs
+
+    def build(routing: RoutingConfig = ROUTING, **changes: object) -> GPTModel:
+        settings = {
+            "num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64,
+            "normalization": "RMSNorm", "gated_linear_unit": True, "add_bias_linear": False,
+            "hidden_dropout": 0.0, "attention_dropout": 0.0, "use_cpu_initialization": True,
+        }  # fmt: skip
+        config = TransformerConfig(**{**settings, **changes})
+        torch.manual_seed(2)
+        return GPTModel(
+            config=config,
+            transformer_layer_spec=get_routed_layer_specs(config, routing),
+            vocab_size=64,
+            max_sequence_length=32,
+            position_embedding_type="rope",
+        )
+
+    return build
+
+
+def test_it_trains_with_and_without_a_layout(own_model):
+    from megatron_mod.model.layout import TokenLayout
+
+    model = own_model()
+    router = model.decoder.layers[1].router
+    router.weight.data.normal_(0, 2)
+    ids = torch.randint(64, (2, 12))
+    positions = torch.arange(12).expand(2, 12).contiguous()
+    layout = TokenLayout(
+        roles=torch.full((2, 12), int(TokenRole.PROMPT), dtype=torch.uint8),
+        position_ids=positions,
+        documents=((12,), (12,)),
+    )
+    losses, slopes = [], []
+    for given in (None, layout):
+        router.weight.grad = None
+        loss = model(ids, positions, None, labels=ids, packed_seq_params=given)
+        loss.mean().backward()
+        losses.append(loss.detach())
+        slopes.append(router.weight.grad)
+    assert 0 < router.kept < router.valid
+    assert torch.equal(losses[0], losses[1])
+    assert slopes[0].abs().max() > 0
+    assert torch.equal(slopes[0], slopes[1])
+    assert model.embedding.word_embeddings.weight.grad.abs().max() > 0  # nothing is frozen here
+
+
+def test_what_would_be_ignored_is_refused(own_model):
+    from megatron_mod.model.layout import TokenLayout
+
+    with pytest.raises(ValueError, match="hidden_dropout = 0.1"):
+        own_model(hidden_dropout=0.1)
+    with pytest.raises(ValueError, match="names layer 3, but num_layers is 3; use 0 to 2"):
+        own_model(RoutingConfig("attn_token", (1, 3), (0.5, 0.5)))
+    with pytest.raises(ValueError, match="normalization = 'LayerNorm'"):
+        own_model(normalization="LayerNorm")
+    ids, positions = torch.zeros(1, 4, dtype=torch.int64), torch.arange(4)[None]
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).triu(1)
+    with pytest.raises(ValueError, match="attention_mask=None"):
+        own_model()(ids, positions, mask, labels=ids)
+    with pytest.raises(ValueError, match="context_parallel_size to 1"):
+        TokenLayout(
+            roles=ids.to(torch.uint8), position_ids=ids, documents=((2, 2),), context_ranks=2
+        )
