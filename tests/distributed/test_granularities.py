@@ -8,7 +8,7 @@ import torch
 from megatron_mod.data.chat import Sample
 from megatron_mod.routing.config import GRANULARITIES, RoutingConfig
 from tests.distributed import cases
-from tests.helpers import formula, tiny
+from tests.helpers import tiny, training_formula
 from tests.helpers.ranks import run_ranks
 
 EXACT = 1e-4  # relative difference of losses and gradients
@@ -64,8 +64,10 @@ def expected_of(case, routing: RoutingConfig) -> dict:
     hf, _, samples, weights = case
     model = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32).requires_grad_(False)
     routers = {layer: weight.clone().requires_grad_() for layer, weight in weights.items()}
-    rules = {name: getattr(routing, name) for name in formula.Scheme.__dataclass_fields__}
-    task, capacity, margin = formula.batch_loss(model, samples, routers, formula.Scheme(**rules))
+    rules = {name: getattr(routing, name) for name in training_formula.Scheme.__dataclass_fields__}
+    task, capacity, margin = training_formula.batch_loss(
+        model, samples, routers, training_formula.Scheme(**rules)
+    )
     assert margin > 1e-3, "a decision too close to the border to compare"
     loss = task
     for layer, target in zip(routing.layers, routing.capacity, strict=True):
