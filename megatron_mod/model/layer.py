@@ -93,6 +93,10 @@ class RoutedTransformerLayer(TransformerLayer):
             x = scatter_to_sequence_parallel_region(x, group=tp)
         return x, None
 
+    @property
+    def logit_border(self) -> float:
+        return self.routing.logit_border(self.layer_number - 1)
+
     def _choose(self, normed: Tensor, layout: TokenLayout) -> Selection | Everything:
         """Ask the router about normed hidden states ``[S, B, H]``."""
         if self.routing.per_sequence:
@@ -126,7 +130,7 @@ class RoutedTransformerLayer(TransformerLayer):
         """Which tokens are kept, bool ``[S, B]``, and the mask with its gradient."""
         mask = keep_mask(
             self.router(normed),
-            border=self.routing.logit_border,
+            border=self.logit_border,
             penalty_gradient=self.router.penalty_per_unit * layout.valid,
         )
         mask = mask * layout.valid
@@ -148,7 +152,7 @@ class RoutedTransformerLayer(TransformerLayer):
         is_valid = counts[1] > 0
         mask = keep_mask(
             total / counts[0].clamp(min=1),
-            border=self.routing.logit_border,
+            border=self.logit_border,
             penalty_gradient=self.router.penalty_per_unit * is_valid,
         )
         self.router.count(mask.detach().bool(), is_valid)

@@ -23,6 +23,8 @@ class RoutingConfig:
     holds one target per routed layer, in that order. ``pooling`` belongs to sequence
     granularities only (default ``prompt``), ``keys_values`` to token-routed attention only
     (``attn_token`` and ``block_token``, default ``all``); elsewhere they are ``None``.
+    ``threshold`` is one number or, once calibrated, one per routed layer; 0 keeps and 1 skips
+    everything.
 
     Raises:
         ValueError: an unknown granularity, or a setting that this granularity would ignore.
@@ -33,7 +35,7 @@ class RoutingConfig:
     capacity: tuple[float, ...]
     scope: str = "model"
     capacity_loss_weight: float = 1.0
-    threshold: float = 0.5
+    threshold: float | tuple[float, ...] = 0.5
     pooling: str | None = None
     keys_values: str | None = None
     training_compute: str = "dense"
@@ -69,10 +71,14 @@ class RoutingConfig:
         """One decision per sequence rather than per token."""
         return self.granularity.endswith("_sequence")
 
-    @property
-    def logit_border(self) -> float:
-        """``log(t / (1 - t))``: a unit is kept when its logit is at least this."""
-        return math.log(self.threshold / (1.0 - self.threshold))
+    def logit_border(self, layer: int) -> float:
+        """``log(t / (1 - t))`` of a layer: a unit is kept when its logit is at least this."""
+        threshold = self.threshold
+        if isinstance(threshold, tuple):
+            threshold = threshold[self.layers.index(layer)]
+        if threshold in (0.0, 1.0):
+            return math.inf if threshold else -math.inf
+        return math.log(threshold / (1.0 - threshold))
 
     def to_dict(self) -> dict:
         """JSON form; ``from_dict`` reads it back."""
@@ -80,8 +86,9 @@ class RoutingConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> RoutingConfig:
+        lists = ("layers", "capacity", "threshold")
         return cls(
-            **{**values, "layers": tuple(values["layers"]), "capacity": tuple(values["capacity"])}
+            **{k: tuple(v) if k in lists and isinstance(v, list) else v for k, v in values.items()}
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from megatron_mod.data.chat import Sample
 from megatron_mod.routing.config import GRANULARITIES, RoutingConfig
 from tests.distributed import cases
-from tests.helpers import tiny, training_formula
+from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 
 EXACT = 1e-4  # relative difference of losses and gradients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -23,7 +24,7 @@ def test_an_untrained_router_keeps_everything():
     router = Router(8)
     logits = router(torch.randn(6, 2, 8))
     assert torch.equal(logits, torch.zeros(6, 2))
-    mask = keep_mask(logits, border=config().logit_border, penalty_gradient=torch.zeros(6, 2))
+    mask = keep_mask(logits, border=config().logit_border(3), penalty_gradient=torch.zeros(6, 2))
     assert mask.min() == 1
 
 
@@ -36,9 +37,18 @@ def test_logits_are_fp32_in_a_bf16_model():
     torch.testing.assert_close(router(hidden).double(), exact, rtol=1e-5, atol=1e-5)
 
 
+def test_a_layer_may_have_its_own_threshold():
+    made = config(threshold=(0.5, 0.9))
+    assert made.logit_border(3) == 0.0
+    assert made.logit_border(5) == pytest.approx(math.log(9))
+    assert RoutingConfig.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    everything, nothing = config(threshold=0.0), config(threshold=1.0)
+    assert (everything.logit_border(3), nothing.logit_border(3)) == (-math.inf, math.inf)
+
+
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.9])
 def test_ties_are_kept_and_the_next_smaller_number_is_not(threshold):
-    border = config(threshold=threshold).logit_border
+    border = config(threshold=threshold).logit_border(3)
     assert border == math.log(threshold / (1 - threshold))
     at = torch.tensor(border, dtype=torch.float32)
     if float(at) < border:  # the nearest fp32 lies below
