@@ -10,6 +10,7 @@ from megatron_mod.routing.config import GRANULARITIES, RoutingConfig
 from tests.distributed import cases
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
+from tests.helpers.training_formula import Scheme, batch_loss
 
 EXACT = 1e-4  # relative difference of losses and gradients
 
@@ -64,10 +65,8 @@ def expected_of(case, routing: RoutingConfig) -> dict:
     hf, _, samples, weights = case
     model = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32).requires_grad_(False)
     routers = {layer: weight.clone().requires_grad_() for layer, weight in weights.items()}
-    rules = {name: getattr(routing, name) for name in training_formula.Scheme.__dataclass_fields__}
-    task, capacity, margin = training_formula.batch_loss(
-        model, samples, routers, training_formula.Scheme(**rules)
-    )
+    rules = {name: getattr(routing, name) for name in Scheme.__dataclass_fields__}
+    task, capacity, margin = batch_loss(model, samples, routers, Scheme(**rules))
     assert margin > 1e-3, "a decision too close to the border to compare"
     loss = task
     for layer, target in zip(routing.layers, routing.capacity, strict=True):
