@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_mod.model.architecture import Architecture
@@ -17,12 +18,41 @@ from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.router import Router
 
 
-class RoutedGPTModel(GPTModel):
-    """Megatron's ``GPTModel`` whose padded vocabulary entries stay out of the softmax."""
+class _EndOfBackward(torch.autograd.Function):
+    """Forward: the output. Backward: the received hidden states get zeros, at no cost."""
 
-    def __init__(self, *args, unpadded_vocab_size: int, **kwargs) -> None:
+    @staticmethod
+    def forward(ctx, output: Tensor, received: Tensor) -> Tensor:
+        ctx.save_for_backward(received)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_output, torch.zeros_like(ctx.saved_tensors[0])
+
+
+class RoutedGPTModel(GPTModel):
+    """Megatron's ``GPTModel`` whose padded vocabulary entries stay out of the softmax, and whose
+    backward pass ends at the model's first router.
+
+    ``trains_below``: whether an earlier pipeline stage has anything to train. If not, the
+    schedule still gets a gradient to send, but none is computed below this stage's first router.
+    """
+
+    def __init__(
+        self, *args, unpadded_vocab_size: int, trains_below: bool = True, **kwargs
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.unpadded_vocab_size = unpadded_vocab_size
+        self.trains_below = trains_below
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        """As ``GPTModel``'s."""
+        received = self.decoder.input_tensor
+        if self.pre_process or self.trains_below or not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        self.decoder.set_input_tensor(received.detach())
+        return _EndOfBackward.apply(super().forward(*args, **kwargs), received)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy ``[B, S]`` of labels ``[B, S]`` under logits ``[S, B, vocab / tp]``."""
@@ -164,6 +194,7 @@ def _build_chunk(
     implementation: str,
 ) -> RoutedGPTModel:
     where = {"ignore_virtual": False, "vp_stage": vp_stage}
+    first_layer = get_transformer_layer_offset(config, vp_stage)
     return RoutedGPTModel(
         config=config,
         transformer_layer_spec=get_routed_layer_specs(
@@ -171,6 +202,7 @@ def _build_chunk(
         ),
         vocab_size=padded_vocab_size(arch.vocab_size, tensor=config.tensor_model_parallel_size),
         unpadded_vocab_size=arch.vocab_size,
+        trains_below=routing is not None and min(routing.layers) < first_layer,
         max_sequence_length=arch.max_sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(**where),
         post_process=parallel_state.is_pipeline_last_stage(**where),

@@ -136,6 +136,24 @@ def gradients(
     return found
 
 
+def layers_with_backward(base: Path, samples: list[Sample], routing: RoutingConfig) -> list[int]:
+    """The layers of this rank whose output a backward pass has to go through."""
+    ranks = meet(pipeline=2)
+    model = build(base, ranks, routing=routing)
+    seen = []
+
+    def note(layer: torch.nn.Module, inputs: tuple, outputs: tuple) -> None:
+        if outputs[0].requires_grad:
+            seen.append(layer.layer_number - 1)
+
+    for layer in model[0].decoder.layers:
+        layer.register_forward_hook(note)
+    batch = _loader(samples, ranks, False).step(0)
+    chunks = wrap_ddp(model, use_distributed_optimizer=False)
+    run_schedule(chunks, model, batch, routing, controller=CapacityController(routing))
+    return sorted(set(seen))
+
+
 def disagreement(base: Path, samples: list[Sample], routing: RoutingConfig) -> str:
     """What a training says whose tensor-parallel ranks hold different routers."""
     ranks = meet(tensor=2)

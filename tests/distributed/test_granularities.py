@@ -148,3 +148,10 @@ def test_ranks_that_decide_differently_are_stopped(case, tmp_path):
         cases.disagreement, base, samples, scheme("mlp_token"), world=2, folder=tmp_path
     ):
         assert message.startswith("layer 2 (mlp_token): tensor-parallel ranks decided differently")
+
+
+def test_backward_ends_at_the_first_router(case, tmp_path):
+    _, base, samples, _ = case
+    deep = cases.routing_config(layers=(3,), capacity=(0.5,))
+    found = run_ranks(cases.layers_with_backward, base, samples, deep, world=2, folder=tmp_path)
+    assert found == [[], [3]]  # the second stage holds layers 2 and 3
