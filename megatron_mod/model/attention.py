@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
+from megatron_mod.routing.selection import Segments
 
 NEVER = torch.iinfo(torch.int64).max  # position of what pads keys: later than every query
 LAST = NEVER - 1  # position of what pads queries: after every key, so no row of scores is empty
@@ -22,6 +23,7 @@ LAST = NEVER - 1  # position of what pads queries: after every key, so no row of
 class TorchCoreAttention(MegatronModule):
     """Causal attention by ``torch.nn.functional.scaled_dot_product_attention``.
 
+    With Megatron's ``window_size = (w, 0)`` a query sees ``w`` positions before its own.
     Context-parallel ranks gather keys and values of the whole documents.
     """
 
@@ -30,6 +32,7 @@ class TorchCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.dropout = config.attention_dropout
+        self.window = config.window_size[0] if config.window_size else None
         self.context_group = pg_collection.cp
 
     def forward(
@@ -51,11 +54,13 @@ class TorchCoreAttention(MegatronModule):
             plan.queries is not plan.keys
             or plan.kept_keys is not None
             or self.context_group.size() > 1
+            or (self.window is not None and self._reaches_beyond_window(plan, k))
         ):
             k, v, positions, kept = self._whole_documents(k, v, plan)
             if plan.documents is not None:
                 k, v, positions = k[plan.documents], v[plan.documents], positions[plan.documents]
-            mask = _visible(plan.queries.pad_positions(LAST), positions, kept)[:, None]
+            queries = plan.queries.pad_positions(LAST)
+            mask = _visible(queries, positions, kept, window=self.window)[:, None]
         context = F.scaled_dot_product_attention(
             *(t.transpose(1, 2) for t in (q, k, v)),
             attn_mask=mask,
@@ -74,6 +79,11 @@ class TorchCoreAttention(MegatronModule):
                 query, context_rank=group.rank(), context_ranks=group.size()
             )
         return plan.attention
+
+    def _reaches_beyond_window(self, plan: AttentionPlan, k: Tensor) -> bool:
+        """Whether a query can have earlier keys out of its window; a stream's tokens may be any
+        distance apart."""
+        return isinstance(plan.keys, Segments) or self.window < k.shape[1] - 1
 
     def _whole_documents(self, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple:
         """Keys, values ``[D, T, groups, dim]``, their positions and which may be seen ``[D, T]``,
@@ -98,13 +108,16 @@ class TorchCoreAttention(MegatronModule):
         return parts.reshape(padded.shape[0], ranks * padded.shape[1], *padded.shape[2:])
 
 
-def _visible(queries: Tensor, keys: Tensor, kept: Tensor | None) -> Tensor:
+def _visible(queries: Tensor, keys: Tensor, kept: Tensor | None, *, window: int | None) -> Tensor:
     """Which keys a query sees, bool ``[D, S, T]``, of positions ``[D, S]`` and ``[D, T]``: earlier
-    ones that are kept, and its own."""
+    ones that are kept and at most ``window`` away, and its own."""
     queries, keys = queries[:, :, None], keys[:, None, :]
-    if kept is None:
-        return keys <= queries
-    return ((keys < queries) & kept[:, None, :]) | (keys == queries)
+    seen = keys <= queries
+    if window is not None:
+        seen &= (queries - keys <= window) | (queries == LAST)
+    if kept is not None:
+        seen &= kept[:, None, :] | (keys == queries)
+    return seen
 
 
 class RoutedSelfAttention(SelfAttention):

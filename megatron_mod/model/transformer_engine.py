@@ -79,6 +79,7 @@ class TECoreAttention(TEDotProductAttention):
         return (
             plan.queries is plan.keys
             and plan.kept_keys is None
+            and self.config.window_size is None
             and query.dtype in (torch.float16, torch.bfloat16)
             and self.torch_attention.context_group.size() == 1
         )
