@@ -42,6 +42,8 @@ class RouterConfig:
         scope: `layer` holds every layer to its target, `model` only their mean, so that
             important layers may stay on.
         capacity_loss_weight: weight of the penalty on capacity above target, above 0.
+        capacity_warmup_fraction: share of the steps, the first ones, over which the target falls
+            from 1 to `capacity`; 0 to 1.
         threshold: a unit keeps a layer when sigmoid(logit) is at least this; between 0 and 1.
         pooling: tokens a sequence's decision averages over: `prompt` (the default) those before
             the first label, what a generation's prefill sees; `all` every token but padding.
@@ -61,6 +63,7 @@ class RouterConfig:
     capacity: float | list[float] = 0.5
     scope: Literal["layer", "model"] = "model"
     capacity_loss_weight: float = 1.0
+    capacity_warmup_fraction: float = 0.0
     threshold: float = 0.5
     pooling: Literal["all", "prompt"] | None = None
     keys_values: Literal["all", "selected"] | None = None
@@ -81,6 +84,7 @@ class RouterConfig:
             capacity=resolve_capacity(self.capacity, num_routed=len(layers)),
             scope=self.scope,
             capacity_loss_weight=self.capacity_loss_weight,
+            capacity_warmup_fraction=self.capacity_warmup_fraction,
             threshold=self.threshold,
             pooling=self.pooling,
             keys_values=self.keys_values,

@@ -46,9 +46,13 @@ def check_values(config: Config) -> None:
         )
     if not o.lr > 0:
         raise ValueError(f"optimizer.lr = {o.lr}: must be above 0.")
-    for name in ("warmup_fraction", "average_fraction"):
-        if not 0 <= getattr(o, name) <= 1:
-            raise ValueError(f"optimizer.{name} = {getattr(o, name)}: must be 0 to 1.")
+    for name, value in (
+        ("optimizer.warmup_fraction", o.warmup_fraction),
+        ("optimizer.average_fraction", o.average_fraction),
+        ("router.capacity_warmup_fraction", r.capacity_warmup_fraction),
+    ):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} = {value}: must be 0 to 1.")
     if r.check_decisions_interval and p.tensor_model_parallel_size == 1:
         raise ValueError(
             f"router.check_decisions_interval = {r.check_decisions_interval}: compares "

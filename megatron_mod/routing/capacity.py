@@ -20,12 +20,23 @@ class CapacityController:
     ``on_l`` one where the previous step's capacity was above its target (1 before
     the first step). ``scope: model`` compares the means over the layers instead,
     so important layers may stay on. All state stays on the device.
+
+    The target may fall from 1 over the first share of a training
+    (``capacity_warmup_fraction``), so that the least important units are given up first
+    (gradual pruning, Zhu and Gupta 2017, with a linear schedule).
     """
 
     def __init__(self, config: RoutingConfig, *, device: torch.device | None = None) -> None:
         self.config = config
-        self.target = torch.tensor(config.capacity, dtype=torch.float32, device=device)
-        self.previous = torch.ones_like(self.target)
+        self.final_target = torch.tensor(config.capacity, dtype=torch.float32, device=device)
+        self.start_step(1.0)
+        self.previous = torch.ones_like(self.final_target)
+
+    def start_step(self, progress: float) -> None:
+        """Set a step's target; ``progress``: the share of the training's steps done, 0 to 1."""
+        warmup = self.config.capacity_warmup_fraction
+        share = min(progress / warmup, 1.0) if warmup else 1.0
+        self.target = torch.lerp(torch.ones_like(self.final_target), self.final_target, share)
 
     def switch(self) -> Tensor:
         """``on_l`` of this step, fp32 ``[num_routed]``."""

@@ -35,6 +35,7 @@ class RoutingConfig:
     capacity: tuple[float, ...]
     scope: str = "model"
     capacity_loss_weight: float = 1.0
+    capacity_warmup_fraction: float = 0.0
     threshold: float | tuple[float, ...] = 0.5
     pooling: str | None = None
     keys_values: str | None = None

@@ -154,6 +154,7 @@ def train(config: Config, plan: Plan) -> dict:
 
     for step in range(1, config.train.steps + 1):
         batch = loaders["train"].step(step - 1)
+        controller.start_step((step - 1) / config.train.steps)
         learning_rate = optimizer.param_groups[0]["lr"] if optimizer.param_groups else 0.0
         for chunk in chunks:
             chunk.zero_grad_buffer()

@@ -87,6 +87,19 @@ def test_model_scope_compares_means_so_one_layer_may_stay_on():
     assert controller.penalty_per_unit(4).tolist() == [0.25, 0.25]
 
 
+def test_target_falls_from_one_over_the_warm_up():
+    controller = CapacityController(
+        config(capacity=(0.5, 0.7), scope="layer", capacity_warmup_fraction=0.4)
+    )
+    for progress, targets in ((0.0, [1.0, 1.0]), (0.1, [0.875, 0.925]), (0.4, [0.5, 0.7])):
+        controller.start_step(progress)
+        torch.testing.assert_close(controller.target, torch.tensor(targets))
+    controller.start_step(0.0)
+    assert controller.penalty_per_unit(4).tolist() == [0.0, 0.0]  # 1 is not above 1
+    controller.start_step(1.0)
+    assert controller.penalty_per_unit(4).tolist() == [0.25, 0.25]
+
+
 def test_controller_state_survives():
     first, second = CapacityController(config()), CapacityController(config())
     first.end_step(torch.tensor([0.1, 0.2]))
