@@ -24,7 +24,9 @@ class RoutingConfig:
     scope: str = "model"
     capacity_loss_weight: float = 1.0
     threshold: float = 0.5
-    pooling: str = "prompt"
+    pooling: str | None = "prompt"
+    keys_values: str | None = None
+    training_compute: str = "dense"
 
     @property
     def logit_border(self) -> float:
