@@ -21,7 +21,7 @@ From top to bottom: configuration, caches, the routed layer, model, generation, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,7 +223,9 @@ class TokenCacheLayer(RoutedCacheLayer):
 
         Returns all keys and values, ``[B, heads, L, D]``, and their slots, ``[B, L]``.
         """
-        batch, tokens = kept.shape
+        batch = kept.shape[0]
+        if self.slots is not None:
+            check_batch(batch, cached=len(self.slots))
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
             self.keys = keys.new_zeros(batch, keys.shape[1], 0, keys.shape[2])
@@ -275,6 +277,14 @@ class TokenCacheLayer(RoutedCacheLayer):
         self.keys, self.values = self.keys.gather(2, order), self.values.gather(2, order)
 
 
+def check_batch(batch: int, *, cached: int) -> None:
+    if batch != cached:
+        raise ValueError(
+            f"the cache holds the decisions of {cached} sequences, but the batch has {batch}; "
+            "reorder or repeat the cache with its own methods."
+        )
+
+
 def prepare_cache(cache: Cache, config: RoutedConfig) -> Cache:
     """Give a new cache, in place, the storage the routed layers need; check one in use.
 
@@ -317,6 +327,7 @@ class RoutingCall:
 
     pooled: Tensor | None  # [B, S]: tokens a sequence's decision may see; None: all
     tokens: Tensor | None  # [B, past + S]: tokens that are no padding; None: all
+    borders: CapacityBorders | None = None  # finds the layers' borders on the way
     decisions: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B] or [B, S] bool
 
 
@@ -389,11 +400,7 @@ class RoutedLayer:
         if storage.kept is None:
             normed = self.input_layernorm(hidden_states)
             storage.decide(self._sequences_to_keep(normed, routing))
-        if len(storage.kept) != batch:
-            raise ValueError(
-                f"the cache holds the decisions of {len(storage.kept)} sequences, but the batch "
-                f"has {batch}; reorder or repeat the cache with its own methods."
-            )
+        check_batch(batch, cached=len(storage.kept))
         routing.decisions[self.layer_idx] = storage.kept
         rows = storage.rows
 
@@ -417,9 +424,7 @@ class RoutedLayer:
 
     def _by_token(self, hidden_states: Tensor, routing: RoutingCall, context: dict) -> Tensor:
         normed = self.input_layernorm(hidden_states)
-        keep = self.router(normed) >= self.logit_border
-        if routing.tokens is not None:
-            keep &= routing.tokens[:, -keep.shape[1] :]
+        keep = self._tokens_to_keep(normed, routing)
         routing.decisions[self.layer_idx] = keep
         kept = TokenSelection(keep)
         if self.target == "mlp":
@@ -439,9 +444,25 @@ class RoutedLayer:
         """``[B]`` bool: the mean logit of the pooled tokens reaches the border."""
         logits = self.router(normed)
         if routing.pooled is None:
-            return logits.mean(1) >= self.logit_border
-        count = routing.pooled.sum(1).clamp(min=1)
-        return (logits * routing.pooled).sum(1) / count >= self.logit_border
+            logits = logits.mean(1)
+        else:
+            logits = (logits * routing.pooled).sum(1) / routing.pooled.sum(1).clamp(min=1)
+        return logits >= self._border(logits, routing)
+
+    def _tokens_to_keep(self, normed: Tensor, routing: RoutingCall) -> Tensor:
+        """``[B, S]`` bool: the token's logit reaches the border, and it is no padding."""
+        logits = self.router(normed)
+        if routing.tokens is None:
+            return logits >= self._border(logits.flatten(), routing)
+        valid = routing.tokens[:, -logits.shape[1] :]
+        border = self._border(logits[valid], routing) if routing.borders else self.logit_border
+        return (logits >= border) & valid
+
+    def _border(self, logits: Tensor, routing: RoutingCall) -> float:
+        """The logit from which on this layer is kept, or the one that these ``[N]`` ask for."""
+        if routing.borders is None:
+            return self.logit_border
+        return routing.borders.find(self.layer_idx, logits)
 
     def _attend_tokens(
         self, normed: Tensor, kept: TokenSelection, routing: RoutingCall, context: dict
@@ -508,7 +529,7 @@ def _project(
 
     ``rotary`` holds cosine and sine ``[N, D]`` of the tokens' positions.
     """
-    heads = getattr(attn, f"{name}_proj")(hidden_states).view(len(hidden_states), -1, attn.head_dim)
+    heads = getattr(attn, f"{name}_proj")(hidden_states).unflatten(-1, (-1, attn.head_dim))
     if norm := getattr(attn, f"{name}_norm", None):
         heads = norm(heads)
     if rotary is None:
@@ -531,19 +552,191 @@ def _select(value: Any, rows: Tensor, batch: int) -> Any:
 # ------------------------------------------------------------------------- model
 
 
-class RoutedModel:
+class RoutingControls:
+    """What a routed model offers beside its family's methods; ``_decoder`` holds the layers."""
+
+    supports_gradient_checkpointing = False
+    _supports_flex_attn = False  # its block masks cannot be taken apart by sequence
+
+    def _finish_init(self) -> None:
+        routed = bool(self.config.routing["layers"])
+        self._keep_in_fp32_modules_strict = ["router"] if routed else None
+        self.post_init()
+
+    @property
+    def _decoder(self) -> RoutedModel:
+        return getattr(self, "model", self)
+
+    def _routed_layers(self) -> dict[int, RoutedLayer]:
+        return {index: self._decoder.layers[index] for index in self.config.routing["layers"]}
+
+    def set_thresholds(self, threshold: float | Sequence[float]) -> None:
+        """Keep a unit where ``sigmoid(logit)`` reaches ``threshold``: one number from 0 (keep all)
+        to 1 (skip all), or one per routed layer. ``save_pretrained`` writes it.
+
+        Raises:
+            ValueError: another number of thresholds than routed layers, or one out of range.
+        """
+        before = self.config.routing
+        listed = list(threshold) if isinstance(threshold, (list, tuple)) else threshold
+        self.config.routing = {**before, "threshold": listed}
+        try:
+            thresholds = self.config.thresholds()
+        except ValueError:
+            self.config.routing = before
+            raise
+        for index, layer in self._routed_layers().items():
+            layer.logit_border = logit_border(thresholds[index])
+
+    @torch.no_grad()
+    def set_capacity(
+        self,
+        capacity: float | Sequence[float],
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> None:
+        """Set each routed layer's threshold to that at which it keeps ``capacity`` of a text.
+
+        Layer by layer in one pass, so that each sees what the ones before it leave.
+
+        Args:
+            capacity: share of the units (sequences or tokens, rounded) that a layer keeps, from
+                0 to 1: one number, or one per routed layer.
+            input_ids, attention_mask: ``[B, S]``, a text of the kind the model will see. For
+                a sequence granularity: prompts, and enough of them.
+
+        Raises:
+            ValueError: a capacity out of range, or another number of them than routed layers.
+        """
+        routed = self.config.routing["layers"]
+        several = isinstance(capacity, (list, tuple))
+        targets = list(capacity) if several else [capacity] * len(routed)
+        if len(targets) != len(routed) or any(not 0.0 <= value <= 1.0 for value in targets):
+            raise ValueError(
+                f"capacity = {capacity}: must be a number from 0 to 1, or one per routed layer "
+                f"({len(routed)})."
+            )
+        borders = CapacityBorders(dict(zip(routed, targets, strict=True)))
+        self._decoder(input_ids, attention_mask=attention_mask, use_cache=False, borders=borders)
+        self.set_thresholds([borders.thresholds[index] for index in routed])
+
+    def routing_report(self) -> dict[str, Any]:
+        """What the last call skipped and what it saved; after ``generate``, the whole of it.
+
+        ``layers`` has, for each routed layer's index, the ``kept`` of its ``units`` (sequences,
+        or tokens without padding) and their ratio ``capacity``, and ``cache_bytes`` with the
+        ``cache_bytes_saved`` against the dense layer's. The sums are beside it.
+
+        Raises:
+            ValueError: there was no call yet.
+        """
+        record = self._decoder.record
+        if record is None:
+            raise ValueError("routing_report: the model has not been called yet.")
+        return {"granularity": self.config.routing["granularity"], **record.summary()}
+
+
+class CapacityBorders:
+    """Finds each routed layer's border from the logits of one pass."""
+
+    def __init__(self, capacity: dict[int, float]) -> None:
+        self.capacity = capacity
+        self.thresholds: dict[int, float] = {}
+
+    def find(self, layer: int, logits: Tensor) -> float:
+        """The border at which ``capacity`` of the units with ``logits`` ``[N]`` is kept.
+
+        Raises:
+            ValueError: the scores are too far out for a threshold to tell them apart.
+        """
+        ranked = logits.sort(descending=True).values.tolist()
+        kept = math.floor(self.capacity[layer] * len(ranked) + 0.5)
+        if kept in (0, len(ranked)):
+            self.thresholds[layer] = 0.0 if kept else 1.0
+            return logit_border(self.thresholds[layer])
+        border = (ranked[kept - 1] + ranked[kept]) / 2
+        if abs(border) > 30.0:
+            raise ValueError(
+                f"layer {layer}: its scores lie around the logit {border:.0f}, which no threshold "
+                "between 0 and 1 can express."
+            )
+        self.thresholds[layer] = 1.0 / (1.0 + math.exp(-border))
+        return logit_border(self.thresholds[layer])
+
+
+class RoutingRecord:
+    """Kept units and cache sizes of one call, or of the calls of one ``generate``."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, Tensor] = {}
+        self.units: dict[int, Tensor] = {}
+        self.cache_bytes: dict[int, int] = {}
+        self.dense_bytes: dict[int, int] = {}
+
+    def add(self, model: RoutedModel, routing: RoutingCall, cache: Cache | None) -> None:
+        """Count a forward call, without waiting for the device."""
+        for layer, keep in routing.decisions.items():
+            if keep.dim() == 1:  # a sequence stays what it is at later steps
+                self.kept[layer], self.units[layer] = (
+                    keep.sum(),
+                    keep.new_tensor(len(keep), dtype=torch.int64),
+                )
+                continue
+            units = keep.new_tensor(keep.numel(), dtype=torch.int64)
+            if routing.tokens is not None:
+                units = routing.tokens[:, -keep.shape[1] :].sum()
+            self.kept[layer] = self.kept.get(layer, 0) + keep.sum()
+            self.units[layer] = self.units.get(layer, 0) + units
+        if cache is not None:
+            self._measure(model, routing, cache)
+
+    def _measure(self, model: RoutedModel, routing: RoutingCall, cache: Cache) -> None:
+        config, weight = model.config, model.embed_tokens.weight
+        for layer, keep in routing.decisions.items():
+            storage, attn = cache.layers[layer], model.layers[layer].self_attn
+            window = config.window(layer)
+            length = storage.get_seq_length()
+            length = min(length, window - 1) if window else length
+            groups = config.num_attention_heads // attn.num_key_value_groups
+            size = 2 * len(keep) * length * groups * attn.head_dim * weight.element_size()
+            held = [t for t in (storage.keys, storage.values) if t is not None]
+            self.dense_bytes[layer] = size
+            self.cache_bytes[layer] = sum(t.numel() * t.element_size() for t in held)
+
+    def summary(self) -> dict[str, Any]:
+        layers = {}
+        for layer in self.kept:
+            kept, units = int(self.kept[layer]), int(self.units[layer])
+            held = self.cache_bytes.get(layer, 0)
+            layers[layer] = {
+                "kept": kept,
+                "units": units,
+                "capacity": kept / units if units else 1.0,
+                "cache_bytes": held,
+                "cache_bytes_saved": self.dense_bytes.get(layer, 0) - held,
+            }
+        total = {
+            name: sum(entry[name] for entry in layers.values())
+            for name in ("kept", "units", "cache_bytes", "cache_bytes_saved")
+        }
+        capacity = total["kept"] / total["units"] if total["units"] else 1.0
+        return {**total, "capacity": capacity, "layers": layers}
+
+
+class RoutedModel(RoutingControls):
     """Mixed into a family's model: its layers are routed ones, of class ``layer_class``."""
 
     layer_class: type[nn.Module]
-    _keep_in_fp32_modules_strict = ("router",)
-    supports_gradient_checkpointing = False
 
     def __init__(self, config: RoutedConfig) -> None:
         super().__init__(config)  # its dense layers cost nothing: from_pretrained builds on meta
         self.layers = nn.ModuleList(
             self.layer_class(config, index) for index in range(config.num_hidden_layers)
         )
-        self.post_init()
+        self._no_split_modules = [self.layer_class.__name__]
+        self.record: RoutingRecord | None = None
+        self.recording = False  # whether the calls of a ``generate`` add up in one record
+        self._finish_init()
 
     def forward(
         self,
@@ -554,26 +747,25 @@ class RoutedModel:
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         routing_mask: Tensor | None = None,
+        borders: CapacityBorders | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the family's model; ``routing_mask`` ``[B, S]`` names the tokens that a sequence's
         decision may see (default: those ``attention_mask`` does not call padding)."""
-        inputs = input_ids if input_ids is not None else inputs_embeds
-        tokens = None if attention_mask is None else attention_mask.bool()
-        if tokens is not None and tokens.dim() != 2:
-            raise ValueError(
-                f"attention_mask has {tokens.dim()} dims: routers must know which tokens are "
-                "padding; pass one of [batch, tokens]."
-            )
-        pooled = routing_mask
-        if pooled is None and tokens is not None:
-            pooled = tokens[:, -inputs.shape[1] :]
-        routing = RoutingCall(pooled, tokens)
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             past_key_values = prepare_cache(past_key_values, self.config)
-        return super().forward(
+        self._refuse(attention_mask, position_ids, past_key_values, routing_mask, kwargs)
+        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        tokens = None if attention_mask is None else attention_mask.bool()
+        pooled = routing_mask
+        if pooled is None and tokens is not None:
+            pooled = tokens[:, -length:]
+        routing = RoutingCall(pooled, tokens, borders)
+        output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -583,19 +775,95 @@ class RoutedModel:
             routing=routing,
             **kwargs,
         )
+        if not self.recording or self.record is None:
+            self.record = RoutingRecord()
+        self.record.add(self, routing, past_key_values)
+        return output
+
+    def _refuse(
+        self,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        routing_mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Raise ``ValueError`` for what would silently be wrong, with the reason."""
+        granularity = self.config.routing["granularity"]
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "torch.compile: what is computed depends on the routers' decisions, so shapes "
+                "change from call to call; run the model as it is."
+            )
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has {attention_mask.dim()} dims: routers must know which tokens "
+                "are padding; pass one of [batch, tokens]."
+            )
+        if routing_mask is not None and granularity.endswith("token"):
+            raise ValueError(
+                f"routing_mask: with granularity {granularity!r} each token decides for itself; "
+                "leave it out."
+            )
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError("output_attentions: what was skipped has none; leave it out.")
+        packed = any(name.startswith("cu_seq_lens") for name in kwargs)
+        if position_ids is not None and attention_mask is None and cache is None:
+            packed = packed or bool((position_ids.diff(dim=-1) != 1).any())
+        if packed:
+            raise ValueError(
+                "several texts are packed into one row (position_ids restart, or cu_seq_lens is "
+                "given): a row is routed as one text; give each its own row, with attention_mask."
+            )
 
 
-class RoutedCausalLM:
+class RoutedCausalLM(RoutingControls):
     """Mixed into a family's causal language model around a ``model_class``."""
 
     model_class: type[nn.Module]
-    _keep_in_fp32_modules_strict = ("router",)
-    supports_gradient_checkpointing = False
 
     def __init__(self, config: RoutedConfig) -> None:
         super().__init__(config)
         self.model = self.model_class(config)
-        self.post_init()
+        self._finish_init()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers' ``generate``; ``routing_report`` then covers all its steps."""
+        self.model.record, self.model.recording, self.prompt_mask = None, True, None
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self.model.recording = False
+
+    def _validate_generation_mode(self, mode: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        super()._validate_generation_mode(mode, config, *args, **kwargs)
+        granularity = self.config.routing["granularity"]
+        if granularity.endswith("token"):
+            return
+        reason = (
+            f"with granularity {granularity!r} a sequence's decision is its whole prompt's, and"
+        )
+        if config.prefill_chunk_size is not None:
+            raise ValueError(f"prefill_chunk_size: {reason} the first chunk would make it alone.")
+        if "assisted" in str(getattr(mode, "value", mode)):
+            raise ValueError(
+                f"assisted decoding: {reason} the assistant's guesses would be part of it."
+            )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Without a cache each step runs the whole text: let the prompt alone decide again."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        by_sequence = self.config.routing["granularity"].endswith("sequence")
+        if self.model.recording and by_sequence and inputs.get("past_key_values") is None:
+            text = inputs.get("input_ids")
+            text = text if text is not None else inputs["inputs_embeds"]
+            if self.prompt_mask is None:
+                given = inputs.get("routing_mask"), inputs.get("attention_mask")
+                ones = torch.ones(text.shape[:2], device=text.device, dtype=torch.bool)
+                self.prompt_mask = next((mask for mask in given if mask is not None), ones)
+            new = text.shape[1] - self.prompt_mask.shape[1]
+            inputs["routing_mask"] = nn.functional.pad(self.prompt_mask, (0, new))
+        return inputs
 
 
 # ---------------------------------------------------------------------- families
@@ -605,7 +873,7 @@ class MoDLlamaConfig(RoutedConfig, LlamaConfig):
     model_type = "mod_llama"
 
     def __init__(self, routing: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.routing = routing or NO_ROUTING
+        self.routing = dict(routing or NO_ROUTING)
         super().__init__(**kwargs)
         self.check_routing()
 
@@ -616,19 +884,17 @@ class MoDLlamaDecoderLayer(RoutedLayer, LlamaDecoderLayer):
 
 class MoDLlamaModel(RoutedModel, LlamaModel):
     config_class, layer_class = MoDLlamaConfig, MoDLlamaDecoderLayer
-    _no_split_modules = ["MoDLlamaDecoderLayer"]
 
 
 class MoDLlamaForCausalLM(RoutedCausalLM, LlamaForCausalLM):
     config_class, model_class = MoDLlamaConfig, MoDLlamaModel
-    _no_split_modules = ["MoDLlamaDecoderLayer"]
 
 
 class MoDMistralConfig(RoutedConfig, MistralConfig):
     model_type = "mod_mistral"
 
     def __init__(self, routing: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.routing = routing or NO_ROUTING
+        self.routing = dict(routing or NO_ROUTING)
         super().__init__(**kwargs)
         self.check_routing()
 
@@ -639,19 +905,17 @@ class MoDMistralDecoderLayer(RoutedLayer, MistralDecoderLayer):
 
 class MoDMistralModel(RoutedModel, MistralModel):
     config_class, layer_class = MoDMistralConfig, MoDMistralDecoderLayer
-    _no_split_modules = ["MoDMistralDecoderLayer"]
 
 
 class MoDMistralForCausalLM(RoutedCausalLM, MistralForCausalLM):
     config_class, model_class = MoDMistralConfig, MoDMistralModel
-    _no_split_modules = ["MoDMistralDecoderLayer"]
 
 
 class MoDQwen2Config(RoutedConfig, Qwen2Config):
     model_type = "mod_qwen2"
 
     def __init__(self, routing: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.routing = routing or NO_ROUTING
+        self.routing = dict(routing or NO_ROUTING)
         super().__init__(**kwargs)
         self.check_routing()
 
@@ -662,19 +926,17 @@ class MoDQwen2DecoderLayer(RoutedLayer, Qwen2DecoderLayer):
 
 class MoDQwen2Model(RoutedModel, Qwen2Model):
     config_class, layer_class = MoDQwen2Config, MoDQwen2DecoderLayer
-    _no_split_modules = ["MoDQwen2DecoderLayer"]
 
 
 class MoDQwen2ForCausalLM(RoutedCausalLM, Qwen2ForCausalLM):
     config_class, model_class = MoDQwen2Config, MoDQwen2Model
-    _no_split_modules = ["MoDQwen2DecoderLayer"]
 
 
 class MoDQwen3Config(RoutedConfig, Qwen3Config):
     model_type = "mod_qwen3"
 
     def __init__(self, routing: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.routing = routing or NO_ROUTING
+        self.routing = dict(routing or NO_ROUTING)
         super().__init__(**kwargs)
         self.check_routing()
 
@@ -685,9 +947,7 @@ class MoDQwen3DecoderLayer(RoutedLayer, Qwen3DecoderLayer):
 
 class MoDQwen3Model(RoutedModel, Qwen3Model):
     config_class, layer_class = MoDQwen3Config, MoDQwen3DecoderLayer
-    _no_split_modules = ["MoDQwen3DecoderLayer"]
 
 
 class MoDQwen3ForCausalLM(RoutedCausalLM, Qwen3ForCausalLM):
     config_class, model_class = MoDQwen3Config, MoDQwen3Model
-    _no_split_modules = ["MoDQwen3DecoderLayer"]
