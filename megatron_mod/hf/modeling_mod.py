@@ -116,6 +116,10 @@ def logit_border(threshold: float) -> float:
     return math.log(threshold / (1.0 - threshold))
 
 
+def sigmoid(logit: float) -> float:
+    return 1.0 / (1.0 + math.exp(-logit))
+
+
 # ------------------------------------------------------------------------ caches
 
 
@@ -594,31 +598,67 @@ class RoutingControls:
         capacity: float | Sequence[float],
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        *,
+        scope: str | None = None,
     ) -> None:
-        """Set each routed layer's threshold to that at which it keeps ``capacity`` of a text.
-
-        Layer by layer in one pass, so that each sees what the ones before it leave.
+        """Set the routed layers' thresholds so that ``capacity`` of a text's units is kept.
 
         Args:
-            capacity: share of the units (sequences or tokens, rounded) that a layer keeps, from
-                0 to 1: one number, or one per routed layer.
+            capacity: share of the units (sequences or tokens) from 0 to 1; one number, or with
+                ``scope="layer"`` one per routed layer.
             input_ids, attention_mask: ``[B, S]``, a text of the kind the model will see. For
                 a sequence granularity: prompts, and enough of them.
+            scope: ``layer`` holds every layer to its capacity (in one pass, each layer sees what
+                the ones before it leave); ``model`` moves all thresholds by one logit until
+                their mean is right (in 20 passes). None: as the routers were trained.
 
         Raises:
-            ValueError: a capacity out of range, or another number of them than routed layers.
+            ValueError: a capacity or scope out of range, or another number of capacities than
+                routed layers.
         """
         routed = self.config.routing["layers"]
         several = isinstance(capacity, (list, tuple))
+        scope = scope or ("layer" if several else self.config.routing.get("scope", "layer"))
         targets = list(capacity) if several else [capacity] * len(routed)
         if len(targets) != len(routed) or any(not 0.0 <= value <= 1.0 for value in targets):
             raise ValueError(
                 f"capacity = {capacity}: must be a number from 0 to 1, or one per routed layer "
                 f"({len(routed)})."
             )
-        borders = CapacityBorders(dict(zip(routed, targets, strict=True)))
-        self._decoder(input_ids, attention_mask=attention_mask, use_cache=False, borders=borders)
-        self.set_thresholds([borders.thresholds[index] for index in routed])
+        if scope not in ("layer", "model") or (several and scope == "model"):
+            raise ValueError(
+                f"scope = {scope!r}: must be 'layer', or 'model' with one capacity for all."
+            )
+        if scope == "layer":
+            borders = CapacityBorders(dict(zip(routed, targets, strict=True)))
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            self._decoder(**inputs, use_cache=False, borders=borders)
+            self.set_thresholds([borders.thresholds[index] for index in routed])
+        elif capacity in (0.0, 1.0):
+            self.set_thresholds(1.0 - capacity)
+        else:
+            self._shift_thresholds(capacity, input_ids, attention_mask)
+
+    def _shift_thresholds(
+        self, capacity: float, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> None:
+        """Bisect for the number added to all borders at which their mean capacity is reached."""
+        borders = [layer.logit_border for layer in self._routed_layers().values()]
+        if any(math.isinf(border) for border in borders):
+            raise ValueError(
+                "scope 'model' moves all thresholds together, but one of them is 0 or 1; set it "
+                "to another value first, or use scope 'layer'."
+            )
+        few, many = 30.0 - max(borders), -30.0 - min(borders)
+        for _ in range(20):
+            shift = (few + many) / 2
+            self.set_thresholds([sigmoid(border + shift) for border in borders])
+            self._decoder(input_ids, attention_mask=attention_mask, use_cache=False)
+            if self.routing_report()["capacity"] >= capacity:
+                many = shift
+            else:
+                few = shift
+        self.set_thresholds([sigmoid(border + many) for border in borders])
 
     def routing_report(self) -> dict[str, Any]:
         """What the last call skipped and what it saved; after ``generate``, the whole of it.
@@ -660,67 +700,69 @@ class CapacityBorders:
                 f"layer {layer}: its scores lie around the logit {border:.0f}, which no threshold "
                 "between 0 and 1 can express."
             )
-        self.thresholds[layer] = 1.0 / (1.0 + math.exp(-border))
+        self.thresholds[layer] = sigmoid(border)
         return logit_border(self.thresholds[layer])
 
 
 class RoutingRecord:
-    """Kept units and cache sizes of one call, or of the calls of one ``generate``."""
+    """Decisions and cache sizes of one call, or of the calls of one ``generate``."""
 
     def __init__(self) -> None:
-        self.kept: dict[int, Tensor] = {}
-        self.units: dict[int, Tensor] = {}
-        self.cache_bytes: dict[int, int] = {}
-        self.dense_bytes: dict[int, int] = {}
+        self.decisions: dict[int, list[Tensor]] = {}  # counted only when somebody asks
+        self.tokens: Tensor | int = 0  # of all calls, without padding
+        self.cache_bytes: dict[int, tuple[int, int]] = {}  # held, and by a dense layer
 
     def add(self, model: RoutedModel, routing: RoutingCall, cache: Cache | None) -> None:
-        """Count a forward call, without waiting for the device."""
+        """Take note of a forward call, without waiting for the device."""
         for layer, keep in routing.decisions.items():
             if keep.dim() == 1:  # a sequence stays what it is at later steps
-                self.kept[layer], self.units[layer] = (
-                    keep.sum(),
-                    keep.new_tensor(len(keep), dtype=torch.int64),
-                )
-                continue
-            units = keep.new_tensor(keep.numel(), dtype=torch.int64)
-            if routing.tokens is not None:
-                units = routing.tokens[:, -keep.shape[1] :].sum()
-            self.kept[layer] = self.kept.get(layer, 0) + keep.sum()
-            self.units[layer] = self.units.get(layer, 0) + units
-        if cache is not None:
-            self._measure(model, routing, cache)
-
-    def _measure(self, model: RoutedModel, routing: RoutingCall, cache: Cache) -> None:
-        config, weight = model.config, model.embed_tokens.weight
-        for layer, keep in routing.decisions.items():
-            storage, attn = cache.layers[layer], model.layers[layer].self_attn
-            window = config.window(layer)
-            length = storage.get_seq_length()
-            length = min(length, window - 1) if window else length
-            groups = config.num_attention_heads // attn.num_key_value_groups
-            size = 2 * len(keep) * length * groups * attn.head_dim * weight.element_size()
-            held = [t for t in (storage.keys, storage.values) if t is not None]
-            self.dense_bytes[layer] = size
-            self.cache_bytes[layer] = sum(t.numel() * t.element_size() for t in held)
+                self.decisions[layer] = [keep]
+            else:
+                self.decisions.setdefault(layer, []).append(keep)
+            if cache is not None:
+                sizes = _cache_bytes(model, layer, cache.layers[layer], batch=len(keep))
+                self.cache_bytes[layer] = sizes
+        if routing.decisions and keep.dim() == 2:
+            valid = routing.tokens
+            self.tokens += keep.numel() if valid is None else valid[:, -keep.shape[1] :].sum()
 
     def summary(self) -> dict[str, Any]:
         layers = {}
-        for layer in self.kept:
-            kept, units = int(self.kept[layer]), int(self.units[layer])
-            held = self.cache_bytes.get(layer, 0)
+        for layer, decisions in self.decisions.items():
+            held, dense = self.cache_bytes.get(layer, (0, 0))
+            by_sequence = decisions[0].dim() == 1
             layers[layer] = {
-                "kept": kept,
-                "units": units,
-                "capacity": kept / units if units else 1.0,
+                "kept": int(sum(keep.sum() for keep in decisions)),
+                "units": len(decisions[0]) if by_sequence else int(self.tokens),
                 "cache_bytes": held,
-                "cache_bytes_saved": self.dense_bytes.get(layer, 0) - held,
+                "cache_bytes_saved": dense - held,
             }
-        total = {
-            name: sum(entry[name] for entry in layers.values())
-            for name in ("kept", "units", "cache_bytes", "cache_bytes_saved")
-        }
-        capacity = total["kept"] / total["units"] if total["units"] else 1.0
-        return {**total, "capacity": capacity, "layers": layers}
+        names = ("kept", "units", "cache_bytes", "cache_bytes_saved")
+        total = {name: sum(entry[name] for entry in layers.values()) for name in names}
+        for entry in (total, *layers.values()):
+            entry["capacity"] = entry["kept"] / entry["units"] if entry["units"] else 1.0
+        return {**total, "layers": layers}
+
+
+def _cache_bytes(
+    model: RoutedModel, layer: int, storage: DynamicLayer, *, batch: int
+) -> tuple[int, int]:
+    """What a layer's cache holds, and what it would hold were everything stored."""
+    attn, window = model.layers[layer].self_attn, model.config.window(layer)
+    length = storage.get_seq_length()
+    length = min(length, window - 1) if window else length
+    width = model.config.num_attention_heads // attn.num_key_value_groups * attn.head_dim
+    dense = 2 * batch * length * width * model.embed_tokens.weight.element_size()
+    held = [tensor for tensor in (storage.keys, storage.values) if tensor is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held), dense
+
+
+@torch.compiler.assume_constant_result  # so that it runs, and stops, while the model is traced
+def refuse_compiling() -> None:
+    raise ValueError(
+        "torch.compile: what is computed depends on the routers' decisions, so shapes change from "
+        "call to call; run the model as it is."
+    )
 
 
 class RoutedModel(RoutingControls):
@@ -734,8 +776,8 @@ class RoutedModel(RoutingControls):
             self.layer_class(config, index) for index in range(config.num_hidden_layers)
         )
         self._no_split_modules = [self.layer_class.__name__]
-        self.record: RoutingRecord | None = None
-        self.recording = False  # whether the calls of a ``generate`` add up in one record
+        self.record: RoutingRecord | None = None  # of the last call
+        self.recording: RoutingRecord | None = None  # of the ``generate`` that is under way
         self._finish_init()
 
     def forward(
@@ -775,8 +817,7 @@ class RoutedModel(RoutingControls):
             routing=routing,
             **kwargs,
         )
-        if not self.recording or self.record is None:
-            self.record = RoutingRecord()
+        self.record = self.recording or RoutingRecord()
         self.record.add(self, routing, past_key_values)
         return output
 
@@ -791,10 +832,7 @@ class RoutedModel(RoutingControls):
         """Raise ``ValueError`` for what would silently be wrong, with the reason."""
         granularity = self.config.routing["granularity"]
         if torch.compiler.is_compiling():
-            raise ValueError(
-                "torch.compile: what is computed depends on the routers' decisions, so shapes "
-                "change from call to call; run the model as it is."
-            )
+            refuse_compiling()
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
                 f"attention_mask has {attention_mask.dim()} dims: routers must know which tokens "
@@ -829,11 +867,11 @@ class RoutedCausalLM(RoutingControls):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers' ``generate``; ``routing_report`` then covers all its steps."""
-        self.model.record, self.model.recording, self.prompt_mask = None, True, None
+        self.model.recording, self.prompt_mask = RoutingRecord(), None
         try:
             return super().generate(*args, **kwargs)
         finally:
-            self.model.recording = False
+            self.model.recording = None
 
     def _validate_generation_mode(self, mode: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super()._validate_generation_mode(mode, config, *args, **kwargs)
@@ -854,13 +892,13 @@ class RoutedCausalLM(RoutingControls):
         """Without a cache each step runs the whole text: let the prompt alone decide again."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         by_sequence = self.config.routing["granularity"].endswith("sequence")
-        if self.model.recording and by_sequence and inputs.get("past_key_values") is None:
+        if by_sequence and self.model.recording and inputs.get("past_key_values") is None:
             text = inputs.get("input_ids")
             text = text if text is not None else inputs["inputs_embeds"]
             if self.prompt_mask is None:
-                given = inputs.get("routing_mask"), inputs.get("attention_mask")
+                mask = inputs.get("attention_mask")
                 ones = torch.ones(text.shape[:2], device=text.device, dtype=torch.bool)
-                self.prompt_mask = next((mask for mask in given if mask is not None), ones)
+                self.prompt_mask = ones if mask is None else mask
             new = text.shape[1] - self.prompt_mask.shape[1]
             inputs["routing_mask"] = nn.functional.pad(self.prompt_mask, (0, new))
         return inputs
