@@ -494,13 +494,16 @@ class RoutedLayer:
         if not len(kept.index):
             return chosen
         query = kept.pad(_project(attn, "q", chosen, chosen_rotary)).transpose(1, 2)
-        visible = self._visible(kept.pad(past + kept.columns), slots, routing)
         if attn.config._attn_implementation == "eager":
+            visible = self._visible(kept.pad(past + kept.columns), slots, routing)
             hidden = visible.logical_not().to(query.dtype) * torch.finfo(query.dtype).min
             attended, _ = eager_attention_forward(
                 attn, query, keys, values, hidden, scaling=attn.scaling
             )
         else:  # flash attention knows no choice of queries among the keys
+            visible = None  # what is alone selected, in order, is causal as it is
+            if past or self.window or not self.stores_selected:
+                visible = self._visible(kept.pad(past + kept.columns), slots, routing)
             attended, _ = sdpa_attention_forward(
                 attn, query, keys, values, visible, scaling=attn.scaling
             )

@@ -56,18 +56,18 @@ class Exports:
         self.dense = formula.load_dense(self.hf)
         self.prompts = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in LENGTHS]
 
-    @functools.cache
+    @functools.cache  # noqa: B019 (lives as long as its module's tests)
     def routers(self, name: str) -> dict[int, Tensor]:
         generator = torch.Generator().manual_seed(6)
         scheme = formula.SCHEMES[name]
         return formula.mixed_routers(self.dense, self.prompts, ROUTED, generator, **scheme)
 
-    @functools.cache
+    @functools.cache  # noqa: B019 (lives as long as its module's tests)
     def export(self, name: str) -> Path:
         scheme = formula.SCHEMES[name]
         return save_export(self.folder / name, self.hf, self.routers(name), **scheme)
 
-    @functools.cache
+    @functools.cache  # noqa: B019 (lives as long as its module's tests)
     def model(self, name: str, attention: str = "sdpa"):
         return load(self.export(name), attn_implementation=attention)
 

@@ -1,4 +1,4 @@
-"""``y = x + m * F(x)`` on Hugging Face's own dense models, computing everything; nothing of ours."""
+"""``y = x + m * F(x)`` on Hugging Face's own dense models; nothing of ours in it."""
 
 from __future__ import annotations
 
