@@ -336,3 +336,32 @@ def test_an_empty_cache_of_any_making_is_taken(case):
         expected = model(ids).logits
         for cache in (DynamicCache(), DynamicCache(config=case.dense.config)):
             assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["attn_sequence", "block_token_selected"])
+def test_perplexity_and_capacity_of_an_export_equal_the_formula(case, name):
+    from megatron_mod.data.chat import Sample
+    from megatron_mod.evaluation.perplexity import perplexity
+
+    samples = [
+        Sample(ids=p, labelled=[i >= len(p) // 2 for i in range(len(p))], source=str(p))
+        for p in case.prompts
+    ]
+    nll, count, decided = 0.0, 0, {layer: [] for layer in ROUTED}
+    for sample in samples:
+        start, made = len(sample.ids) // 2, None
+        if "sequence" in name:  # pooling: prompt
+            prompt_masks = case.formula(name, sample.ids[:start])[1]
+            made = {i: m[:1].expand(len(sample.ids)) for i, m in prompt_masks.items()}
+        logits, masks, _ = case.formula(name, sample.ids, masks=made)
+        targets = torch.tensor(sample.ids[start:])
+        nll += float(
+            torch.nn.functional.cross_entropy(logits[start - 1 : -1], targets) * len(targets)
+        )
+        count += len(targets)
+        for layer, mask in masks.items():
+            decided[layer].append(mask[:1] if "sequence" in name else mask)
+    quality = perplexity(case.model(name), samples)
+    assert quality.perplexity == pytest.approx(math.exp(nll / count), rel=1e-4)
+    assert quality.tokens == count
+    assert quality.capacity == pytest.approx([float(torch.cat(m).mean()) for m in decided.values()])
