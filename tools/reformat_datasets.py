@@ -14,7 +14,7 @@ from megatron_mod.data.formats import CORPORA, parse_sources, raw_sources, refor
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=f"{__doc__} Writes SAVE_PATH/NAME/data.jsonl, and report.json: what was dropped."
+        description=f"{__doc__} Writes data.jsonl and, with what was dropped, report.json."
     )
     parser.add_argument(
         "--raw-data-root", default="data/raw", help="folder with a sub-folder for each corpus"

@@ -12,7 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_mod.data.loader import MicroBatch, StepBatch
+from megatron_mod.data.batch import MicroBatch
+from megatron_mod.data.loader import StepBatch
 from megatron_mod.model.builder import RoutedGPTModel
 from megatron_mod.parallel import device
 from megatron_mod.routing.capacity import CapacityController
