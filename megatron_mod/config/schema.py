@@ -94,8 +94,8 @@ class DataConfig:
             routed on its own; else one a row, rows of like length together.
         on_bad_record: `stop` at a record that cannot be used, or `skip` it: counted, and written
             to rejects.jsonl in checkpoint.save.
-        cache: folder for tokenised data, which all jobs may share; unset: megatron_mod in
-            $XDG_CACHE_HOME or ~/.cache.
+        cache: folder for tokenised data, which all jobs may share; unset: $MEGATRON_MOD_CACHE or
+            ~/.cache/megatron_mod.
     """
 
     train: dict[str, float] | list[str] | str

@@ -29,7 +29,7 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 def default_folder() -> Path:
     """Where tokenised data is kept when ``data.cache`` is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_mod"
+    return Path(os.environ.get("MEGATRON_MOD_CACHE") or Path.home() / ".cache" / "megatron_mod")
 
 
 def entry(cache: Path, identity: dict, build: Callable[[Path], None]) -> Path:

@@ -53,7 +53,8 @@ def _from_folder(folder: Path):
 
 def _from_sentencepiece(path: Path):
     """Transformers' Llama tokenizer around the model: beginning of text first, no word border
-    after a special token (``legacy=False``), else what SentencePiece itself gives."""
+    after a special token (``legacy=False``) or before a space that begins the text, else what
+    SentencePiece itself gives."""
     _require_plain_bpe(path)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / SENTENCEPIECE).symlink_to(path.resolve())
