@@ -47,8 +47,10 @@ def messages_of(record: object) -> Messages:
             raise ValueError(f"every message needs a 'role' out of {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
             raise ValueError("every message needs a 'content' that is text")
-        if any("\ud800" <= letter <= "\udfff" for letter in message["content"]):
-            raise ValueError("not UTF-8: half a surrogate pair in a message")
+        try:
+            message["content"].encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"not UTF-8: half a surrogate pair ({error.reason})") from error
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     if not any(answer.strip() for answer in answers):
         raise ValueError("no assistant turn with text in it, so nothing to learn from")

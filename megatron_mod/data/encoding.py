@@ -40,11 +40,21 @@ class Encoder:
     """
 
     def __init__(self, tokenizer, *, max_length: int, template: str = "auto") -> None:
-        self.backend = _with_exact_offsets(tokenizer.backend_tokenizer)
+        self.backend = tokenizer.backend_tokenizer
+        self._take_all()
+        settings = self.backend.to_str()
+        self._digest = hashlib.sha256(settings.encode()).hexdigest()
+        self.backend = _with_exact_offsets(settings) or self.backend
         self.max_length = max_length
         self.template = template_of(tokenizer, template=template)
         self.eos = tokenizer.eos_token
         self._leading, self._trailing = self._special_tokens()
+
+    def _take_all(self) -> None:
+        """Neither cut nor pad; Transformers leaves behind what it was last called with, and sets
+        both anew at its next call."""
+        self.backend.no_truncation()
+        self.backend.no_padding()
 
     def _special_tokens(self) -> tuple[int, int]:
         """How many special tokens stand before and after a text, none of whose characters are
@@ -57,9 +67,8 @@ class Encoder:
     @property
     def identity(self) -> dict[str, object]:
         """What the result depends on besides the conversation."""
-        tokenizer = hashlib.sha256(self.backend.to_str().encode()).hexdigest()
         return {
-            "tokenizer": tokenizer,
+            "tokenizer": self._digest,
             "eos": self.eos,
             "template": self.template.name,
             "template_source": self.template.source,
@@ -70,6 +79,7 @@ class Encoder:
         """Each conversation, or what is wrong with it."""
         rendered = self.template.render(conversations)
         whole = [item for item in rendered if isinstance(item, Rendered)]
+        self._take_all()
         encodings = iter(
             self.backend.encode_batch(
                 [item.text for item in whole],
@@ -95,18 +105,17 @@ class Encoder:
         return Encoded(encoding.ids[: self.max_length], found)
 
 
-def _with_exact_offsets(backend: Tokenizer) -> Tokenizer:
-    """A copy whose offsets cover whitespace too, and that neither cuts nor pads.
+def _with_exact_offsets(settings: str) -> Tokenizer | None:
+    """A copy of a tokenizer whose offsets cover white space too; nothing where they do anyway.
 
-    Byte-level post-processors may trim whitespace off the offsets, and a header's last newline
+    Byte-level post-processors may trim white space off the offsets, and a header's last newline
     would then seem to lie in the answer.
     """
-    settings = json.loads(backend.to_str())
-    settings["truncation"] = settings["padding"] = None
-    pending = [settings["post_processor"]]
+    values = json.loads(settings)
+    trims, pending = False, [values["post_processor"]]
     while pending:
-        part = pending.pop()
-        if part and "trim_offsets" in part:
-            part["trim_offsets"] = False
-        pending += (part or {}).get("processors", [])
-    return Tokenizer.from_str(json.dumps(settings))
+        part = pending.pop() or {}
+        if part.get("trim_offsets"):
+            part["trim_offsets"], trims = False, True
+        pending += part.get("processors", [])
+    return Tokenizer.from_str(json.dumps(values)) if trims else None
