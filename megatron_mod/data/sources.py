@@ -37,7 +37,7 @@ def files_of(source: str | Path, *, prefer: str | None = None) -> list[Path]:
         prefer: name of the file that is taken alone when a folder has it.
 
     Raises:
-        ValueError: a folder without data files, or a file of another kind.
+        ValueError: a folder without data files, a file of another kind, or a path to nothing.
     """
     path = Path(source)
     if path.is_dir():
@@ -50,6 +50,8 @@ def files_of(source: str | Path, *, prefer: str | None = None) -> list[Path]:
         if path.suffix not in SUFFIXES:
             raise ValueError(f"{path}: cannot read this kind of file; give {', '.join(SUFFIXES)}.")
         return [path]
+    if path.suffix in SUFFIXES or path.is_absolute() or str(source).startswith("."):
+        raise ValueError(f"{path}: no such file; give a file, a folder or a dataset's name.")
     return []
 
 
@@ -77,7 +79,7 @@ def load_named(name: str):
         return _datasets().load_dataset(repository, split=split or "train")
     except Exception as error:  # the library and its network clients raise many kinds
         raise ValueError(
-            f"{name}: no such file, and no dataset of that name can be loaded "
+            f"{name}: no such file here, and no dataset of that name can be loaded "
             f"({type(error).__name__}: {_first_line(error)})."
         ) from error
 

@@ -85,8 +85,11 @@ def test_a_dataset_is_read_by_name_and_split(load, tokenizer, tmp_path, monkeypa
 
 
 def test_names_that_are_nothing_are_told(load, tmp_path):
-    with pytest.raises(ValueError, match="no such file, and no dataset of that name"):
-        load(tmp_path / "none.jsonl")
+    for name in (tmp_path / "none.jsonl", "none.jsonl", "./none", str(tmp_path / "none")):
+        with pytest.raises(ValueError, match="no such file"):
+            load(name)
+    with pytest.raises(ValueError, match="no dataset of that name can be loaded"):
+        load("no/such-dataset")
     (tmp_path / "text.txt").write_text("x")
     with pytest.raises(ValueError, match="cannot read this kind of file"):
         load(tmp_path / "text.txt")
