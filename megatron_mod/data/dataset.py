@@ -16,6 +16,7 @@ from megatron_mod.config.schema import DataConfig
 from megatron_mod.data.cache import default_folder
 from megatron_mod.data.chat import Sample
 from megatron_mod.data.encoding import Encoder
+from megatron_mod.data.order import Order
 from megatron_mod.data.sources import files_of
 from megatron_mod.data.store import Store, open_store
 
@@ -81,17 +82,15 @@ class Samples(Sequence[Sample]):
             )
         return rest, validation
 
-    def write_rejects(self, path: str | Path) -> int:
-        """Write the bad records that were skipped as JSON lines (``source``, ``reason``,
-        ``content``), if there are any; returns how many."""
-        count = sum(part.store.summary.rejected for part in self.parts)
-        if count:
-            with Path(path).open("w", encoding="utf-8") as lines:
-                for part in self.parts:
-                    for reject in part.store.rejects():
-                        source = f"{part.store.name}:{reject.pop('number')}"
-                        lines.write(json.dumps({"source": source, **reject}) + "\n")
-        return count
+    def draw(self, count: int, *, seed: int) -> Samples:
+        """``count`` samples at most, drawn by weight: the first ones of an epoch's order."""
+        chosen = Order(self.weights, seed=seed).epoch(0)[:count].sort()[0].numpy()
+        parts = []
+        for part, end in zip(self.parts, self._ends, strict=True):
+            first = end - len(part.rows)
+            within = chosen[(first <= chosen) & (chosen < end)] - first
+            parts.append(replace(part, rows=part.rows.select(within), weight=1.0))
+        return Samples(parts)
 
 
 def load_samples(
@@ -140,12 +139,28 @@ def load_data(config: DataConfig, tokenizer, *, seed: int) -> tuple[Samples, Sam
         "on_bad_record": config.on_bad_record,
         "cache": config.cache,
     }
-    train = load_samples(config.train, tokenizer, **options)
+    train, validation = load_samples(config.train, tokenizer, **options), None
     if config.validation_split:
-        return train.split(config.validation_split, seed=seed)
-    if config.validation:
-        return train, load_samples(config.validation, tokenizer, **options)
-    return train, None
+        train, validation = train.split(config.validation_split, seed=seed)
+    elif config.validation:
+        validation = load_samples(config.validation, tokenizer, **options)
+    if config.max_train_samples:
+        train = train.draw(config.max_train_samples, seed=seed)
+    return train, validation
+
+
+def write_rejects(path: str | Path, *loaded: Samples | None) -> None:
+    """Write the bad records that were skipped as JSON lines (``source``, ``reason``,
+    ``content``), if there are any."""
+    parts = [part for samples in loaded if samples for part in samples.parts]
+    stores = {part.store.name: part.store for part in parts if part.store.summary.rejected}
+    if not stores:
+        return
+    with Path(path).open("w", encoding="utf-8") as lines:
+        for store in stores.values():
+            for reject in store.rejects():
+                source = f"{store.name}:{reject.pop('number')}"
+                lines.write(json.dumps({"source": source, **reject}) + "\n")
 
 
 def _weighted(sources: Sources) -> Mapping[str, float]:

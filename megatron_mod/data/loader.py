@@ -46,7 +46,6 @@ class Loader:
         row_length: pack documents into rows of at most this many tokens; unset: one document a
             row, rows of like length together.
         parts: number of samples and weight of each file; unset: all once an epoch.
-        limit: samples to train on at most.
     """
 
     def __init__(
@@ -61,7 +60,6 @@ class Loader:
         multiple: int = 1,
         row_length: int | None = None,
         parts: Sequence[tuple[int, float]] | None = None,
-        limit: int | None = None,
     ) -> None:
         self.samples = samples
         self.global_batch_size = global_batch_size
@@ -69,7 +67,7 @@ class Loader:
         self.data_rank, self.data_ranks = data_rank, data_ranks
         self.multiple = multiple
         self.row_length = row_length
-        self.order = Order(parts or [(len(samples), 1.0)], seed=seed, limit=limit)
+        self.order = Order(parts or [(len(samples), 1.0)], seed=seed)
 
     def step(self, number: int) -> StepBatch:
         """The batch of step ``number``, counted from 0."""

@@ -16,30 +16,25 @@ class Order:
 
     Args:
         parts: number of samples and weight of each part, in the order the samples are in.
-        limit: train on no more than this many, the first ones of the first epoch, in each.
     """
 
-    def __init__(
-        self, parts: Sequence[tuple[int, float]], *, seed: int, limit: int | None = None
-    ) -> None:
+    def __init__(self, parts: Sequence[tuple[int, float]], *, seed: int) -> None:
         self.parts = tuple(parts)
         self.seed = seed
         self._current: tuple[int, Tensor] | None = None
-        self._chosen: Tensor | None = None
-        if limit is not None:
-            self._chosen = self._shuffled(self._items(0), 0)[:limit]
-        self.epoch_length = len(self._items(0) if self._chosen is None else self._chosen)
+        self.epoch_length = len(self._items(0))
 
     def __getitem__(self, position: int) -> int:
         """The sample at a position, counted over all epochs from 0."""
         epoch, offset = divmod(position, self.epoch_length)
         if self._current is None or self._current[0] != epoch:
-            items = self._items(epoch) if self._chosen is None else self._chosen
-            self._current = epoch, self._shuffled(items, epoch)
+            self._current = epoch, self.epoch(epoch)
         return int(self._current[1][offset])
 
-    def _shuffled(self, items: Tensor, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+    def epoch(self, number: int) -> Tensor:
+        """The samples of one epoch in their order, int64 ``[epoch_length]``."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        items = self._items(number)
         return items[torch.randperm(len(items), generator=generator)]
 
     def _items(self, epoch: int) -> Tensor:

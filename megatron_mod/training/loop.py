@@ -19,7 +19,7 @@ from megatron_mod.config.validate import check_batches
 from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import read_config
-from megatron_mod.data.dataset import Samples, load_data
+from megatron_mod.data.dataset import Samples, load_data, write_rejects
 from megatron_mod.data.loader import Loader
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.architecture import Architecture, check_parallel
@@ -123,7 +123,7 @@ def train(config: Config, plan: Plan) -> dict:
     if dist.get_rank() == 0:
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        plan.train.write_rejects(run / "rejects.jsonl")
+        write_rejects(run / "rejects.jsonl", plan.train, plan.validation)
     dist.barrier()
     metrics = Metrics(run, plan.routing, steps=config.train.steps)
     average = RouterAverage(model.routers())
@@ -213,7 +213,6 @@ def _build(config: Config, plan: Plan) -> tuple:
 
 
 def _loader(config: Config, plan: Plan, samples: Samples) -> Loader:
-    training = samples is plan.train
     return Loader(
         samples,
         global_batch_size=config.train.global_batch_size,
@@ -223,8 +222,7 @@ def _loader(config: Config, plan: Plan, samples: Samples) -> Loader:
         data_ranks=plan.topology.data,
         multiple=plan.topology.tensor if config.parallel.sequence_parallel else 1,
         row_length=config.data.max_length if config.data.packing else None,
-        parts=samples.weights if training else None,
-        limit=config.data.max_train_samples if training else None,
+        parts=samples.weights,
     )
 
 

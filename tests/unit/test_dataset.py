@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from megatron_mod.config.schema import DataConfig
 from megatron_mod.data import cache, store
-from megatron_mod.data.dataset import Part, Samples, load_data, load_samples
+from megatron_mod.data.dataset import Part, Samples, load_data, load_samples, write_rejects
 from megatron_mod.data.store import SCHEMA, Store, Summary
 from tests.helpers import tiny
 from tests.helpers.text import read_lines, write_lines
@@ -124,7 +124,7 @@ def test_bad_records_are_skipped_counted_and_written(load, tmp_path, caplog):
         samples = load(path, on_bad_record="skip")
         assert len(samples) == 1
         assert f"{len(BAD)} of {len(BAD) + 1} records skipped" in caplog.text
-    assert samples.write_rejects(tmp_path / "rejects.jsonl") == len(BAD)
+    write_rejects(tmp_path / "rejects.jsonl", samples, None, samples)
     rejects = read_lines(tmp_path / "rejects.jsonl")
     assert [r["source"] for r in rejects] == [f"{path}:{n}" for n in range(2, len(BAD) + 2)]
     assert all(reason in r["reason"] for r, (_, reason) in zip(rejects, BAD, strict=True))
@@ -245,6 +245,26 @@ def test_a_split_holds_out_what_is_not_trained_on(load, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="leaves 40 of 40"):
         load_data(data(train=config.train, validation_split=0.01, cache=config.cache), tokenizer,
                   seed=1)  # fmt: skip
+
+
+def test_no_more_samples_are_drawn_than_asked_for(tokenizer, tmp_path):
+    paths = [
+        write_lines(tmp_path / f"{n}.jsonl", [{**GOOD, "completion": f"{n}{i}"} for i in range(40)])
+        for n in "ab"
+    ]
+    weights = {str(paths[0]): 3.0, str(paths[1]): 0.5}
+    config = data(train=weights, max_train_samples=70, cache=str(tmp_path / "cache"))
+    drawn, _ = load_data(config, tokenizer, seed=1)
+    assert len(drawn) == 70
+    found = answers(drawn, tokenizer)
+    # Of 120 + 20 in an epoch half: no more than three of one kind, and a's the most.
+    assert max(found.count(answer) for answer in found if answer[0] == "a") <= 3
+    assert max(found.count(answer) for answer in found if answer[0] == "b") == 1
+    assert sum(answer[0] == "a" for answer in found) >= 50
+    assert answers(load_data(config, tokenizer, seed=1)[0], tokenizer) == found
+    assert answers(load_data(config, tokenizer, seed=2)[0], tokenizer) != found
+    config = data(train=config.train, max_train_samples=1000, cache=config.cache)
+    assert len(load_data(config, tokenizer, seed=1)[0]) == 140
 
 
 def _anonymous_bytes() -> int:

@@ -166,15 +166,6 @@ def test_an_epoch_holds_each_file_as_often_as_it_weighs():
     assert drawn[0] != drawn[1]
 
 
-def test_a_limit_takes_the_same_samples_every_epoch():
-    order = Order([(100, 1.0)], seed=1, limit=10)
-    epochs = [[order[10 * e + i] for i in range(10)] for e in range(3)]
-    assert len(set(epochs[0])) == 10
-    assert {tuple(sorted(epoch)) for epoch in epochs} == {tuple(sorted(epochs[0]))}
-    assert epochs[0] != epochs[1]
-    assert Order([(5, 1.0)], seed=1, limit=10).epoch_length == 5
-
-
 @pytest.mark.parametrize("row_length", [None, 8], ids=["rows", "packed"])
 def test_a_pass_counts_every_sample_once_on_uneven_ranks(row_length):
     samples = made([3, 4, 5, 6, 7])
