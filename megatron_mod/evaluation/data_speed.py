@@ -63,8 +63,9 @@ def measure(
         return {
             "samples": len(samples),
             "tokens": tokens,
-            "tokens_per_second": {n: tokens / s for n, s in seconds.items()},
-            "loader_tokens_per_second": {n: tokens / s for n, s in dealt.items()},
+            "tokens_per_second": {n: tokens / wall for n, (wall, _) in seconds.items()},
+            "tokens_per_cpu_second": {n: tokens / cpu for n, (_, cpu) in seconds.items()},
+            "loader_tokens_per_second": {n: tokens / wall for n, (wall, _) in dealt.items()},
             "padding": {
                 "neither": unsorted_padding(samples, loaders["bucketed"]),
                 **{name: padding(loader) for name, loader in loaders.items()},
@@ -72,16 +73,20 @@ def measure(
         }
 
 
-def in_turns(ways: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
-    """Median seconds of each, after one warm-up, one of each in every turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def in_turns(
+    ways: dict[str, Callable[[], object]], *, repeats: int
+) -> dict[str, tuple[float, float]]:
+    """Median seconds of each, by the clock and of all processor cores together, after one
+    warm-up; each once in every turn. On a shared machine the second says more."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             way()
+            ended = time.perf_counter(), time.process_time()
             if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+                seconds[name].append((ended[0] - started[0], ended[1] - started[1]))
+    return {n: tuple(map(statistics.median, zip(*s, strict=True))) for n, s in seconds.items()}
 
 
 def retokenised(messages: Messages, tokenizer, max_length: int) -> tuple[list[int], list[bool]]:

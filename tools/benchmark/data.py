@@ -48,10 +48,14 @@ def main() -> None:
 
 
 def _print(result: dict) -> None:
-    speed, own = result["tokens_per_second"], result["tokens_per_second"]["batch_encoding"]
+    wall, cpu = result["tokens_per_second"], result["tokens_per_cpu_second"]
     print(f"{result['samples']} samples, {result['tokens']} tokens")
-    for name, tokens in speed.items():
-        print(f"{name:18} {tokens:12,.0f} tokens/s  {tokens / own:5.2f} of batch_encoding")
+    for name in wall:
+        shares = [f"{of[name] / of['batch_encoding']:5.2f}" for of in (wall, cpu)]
+        print(
+            f"{name:18} {wall[name]:12,.0f} tokens/s, {cpu[name]:12,.0f} a core's second;"
+            f" {shares[0]} and {shares[1]} of batch_encoding"
+        )
     needed = result["needed_tokens_per_second"]
     for name, tokens in result["loader_tokens_per_second"].items():
         print(f"loader, {name:10} {tokens:12,.0f} tokens/s  {tokens / needed:5.1f} times the need")
