@@ -24,6 +24,12 @@ setup(
         "jsonargparse[signatures]>=4.40",
         "pyyaml",
         "tqdm",
+        "datasets>=3",
+        "filelock",
+        "ijson>=3.2",
+        "jinja2>=3.1",  # chat templates
+        "sentencepiece",
+        "protobuf",  # Transformers reads sentencepiece models with it
     ],
     extras_require={"quickstart": QUICKSTART, "test": TEST + QUICKSTART},
 )

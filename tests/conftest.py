@@ -18,3 +18,9 @@ def single_process():
     os.environ["WORLD_SIZE"] = "1"
     with topology.single_process():
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_data_cache(tmp_path_factory):
+    """Tokenised data of tests does not go to the user's cache."""
+    os.environ["MEGATRON_MOD_CACHE"] = str(tmp_path_factory.mktemp("cache"))

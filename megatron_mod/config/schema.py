@@ -97,15 +97,39 @@ class DataConfig:
     """What is trained on.
 
     Args:
-        train: JSON lines file; a line holds `messages` (a list of `role`, `content`) or `prompt`
-            and `completion`.
-        validation: file of the same form to measure the loss on; needs train.validation_interval.
+        train: JSON lines, JSON or Parquet file, folder of such files, or name of a dataset
+            (`name` or `name:split`); a list of them; or a mapping to weights: how many times an
+            epoch holds each sample, above 0 (2.9 is twice, and 90 percent of them once more).
+            A record holds `messages` (a list of `role`, `content`) or `prompt` and `completion`.
+        validation: the same, without weights, to measure the loss on; needs
+            train.validation_interval.
+        validation_split: share of the training samples that is held out for validation instead,
+            drawn with train.seed; 0 to 1, both excluded but for 0: none.
+        max_train_samples: samples an epoch at most, drawn once with train.seed; at least 1; unset:
+            all.
         max_length: tokens a sample is cut to, at least 2.
+        template: conversation to text: `tokenizer` its own chat template, `published`
+            Router-Tuning's, `auto` the tokenizer's if it has one.
+        tokenizer: folder of a Hugging Face tokenizer or SentencePiece .model file; unset: the
+            model's.
+        packing: put several documents into a row of up to max_length tokens, each attended and
+            routed on its own; else one a row, rows of like length together.
+        on_bad_record: `stop` at a record that cannot be used, or `skip` it: counted, and written
+            to rejects.jsonl in checkpoint.save.
+        cache: folder for tokenised data, which all jobs may share; unset: $MEGATRON_MOD_CACHE or
+            ~/.cache/megatron_mod.
     """
 
-    train: str
-    validation: str | None = None
+    train: dict[str, float] | list[str] | str
+    validation: list[str] | str | None = None
+    validation_split: float = 0.0
+    max_train_samples: int | None = None
     max_length: int = 2048
+    template: Literal["auto", "published", "tokenizer"] = "auto"
+    tokenizer: str | None = None
+    packing: bool = False
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    cache: str | None = None
 
 
 @dataclass
@@ -141,8 +165,8 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps; 0 saves the untrained routers.
-        global_batch_size: sequences a step, over all ranks.
-        micro_batch_size: sequences a forward pass; divides global_batch_size / data ranks.
+        global_batch_size: documents (sequences) a step, over all ranks, packed or not.
+        micro_batch_size: rows a forward pass; divides global_batch_size / data ranks.
         seed: of the data order and of initialisation.
         validation_interval: steps between measurements on data.validation; 0: none.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_mod.config.schema import Config
+    from megatron_mod.config.schema import Config, DataConfig
 
 
 def check_values(config: Config) -> None:
@@ -58,15 +58,45 @@ def check_values(config: Config) -> None:
             f"router.check_decisions_interval = {r.check_decisions_interval}: compares "
             "tensor-parallel ranks and parallel.tensor_model_parallel_size is 1; leave it 0."
         )
+    if d.packing and p.context_parallel_size > 1:
+        raise ValueError(
+            f"data.packing = true: ranks that share a row (parallel.context_parallel_size = "
+            f"{p.context_parallel_size}) need rows of one document; set one of the two back."
+        )
     if p.sequence_parallel and p.tensor_model_parallel_size == 1:
         raise ValueError(
             "parallel.sequence_parallel = true: needs parallel.tensor_model_parallel_size above 1; "
             "leave it false, or raise the tensor degree."
         )
-    if bool(d.validation) != bool(t.validation_interval):
+    _check_data(d, validation_interval=t.validation_interval)
+
+
+def _check_data(d: DataConfig, *, validation_interval: int) -> None:
+    for name, sources in (("train", d.train), ("validation", d.validation)):
+        if sources is not None and not sources:
+            raise ValueError(f"data.{name} = {sources!r}: names nothing; give a file.")
+        if isinstance(sources, list) and len(set(sources)) < len(sources):
+            raise ValueError(
+                f"data.{name} = {sources}: names a file twice; give data.train weights, as "
+                "{file: 2.0}, to take one more often."
+            )
+    for source, weight in d.train.items() if isinstance(d.train, dict) else ():
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"data.train: the weight of {source} is {weight}; must be above 0.")
+    if not 0 <= d.validation_split < 1:
+        raise ValueError(f"data.validation_split = {d.validation_split}: must be 0 to below 1.")
+    if d.validation and d.validation_split:
         raise ValueError(
-            f"data.validation = {d.validation!r} and train.validation_interval = "
-            f"{t.validation_interval}: set both (a file and a number of steps) or neither."
+            f"data.validation = {d.validation!r} and data.validation_split = "
+            f"{d.validation_split}: set one of them."
+        )
+    if d.max_train_samples is not None and d.max_train_samples < 1:
+        raise ValueError(f"data.max_train_samples = {d.max_train_samples}: must be at least 1.")
+    if bool(d.validation or d.validation_split) != bool(validation_interval):
+        raise ValueError(
+            f"data.validation = {d.validation!r}, data.validation_split = {d.validation_split} and "
+            f"train.validation_interval = {validation_interval}: set both (a file or a share, and "
+            "a number of steps) or neither."
         )
 
 

@@ -1,51 +1,183 @@
-"""A JSON lines file as tokenised samples."""
+"""Files and named datasets as the samples of a run."""
 
 from __future__ import annotations
 
 import json
 import logging
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
-from megatron_mod.data.chat import Sample, messages_of, tokenize
+import torch
+
+from megatron_mod.config.schema import DataConfig
+from megatron_mod.data.cache import default_folder
+from megatron_mod.data.chat import Sample
+from megatron_mod.data.encoding import Encoder
+from megatron_mod.data.order import Order
+from megatron_mod.data.sources import files_of
+from megatron_mod.data.store import Store, open_store
 
 logger = logging.getLogger(__name__)
 
+Sources = str | Path | Sequence[str] | Mapping[str, float]
 
-def load_samples(path: str | Path, tokenizer, *, max_length: int) -> list[Sample]:
-    """Every usable sample of a file, in file order.
 
-    A sample whose answer ``max_length`` cuts away entirely is left out and counted in the log.
+@dataclass(frozen=True)
+class Part:
+    """Samples of one file: ``rows`` is a memory-mapped table (``datasets.Dataset``), ``weight``
+    how many times an epoch holds each of them."""
+
+    store: Store
+    rows: object
+    weight: float
+
+
+class Samples(Sequence[Sample]):
+    """The samples of several files, one after the other, read when they are asked for."""
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self.parts = tuple(parts)
+        self._ends = list(accumulate(len(part.rows) for part in self.parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._ends, index)
+        part = self.parts[number]
+        row = part.rows[index - self._ends[number]]
+        labelled = [False] * len(row["ids"])
+        for start, stop in zip(row["spans"][::2], row["spans"][1::2], strict=True):
+            labelled[start:stop] = [True] * (stop - start)
+        return Sample(row["ids"], labelled, f"{part.store.name}:{row['number']}")
+
+    @property
+    def weights(self) -> list[tuple[int, float]]:
+        """Number of samples and weight of each file, as ``Order`` takes them."""
+        return [(len(part.rows), part.weight) for part in self.parts]
+
+    def split(self, share: float, *, seed: int) -> tuple[Samples, Samples]:
+        """The rest and, of each file, a random ``share`` of the samples; the same for a seed.
+
+        Raises:
+            ValueError: one of the two would be empty.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        kept, held = [], []
+        for part in self.parts:
+            order = torch.randperm(len(part.rows), generator=generator)
+            count = round(share * len(order))
+            held.append(replace(part, rows=part.rows.select(order[:count].sort()[0].numpy())))
+            kept.append(replace(part, rows=part.rows.select(order[count:].sort()[0].numpy())))
+        rest, validation = Samples(kept), Samples(held)
+        if not len(rest) or not len(validation):
+            raise ValueError(
+                f"data.validation_split = {share}: leaves {len(rest)} of {len(self)} samples to "
+                f"train on and {len(validation)} to validate on; both need some."
+            )
+        return rest, validation
+
+    def draw(self, count: int, *, seed: int) -> Samples:
+        """``count`` samples at most, drawn by weight: the first ones of an epoch's order."""
+        chosen = Order(self.weights, seed=seed).epoch(0)[:count].sort()[0].numpy()
+        parts = []
+        for part, end in zip(self.parts, self._ends, strict=True):
+            first = end - len(part.rows)
+            within = chosen[(first <= chosen) & (chosen < end)] - first
+            parts.append(replace(part, rows=part.rows.select(within), weight=1.0))
+        return Samples(parts)
+
+
+def load_samples(
+    sources: Sources,
+    tokenizer,
+    *,
+    max_length: int,
+    template: str = "auto",
+    on_bad_record: str = "stop",
+    cache: str | Path | None = None,
+) -> Samples:
+    """Every usable sample, in the order of the files; tokenised once and kept in ``cache``.
+
+    Samples whose answers ``max_length`` cuts away entirely are left out; what is left out is
+    counted in the log.
+
+    Args:
+        sources: file, folder or named dataset, several of them, or a mapping to weights.
 
     Raises:
-        ValueError: no such file; a bad line (with file, line and reason); no usable sample.
+        ValueError: nothing of that name; a bad record (with file, line and reason), unless
+            ``on_bad_record`` is ``skip``; a source without a usable sample.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give a JSON lines file.")
-    samples, cut = [], 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            source = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                messages = messages_of(json.loads(line.decode("utf-8")))
-                sample = tokenize(messages, tokenizer, max_length=max_length, source=source)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{source}: not JSON: {error}") from error
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{source}: not UTF-8: {error}") from error
-            except ValueError as error:
-                raise ValueError(f"{source}: {error}.") from error
-            if sample.num_labels == 0:
-                cut += 1
-            else:
-                samples.append(sample)
-    if cut:
+    import datasets  # two seconds: only for those who read data
+
+    encoder = Encoder(tokenizer, max_length=max_length, template=template)
+    folder = Path(cache) if cache else default_folder()
+    parts = []
+    for source, weight in _weighted(sources).items():
+        for file in files_of(source) or [str(source)]:
+            store = open_store(file, encoder, on_bad_record=on_bad_record, cache_folder=folder)
+            _report(store, max_length=max_length)
+            parts.append(Part(store, datasets.Dataset.from_file(str(store.samples)), weight))
+    return Samples(parts)
+
+
+def load_data(config: DataConfig, tokenizer, *, seed: int) -> tuple[Samples, Samples | None]:
+    """The training and validation samples of a run's ``data`` section.
+
+    Raises:
+        ValueError: as ``load_samples``, or a split that leaves one of the two empty.
+    """
+    options = {
+        "max_length": config.max_length,
+        "template": config.template,
+        "on_bad_record": config.on_bad_record,
+        "cache": config.cache,
+    }
+    train, validation = load_samples(config.train, tokenizer, **options), None
+    if config.validation_split:
+        train, validation = train.split(config.validation_split, seed=seed)
+    elif config.validation:
+        validation = load_samples(config.validation, tokenizer, **options)
+    if config.max_train_samples:
+        train = train.draw(config.max_train_samples, seed=seed)
+    return train, validation
+
+
+def write_rejects(path: str | Path, *loaded: Samples | None) -> None:
+    """Write the bad records that were skipped as JSON lines (``source``, ``reason``,
+    ``content``), if there are any."""
+    parts = [part for samples in loaded if samples for part in samples.parts]
+    stores = {part.store.name: part.store for part in parts if part.store.summary.rejected}
+    if not stores:
+        return
+    with Path(path).open("w", encoding="utf-8") as lines:
+        for store in stores.values():
+            for reject in store.rejects():
+                source = f"{store.name}:{reject.pop('number')}"
+                lines.write(json.dumps({"source": source, **reject}) + "\n")
+
+
+def _weighted(sources: Sources) -> Mapping[str, float]:
+    if isinstance(sources, Mapping):
+        return sources
+    return dict.fromkeys([str(sources)] if isinstance(sources, str | Path) else sources, 1.0)
+
+
+def _report(store: Store, *, max_length: int) -> None:
+    summary = store.summary
+    if summary.cut:
         logger.warning(
-            "%s: %d of %d samples left out: data.max_length = %d cuts their answers away.",
-            path, cut, cut + len(samples), max_length,
+            "%s: %d of %d samples left out: data.max_length = %d cuts their answers away (the "
+            "first is record %d).",
+            store.name, summary.cut, summary.records, max_length, summary.first_cut,
         )  # fmt: skip
-    if not samples:
-        raise ValueError(f"{path}: no usable sample.")
-    return samples
+    if summary.rejected:
+        logger.warning(
+            "%s: %d of %d records skipped as bad.", store.name, summary.rejected, summary.records
+        )

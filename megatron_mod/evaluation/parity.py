@@ -14,8 +14,8 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_mod.data.batch import MicroBatch
 from megatron_mod.data.chat import IGNORE
-from megatron_mod.data.loader import MicroBatch
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.model.layout import TokenLayout
 from megatron_mod.parallel import device
@@ -31,8 +31,8 @@ def prompt_batch(rows: Sequence[Sequence[int]]) -> MicroBatch:
         input_ids[index, : len(row)] = torch.tensor(row)
         roles[index, : len(row)] = int(TokenRole.PROMPT)
     position_ids = torch.arange(length).expand_as(input_ids).contiguous()
-    documents = tuple((len(row),) for row in rows)
     labels = torch.full_like(input_ids, IGNORE)
+    documents = tuple((len(row),) for row in rows)
     return MicroBatch(input_ids, position_ids, labels, roles, documents)
 
 

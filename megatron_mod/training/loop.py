@@ -18,7 +18,7 @@ from megatron_mod.config.validate import check_batches
 from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import read_config
-from megatron_mod.data.dataset import load_samples
+from megatron_mod.data.dataset import Samples, load_data, write_rejects
 from megatron_mod.data.loader import Loader
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.architecture import Architecture, check_parallel
@@ -44,8 +44,8 @@ class Plan:
     routing: RoutingConfig
     topology: topology.Topology
     implementation: str
-    train: list
-    validation: list
+    train: Samples
+    validation: Samples | None
 
 
 def prepare(config: Config) -> Plan:
@@ -93,19 +93,11 @@ def prepare(config: Config) -> Plan:
             f"{arch.max_sequence_length} tokens (max_position_embeddings)."
         )
     routing = config.router.resolve(num_layers=arch.num_layers)
-    tokenizer = load_tokenizer(base / layout.HUGGINGFACE, vocab_size=arch.vocab_size)
-    samples = {
-        name: load_samples(path, tokenizer, max_length=config.data.max_length) if path else []
-        for name, path in (("train", config.data.train), ("validation", config.data.validation))
-    }
-    return Plan(
-        arch=arch,
-        routing=routing,
-        topology=plan,
-        implementation=implementation,
-        train=samples["train"],
-        validation=samples["validation"],
+    tokenizer = load_tokenizer(
+        config.data.tokenizer or base / layout.HUGGINGFACE, vocab_size=arch.vocab_size
     )
+    train_data, validation = load_data(config.data, tokenizer, seed=config.train.seed)
+    return Plan(arch, routing, plan, implementation, train_data, validation)
 
 
 def describe(config: Config, plan: Plan) -> None:
@@ -120,7 +112,7 @@ def describe(config: Config, plan: Plan) -> None:
         f" training {len(routing.layers)} routers"
         f" ({len(routing.layers) * plan.arch.hidden_size} parameters, float32),"
         f" {routing.granularity} on layers {list(routing.layers)}\n"
-        f"{len(plan.train)} training and {len(plan.validation)} validation samples;"
+        f"{len(plan.train)} training and {len(plan.validation or ())} validation samples;"
         f" {config.train.steps} steps of {config.train.global_batch_size} sequences",
         flush=True,
     )
@@ -132,10 +124,13 @@ def train(config: Config, plan: Plan) -> dict:
     model, chunks, optimizer, scheduler = _build(config, plan)
     frozen = checkpoint.frozen_digests(model)
     controller = CapacityController(plan.routing, device=device.device())
-    loaders = {name: _loader(config, plan, name) for name in ("train", "validation")}
+    loaders = {"train": _loader(config, plan, plan.train)}
+    if plan.validation:
+        loaders["validation"] = _loader(config, plan, plan.validation)
     if dist.get_rank() == 0:
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        write_rejects(run / "rejects.jsonl", plan.train, plan.validation)
     dist.barrier()
     metrics = Metrics(run, plan.routing, steps=config.train.steps)
     average = RouterAverage(model.routers())
@@ -165,7 +160,7 @@ def train(config: Config, plan: Plan) -> dict:
         result = run_schedule(chunks, model, batch, plan.routing, controller=controller)
         _, grad_norm, _ = optimizer.step()
         scheduler.step(increment=1)
-        metrics.add_tokens(batch.num_tokens)
+        metrics.add_tokens(batch.num_tokens, positions=batch.num_positions)
         last = step == config.train.steps
         saving = last or (config.checkpoint.interval and step % config.checkpoint.interval == 0)
         logging_step = last or step == 1 or step % config.logging.interval == 0
@@ -230,10 +225,10 @@ def _build(config: Config, plan: Plan) -> tuple:
     return model, chunks, optimizer, scheduler
 
 
-def _loader(config: Config, plan: Plan, name: str) -> Loader:
+def _loader(config: Config, plan: Plan, samples: Samples) -> Loader:
     ranks = plan.topology
     return Loader(
-        getattr(plan, name),
+        samples,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         seed=config.train.seed,
@@ -242,6 +237,8 @@ def _loader(config: Config, plan: Plan, name: str) -> Loader:
         multiple=(ranks.tensor if config.parallel.sequence_parallel else 1)
         * (2 * ranks.context if ranks.context > 1 else 1),
         group=ranks.pipeline if ranks.virtual_pipeline else 1,
+        row_length=config.data.max_length if config.data.packing else None,
+        parts=samples.weights,
     )
 
 
@@ -284,6 +281,7 @@ def _summary(config: Config, plan: Plan, metrics: Metrics, changed: int) -> dict
             "steps": config.train.steps,
             "tokens": metrics.tokens,
             "tokens_per_second": metrics.tokens_per_second(),
+            "padding": metrics.padding(),
             "loss_first": first.get("loss"),
             "loss_last": last.get("loss"),
             "trainable_parameters": len(plan.routing.layers) * plan.arch.hidden_size,

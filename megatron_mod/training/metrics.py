@@ -19,13 +19,16 @@ class Metrics:
         self.routing = routing
         self.steps = steps
         self.tokens = 0
+        self.positions = 0
         self.first: dict | None = None
         self.last: dict | None = None
         self._tokens_since = 0
         self._started = self._since = time.perf_counter()
 
-    def add_tokens(self, count: int) -> None:
+    def add_tokens(self, count: int, *, positions: int) -> None:
+        """Count a step's tokens, and its positions: the tokens and the padding."""
         self.tokens += count
+        self.positions += positions
         self._tokens_since += count
 
     def log(self, step: int, **values: object) -> None:
@@ -65,6 +68,10 @@ class Metrics:
     def tokens_per_second(self) -> float:
         """Over the whole run so far, validation and checkpoints included."""
         return self.tokens / max(time.perf_counter() - self._started, 1e-9)
+
+    def padding(self) -> float | None:
+        """Share of padding in what was trained on so far; nothing before the first step."""
+        return 1 - self.tokens / self.positions if self.positions else None
 
     def _write(self, record: dict) -> None:
         if dist.get_rank() == 0:

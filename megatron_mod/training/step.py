@@ -12,7 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_mod.data.loader import MicroBatch, StepBatch, equal_lengths
+from megatron_mod.data.batch import MicroBatch, equal_lengths
+from megatron_mod.data.loader import StepBatch
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.model.layout import TokenLayout, zigzag
 from megatron_mod.parallel import device

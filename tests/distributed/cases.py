@@ -12,8 +12,9 @@ from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.conversion.convert import hf_to_megatron
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import read_config
+from megatron_mod.data.batch import collate
 from megatron_mod.data.chat import Sample
-from megatron_mod.data.loader import Loader, MicroBatch, StepBatch, collate
+from megatron_mod.data.loader import Loader, StepBatch
 from megatron_mod.evaluation.parity import max_relative_difference, prompt_batch
 from megatron_mod.model.builder import build_model, transformer_config
 from megatron_mod.routing.capacity import CapacityController
@@ -186,29 +187,12 @@ def pack(samples: list[Sample]) -> StepBatch:
     with one document and one with none but padding."""
     rows = [samples[0:2], samples[2:4], samples[4:6]], [samples[6:8], []]
     return StepBatch(
-        [_packed(micro_batch) for micro_batch in rows],
+        [collate(micro_batch, multiple=8) for micro_batch in rows],
         num_sequences=len(samples),
         num_tokens=sum(len(sample.ids) for sample in samples),
         num_labels=sum(sample.num_labels for sample in samples),
+        num_positions=0,
     )
-
-
-def _packed(rows: list[list[Sample]]) -> MicroBatch:
-    length = max(sum(len(sample.ids) for sample in row) for row in rows) + 3
-    parts = {"input_ids": [], "position_ids": [], "labels": [], "roles": []}
-    for row in rows:
-        single = [collate([sample]) for sample in row]
-        missing = length - sum(len(sample.ids) for sample in row)
-        last = single[-1].position_ids[0, -1] + 1 if single else 0
-        for name, fill in (("input_ids", 0), ("labels", -100), ("roles", 0)):
-            pieces = [getattr(one, name)[0] for one in single]
-            parts[name].append(torch.cat([*pieces, torch.full((missing,), fill)]))
-        positions = [one.position_ids[0] for one in single]
-        parts["position_ids"].append(torch.cat([*positions, last + torch.arange(missing)]))
-    documents = tuple(tuple(len(sample.ids) for sample in row) for row in rows)
-    tensors = {name: torch.stack(rows) for name, rows in parts.items()}
-    tensors["roles"] = tensors["roles"].to(torch.uint8)
-    return MicroBatch(**tensors, documents=documents)
 
 
 def _loader(samples: list[Sample], ranks, sequence_parallel: bool) -> Loader:

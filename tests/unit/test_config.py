@@ -51,6 +51,24 @@ def test_lists_are_lists(parse):
     assert config.router.capacity == [0.5, 0.25]
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a.jsonl", "a.jsonl"),
+        ("some/name:train[:10%]", "some/name:train[:10%]"),
+        ("[a.jsonl, b.parquet]", ["a.jsonl", "b.parquet"]),
+        ("{a.jsonl: 2.9, b.jsonl: 1}", {"a.jsonl": 2.9, "b.jsonl": 1.0}),
+    ],
+)
+def test_data_is_one_source_several_or_weighted_ones(parse, tmp_path, text, value):
+    assert parse("--data.train", text).data.train == value
+    assert parse(data={"train": value}).data.train == value
+    config = parse("--data.train", text)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(cli.to_yaml(config))
+    assert cli.parse(["--config", str(path)]) == config
+
+
 def test_what_is_saved_parses_to_the_same(parse, tmp_path):
     config = parse("--router.layers", "[1]", "--train.seed", "7")
     path = tmp_path / "resolved.yaml"
@@ -73,6 +91,15 @@ def test_what_is_saved_parses_to_the_same(parse, tmp_path):
         (["--parallel.sequence_parallel", "true"], {}, "tensor_model_parallel_size above 1"),
         (["--train.validation_interval", "5"], {}, "data.validation = None"),
         (["--data.validation", "v.jsonl"], {}, "set both"),
+        (["--data.validation_split", "0.1"], {}, "set both"),
+        (["--data.validation_split", "1"], {}, "data.validation_split = 1.0: must be 0 to below 1"),
+        ([], {"data": {"validation": "v", "validation_split": 0.1}}, "set one of them"),
+        (["--data.train", "[]"], {}, "names nothing"),
+        (["--data.train", "[a, a]"], {}, "names a file twice"),
+        ([], {"data": {"train": {"a": 1.0, "b": 0}}}, "the weight of b is 0"),
+        (["--data.max_train_samples", "0"], {}, "data.max_train_samples = 0"),
+        (["--data.on_bad_record", "ignore"], {}, "data.on_bad_record"),
+        (["--data.template", "chatml"], {}, "data.template"),
         (["--model.dtype", "float16"], {}, "model.dtype"),
         (["--optimizer.lr", "nan"], {}, "optimizer.lr"),
         (["stray"], {}, "stray"),
