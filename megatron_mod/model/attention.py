@@ -27,6 +27,7 @@ class TorchCoreAttention(MegatronModule):
     def __init__(self, config, layer_number: int, attn_mask_type, attention_type, **unused) -> None:
         super().__init__(config=config)
         self.dropout = config.attention_dropout
+        self.window = config.window_size and config.window_size[0]  # tokens before a query's own
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **unused: object
@@ -34,11 +35,16 @@ class TorchCoreAttention(MegatronModule):
         """Attend: query ``[S, B, heads, D]``, key and value ``[S, B, groups, D]`` (this tensor
         rank's part) to ``[S, B, heads * D]``."""
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        mask = None
+        if self.window is not None and self.window + 1 < key.shape[2]:
+            seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+            mask = seen.tril().triu(-self.window)
         context = torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=query.shape[1] != key.shape[1],
         )

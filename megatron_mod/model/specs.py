@@ -18,18 +18,21 @@ from megatron_mod.model.norm import RMSNorm
 from megatron_mod.routing.config import RoutingConfig
 
 
-def dense_layer_spec() -> ModuleSpec:
+def dense_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """An ordinary layer: Megatron's parallel linears, torch's attention, our norm."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = TorchCoreAttention
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = TorchCoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
 
 
-def routed_layer_spec(routing: RoutingConfig) -> ModuleSpec:
+def routed_layer_spec(config: TransformerConfig, routing: RoutingConfig) -> ModuleSpec:
     """The ordinary layer with a router in front of what ``routing.granularity`` names."""
-    spec = copy.deepcopy(dense_layer_spec())
+    spec = copy.deepcopy(dense_layer_spec(config))
     attention = spec.submodules.self_attention
     attention.module = SequenceRoutedSelfAttention
     attention.params = {**attention.params, "routing": routing}
@@ -48,7 +51,7 @@ def get_routed_layer_specs(
     count = get_num_layers_to_build(config, vp_stage)
     routed = set(routing.layers) if routing else set()
     layers = [
-        routed_layer_spec(routing) if index in routed else dense_layer_spec()
+        routed_layer_spec(config, routing) if index in routed else dense_layer_spec(config)
         for index in range(offset, offset + count)
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_mod.conversion import checkpoint as layout
+from megatron_mod.conversion.load import load_base as load_base
 from megatron_mod.model.builder import RoutedGPTModel
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
@@ -25,23 +26,6 @@ OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
 }
-
-
-def load_base(model: RoutedGPTModel, base: str | Path) -> None:
-    """Fill everything but the routers from a base checkpoint, whatever topology wrote it.
-
-    Raises:
-        ValueError: the checkpoint lacks a parameter of this model, or holds one it has not.
-    """
-    state = Path(base) / layout.STATE
-    wanted = {k: v for k, v in model.sharded_state_dict().items() if not k.endswith(NOT_IN_BASE)}
-    try:
-        loaded = dist_checkpointing.load(wanted, str(state), strict=StrictHandling.RAISE_ALL)
-    except dist_checkpointing.core.CheckpointingException as error:
-        raise ValueError(f"{state}: does not fit its own config.json: {error}") from error
-    missing, unexpected = model.load_state_dict(loaded, strict=False)
-    assert not unexpected, unexpected
-    assert all(key.endswith(NOT_IN_BASE) for key in missing), missing
 
 
 def load_routers(model: RoutedGPTModel, step: str | Path) -> None:

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.conversion.convert import hf_to_megatron
-from megatron_mod.conversion.families import family_of
-from megatron_mod.conversion.hf_reader import read_config
+from megatron_mod.conversion.source import open_base
 from megatron_mod.data.chat import Sample
 from megatron_mod.data.loader import Loader
 from megatron_mod.evaluation.parity import max_relative_difference, prompt_batch
@@ -31,7 +29,7 @@ def routing_config(**changes: object) -> RoutingConfig:
 
 def build(base: Path, ranks, *, sequence_parallel: bool = False, routing=None, first=None):
     """This rank's stage of a base checkpoint."""
-    arch = family_of(config := read_config(base / layout.HUGGINGFACE)).architecture_of(config)
+    arch = open_base(base).arch
     megatron = transformer_config(
         arch,
         dtype=torch.float32,
@@ -64,7 +62,7 @@ def logit_differences(
             lengths = (12, 20)  # multiples of the tensor degree, as sequence parallelism needs
             ids = [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
             model = build(base, ranks, sequence_parallel=sequence_parallel, routing=routing)
-            key = (hf.name, *sorted(topology.items()), sequence_parallel)
+            key = (base.name, *sorted(topology.items()), sequence_parallel)
             batches = [prompt_batch(ids), prompt_batch(ids[::-1])]
             found[key] = max_relative_difference(model, hf, batches)
     return found
