@@ -31,8 +31,10 @@ FORMAT = 2
 
 
 def write_manifest(folder: Path, values: dict) -> None:
-    """Describe a folder that is otherwise complete, with the checksum of each of its files."""
-    table = checksums.file_table(folder, [n for n in files_below(folder) if n != MANIFEST])
+    """Describe a folder that is otherwise complete, with the checksum of each of its files;
+    called by one rank."""
+    names = [name for name in files_below(folder) if name != MANIFEST]
+    table = checksums.file_table(folder, names, together=False)
     text = json.dumps({"format": FORMAT, **values, "files": table}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 

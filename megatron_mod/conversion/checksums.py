@@ -16,12 +16,14 @@ BLOCK = 64 * 2**20
 _CHUNK = 4 * 2**20
 
 
-def file_table(folder: Path, names: Iterable[str]) -> dict[str, dict]:
-    """``{name: {"bytes": size, "xxh3_128": checksum}}``; called by all ranks alike."""
+def file_table(folder: Path, names: Iterable[str], *, together: bool = True) -> dict[str, dict]:
+    """``{name: {"bytes": size, "xxh3_128": checksum}}``; called by all ranks alike, or by one that
+    does not work ``together`` with the others."""
     names = sorted(names)
     sizes = {name: (folder / name).stat().st_size for name in names}
     blocks = [(n, start) for n in names for start in range(0, sizes[n], BLOCK)]
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    together = together and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     mine = {block: _block_digest(folder, *block) for block in blocks[rank::world]}
     if world > 1:
         parts: list = [None] * world
