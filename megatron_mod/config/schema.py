@@ -17,7 +17,8 @@ class ModelConfig:
     """The frozen model: `checkpoint`, or `hf_path`.
 
     Args:
-        checkpoint: folder that tools/convert_hf_to_megatron.py, Megatron-LM or Megatron-Bridge wrote.
+        checkpoint: folder that tools/convert_hf_to_megatron.py, Megatron-LM or Megatron-Bridge
+            wrote.
         hf_path: Hugging Face folder to train from without converting it, each rank reading its
             part; with a checkpoint of Megatron-LM or Megatron-Bridge, the folder with its
             config.json and tokenizer.

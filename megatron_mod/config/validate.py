@@ -16,7 +16,7 @@ def check_values(config: Config) -> None:
     """
     if config.model.checkpoint is None and config.model.hf_path is None:
         raise ValueError(
-            "model.checkpoint and model.hf_path are both unset; give the frozen model by one of them."
+            "model.checkpoint and model.hf_path are both unset; name the frozen model by one."
         )
     r, d, p, t, o = config.router, config.data, config.parallel, config.train, config.optimizer
     at_least = {

@@ -74,6 +74,11 @@ def open_base(path: str | Path, *, hf_path: str | Path | None = None) -> Base:
     else:
         layout.read_manifest(path, kind="base")
         kind, huggingface = "checkpoint", path / layout.HUGGINGFACE
+    if hf_path is not None and kind != "megatron_lm" and Path(hf_path) != path:
+        raise ValueError(
+            f"model.hf_path = {hf_path}: would be ignored, because {path} has its own config.json "
+            "and tokenizer; leave one of model.checkpoint and model.hf_path out."
+        )
     hf_config = read_config(huggingface)
     family = family_of(hf_config)
     return Base(kind, path, huggingface, family, family.architecture_of(hf_config))

@@ -81,6 +81,6 @@ def require_finite(step: int, weights: Iterable[torch.Tensor]) -> None:
     dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
     if wrong:
         raise ValueError(
-            f"step {step}: a router is no longer finite: training has diverged; lower optimizer.lr. "
-            "The checkpoints saved are from before."
+            f"step {step}: a router is no longer finite: training has diverged; lower "
+            "optimizer.lr. The checkpoints saved are from before."
         )

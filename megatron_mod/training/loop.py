@@ -96,12 +96,12 @@ def describe(config: Config, plan: Plan) -> None:
     """Print what is about to run: ranks, model, and what of it trains (rank 0)."""
     if dist.get_rank() != 0:
         return
-    t, routing = plan.topology, plan.routing
+    t, routing, arch = plan.topology, plan.routing, plan.base.arch
     print(
         f"{t.world_size} rank(s) on {device.describe()}: tensor {t.tensor} x pipeline {t.pipeline}"
         f" x data {t.data}\n"
-        f"{plan.base.arch.num_layers} layers frozen in {config.model.dtype}; training "
-        f"{len(routing.layers)} routers ({len(routing.layers) * plan.base.arch.hidden_size} parameters,"
+        f"{arch.num_layers} layers frozen in {config.model.dtype}; training "
+        f"{len(routing.layers)} routers ({len(routing.layers) * arch.hidden_size} parameters,"
         f" float32), {routing.granularity} on layers {list(routing.layers)}\n"
         f"{len(plan.train)} training and {len(plan.validation)} validation samples;"
         f" {config.train.steps} steps of {config.train.global_batch_size} sequences",

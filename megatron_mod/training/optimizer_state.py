@@ -68,10 +68,29 @@ class OptimizerState:
         dict_list_map_inplace(value, self._state)
         for container, key in _step_places(self._state):
             container[key] = torch.tensor(float(steps)) if key == "common_step" else steps
-        self._optimizer.load_state_dict(self._state)
+        parts = _parts(self._optimizer)
+        for index, part in enumerate(parts):
+            _load_part(part, self._state if len(parts) == 1 else self._state[index])
 
     def _sharded(self) -> Iterator[ShardedTensor]:
         return (v for v in nested_values(self._state) if isinstance(v, ShardedTensor))
+
+
+def _parts(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _load_part(part: MegatronOptimizer, state: dict) -> None:
+    by_parameter = state.pop("param_state", None)
+    part.load_state_dict(state)
+    if by_parameter is None:
+        return
+    # A distributed optimizer copies all that torch's Adam keeps by parameter, and expects tensors
+    # for the step, too; but the step has just been loaded with the groups.
+    steps = {p: s.pop("step") for p, s in part.optimizer.state.items() if "step" in s}
+    part.load_parameter_state_from_fully_reshardable(by_parameter)
+    for parameter, step in steps.items():
+        part.optimizer.state[parameter]["step"] = step
 
 
 def _allocate(optimizer: MegatronOptimizer) -> None:
@@ -79,7 +98,7 @@ def _allocate(optimizer: MegatronOptimizer) -> None:
 
     Megatron takes a step without gradient for this. Parameters it decays are loaded afterwards.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         allocate = getattr(part, "_init_optimizer_states_with_dummy_values", None)
         if allocate and not part.is_stub_optimizer and not part.optimizer.state:
             allocate()

@@ -66,7 +66,9 @@ class Run:
         self.base = base
         self._manifest = {
             "base": str(base.path.resolve()),
-            "base_config": str(base.huggingface.resolve()),
+            "base_config": (
+                str(base.huggingface.resolve()) if base.kind == "megatron_lm" else None
+            ),
             "base_fingerprint": base.fingerprint(),
             "routing": routing.to_dict(),
             "data": _data_checksums(config),

@@ -46,7 +46,7 @@ class RunFolder:
             remove(left)
 
     def newest_good(self) -> tuple[Path, dict] | None:
-        """The newest step whose files are as they were written, and its manifest; ``None``: no step.
+        """The newest step whose files are as they were written, and its manifest, if any.
 
         Raises:
             ValueError: a damaged file, unless ``checkpoint.on_corrupt`` is ``previous`` and an

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_mod.conversion.convert import hf_to_megatron
-from megatron_mod.conversion.source import open_base
+from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.chat import Sample
 from megatron_mod.data.loader import Loader
 from megatron_mod.evaluation.parity import max_relative_difference, prompt_batch
@@ -27,18 +27,18 @@ def routing_config(**changes: object) -> RoutingConfig:
     return RoutingConfig(**{**settings, "capacity_loss_weight": 0.7, **changes})
 
 
-def build(base: Path, ranks, *, sequence_parallel: bool = False, routing=None, first=None):
+def build(base: Path | Base, ranks, *, sequence_parallel: bool = False, routing=None, first=None):
     """This rank's stage of a base checkpoint."""
-    arch = open_base(base).arch
+    base = base if isinstance(base, Base) else open_base(base)
     megatron = transformer_config(
-        arch,
+        base.arch,
         dtype=torch.float32,
         tensor=ranks.tensor,
         pipeline=ranks.pipeline,
         sequence_parallel=sequence_parallel,
         first_stage_layers=first,
     )
-    model = build_model(arch, megatron, routing)
+    model = build_model(base.arch, megatron, routing)
     checkpoint.load_base(model, base)
     return model
 

@@ -1,4 +1,4 @@
-"""What the decoders of Llama's shape share: rotary positions, RMSNorm, gated MLP, grouped queries."""
+"""What decoders of Llama's shape share: rotary positions, RMSNorm, gated MLP, grouped queries."""
 
 from __future__ import annotations
 
