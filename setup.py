@@ -23,7 +23,9 @@ setup(
         "safetensors>=0.5",
         "jsonargparse[signatures]>=4.40",
         "pyyaml",
+        "rich>=13",
         "tqdm",
+        "xxhash>=3",
     ],
     extras_require={"quickstart": QUICKSTART, "test": TEST + QUICKSTART},
 )

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import xxhash
 
 BLOCK = 64 * 2**20
-_CHUNK = 4 * 2**20
+_PIECE = 2**20
 
 
 def file_table(folder: Path, names: Iterable[str], *, together: bool = True) -> dict[str, dict]:
@@ -36,13 +36,13 @@ def file_table(folder: Path, names: Iterable[str], *, together: bool = True) -> 
 
 
 def _block_digest(folder: Path, name: str, start: int) -> bytes:
-    digest = xxhash.xxh3_128()
-    with (folder / name).open("rb") as file:
+    digest, piece = xxhash.xxh3_128(), memoryview(bytearray(_PIECE))
+    with (folder / name).open("rb", buffering=0) as file:
         file.seek(start)
         left = BLOCK
-        while left and (chunk := file.read(min(left, _CHUNK))):
-            digest.update(chunk)
-            left -= len(chunk)
+        while left and (count := file.readinto(piece[: min(left, _PIECE)])):
+            digest.update(piece[:count])
+            left -= count
     return digest.digest()
 
 

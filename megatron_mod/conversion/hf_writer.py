@@ -10,6 +10,8 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_mod.conversion.folders import ChunkedFile
+
 # The format's names of the dtypes models are stored in.
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 MAX_SHARD_BYTES = 5 * 10**9
@@ -49,7 +51,7 @@ class HFWriter:
         weight_map = {}
         for number, names in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{count:05d}" if count > 1 else "model"
-            with (self.folder / f"{file}.safetensors").open("wb") as out:
+            with ChunkedFile(self.folder / f"{file}.safetensors") as out:
                 self._write(out, names)
             weight_map.update(dict.fromkeys(names, f"{file}.safetensors"))
         if count > 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,7 +18,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from megatron_mod.conversion.folders import ChunkedFile
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
@@ -33,11 +38,20 @@ class InProcessSave(TorchDistSaveShardedStrategy):
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
         state, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        writer = dcp.FileSystemWriter(checkpoint_dir, thread_count=1)
+        writer.fs = _ChunkedFiles()
         dcp.save(
             mcore_to_pyt_state_dict(state, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
+            storage_writer=writer,
             planner=_ReadingPlanner(self.read),
         )
+
+
+class _ChunkedFiles(FileSystem):
+    @contextlib.contextmanager
+    def create_stream(self, path: str | Path, mode: str) -> Iterator[IO[bytes]]:
+        with ChunkedFile(path) if mode == "wb" else open(path, mode) as stream:
+            yield stream
 
 
 class _ReadingPlanner(MCoreSavePlanner):
