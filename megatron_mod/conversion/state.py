@@ -38,7 +38,11 @@ class InProcessSave(TorchDistSaveShardedStrategy):
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
         state, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        writer = dcp.FileSystemWriter(checkpoint_dir, thread_count=1)
+        # torch keeps every tensor of a file until the file is written: one tensor, one file.
+        single_file = not self.read
+        writer = dcp.FileSystemWriter(
+            checkpoint_dir, single_file_per_rank=single_file, thread_count=1
+        )
         writer.fs = _ChunkedFiles()
         dcp.save(
             mcore_to_pyt_state_dict(state, False),
