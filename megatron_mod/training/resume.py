@@ -64,6 +64,8 @@ class Run:
         self.config = config
         self.folder = folder
         self.base = base
+        # Routers, their average and Adam's two moments in float32, and as much again to spare.
+        self._size = 2**20 + 2 * 4 * 4 * len(routing.layers) * base.arch.hidden_size
         self._manifest = {
             "base": str(base.path.resolve()),
             "base_config": (
@@ -114,6 +116,7 @@ class Run:
         self.folder.save(
             step,
             lambda folder: checkpoint.save_step(folder, state, step=step, manifest=manifest),
+            size=self._size,
             last=last,
         )
 

@@ -18,7 +18,6 @@ from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.parallel.topology import print_once
 
 CONFIG = "config.yaml"
-_PROBE_BYTES = 2**20
 
 
 class RunFolder:
@@ -82,8 +81,11 @@ class RunFolder:
     def _point_to(self, step: Path) -> None:
         write_durably(self.path / layout.LATEST, step.name + "\n")
 
-    def save(self, step: int, fill: Callable[[Path], None], *, last: bool) -> None:
+    def save(self, step: int, fill: Callable[[Path], None], *, size: int, last: bool) -> None:
         """Have ``fill`` write a step's folder aside, publish it by one rename, and drop old steps.
+
+        Args:
+            size: bytes it will take, at most.
 
         Raises:
             ValueError: it cannot be written; with ``checkpoint.on_save_error: continue`` only if
@@ -92,7 +94,7 @@ class RunFolder:
         folder = self.path / f"step_{step:08d}"
         partial = folder.with_name(f".{folder.name}.incomplete")
         try:
-            on_first_rank(lambda: self._make_room(partial))
+            on_first_rank(lambda: self._make_room(partial, size))
             fill(partial)
             on_first_rank(lambda: self._publish(partial, folder))
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -106,7 +108,7 @@ class RunFolder:
                 raise ValueError(f"{message} Make room and run the same command again.") from error
             print_once(f"warning: {message} Going on (checkpoint.on_save_error).")
 
-    def _make_room(self, partial: Path) -> None:
+    def _make_room(self, partial: Path, size: int) -> None:
         """Make the folder, and make sure that what comes will fit.
 
         Megatron writes its common files on one rank while the others already wait for it; an error
@@ -117,7 +119,7 @@ class RunFolder:
         partial.mkdir()
         probe = partial / "probe"
         with probe.open("wb") as file:
-            file.write(bytes(_PROBE_BYTES))
+            file.write(bytes(size))
             file.flush()
             os.fsync(file.fileno())
         probe.unlink()
