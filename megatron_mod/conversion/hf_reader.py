@@ -74,7 +74,10 @@ class HFReader:
     def _shard_names(self) -> list[str]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{index}: is no index of safetensors: {error!r}") from error
             return sorted(set(weight_map.values()))
         names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not names:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_mod.parallel import device
 from megatron_mod.training.step import StepResult
 
 
@@ -75,7 +76,7 @@ def require_finite(step: int, weights: Iterable[torch.Tensor]) -> None:
     Raises:
         ValueError: some are not.
     """
-    wrong = torch.zeros((), device=next(iter(weights), torch.zeros(())).device)
+    wrong = torch.zeros((), device=device.device())
     for weight in weights:
         wrong = torch.maximum(wrong, 1.0 - torch.isfinite(weight).all().float())
     dist.all_reduce(wrong, op=dist.ReduceOp.MAX)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_mod.conversion import convert, mappings
 from megatron_mod.conversion.families import FAMILIES
+from megatron_mod.conversion.folders import new_folder
 from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.hf_writer import HFWriter
 from megatron_mod.conversion.mappings import QKV
@@ -114,6 +115,13 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def quantise(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, path)
+
+
 BROKEN = {
     "no folder": (lambda f: shutil.rmtree(f), "no such folder"),
     "empty folder": (lambda f: [p.unlink() for p in f.iterdir()], "the folder is empty"),
@@ -143,6 +151,11 @@ BROKEN = {
     "left-over tensor": (lambda f: add(f, "model.layers.9.x"), "model.layers.9.x"),
     "wrong shape": (lambda f: edit_config(f, intermediate_size=128), "do not belong together"),
     "wrong heads": (lambda f: edit_config(f, num_key_value_heads=2), "do not belong together"),
+    "broken index": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        "is no index of safetensors",
+    ),
+    "quantised": (quantise, "dtype F8_E4M3 is not supported"),
     "cut short": (truncate, "not a whole safetensors file"),
 }
 
@@ -168,6 +181,33 @@ def test_an_existing_output_is_refused_and_untouched(tmp_path):
         with pytest.raises(ValueError, match="already exists"):
             call(load, tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_after_an_interruption_the_same_command_works(tmp_path, monkeypatch):
+    hf = tiny.save_llama(tmp_path / "hf")
+    out = tmp_path / "out"
+    killed = out / ".megatron.incomplete"  # what kill -9 leaves
+    (killed / "state").mkdir(parents=True)
+    (killed / "state" / "__0_0.distcp").write_text("half")
+    (killed / "megatron_mod.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not exist"):
+        convert.megatron_to_hf(out / "megatron", tmp_path / "export")
+
+    with monkeypatch.context() as context:
+        context.setattr(convert, "copy_companions", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert.hf_to_megatron(hf, out / "megatron")
+    assert not list(out.glob("*"))
+    convert.hf_to_megatron(hf, out / "megatron")
+    convert.megatron_to_hf(out / "megatron", tmp_path / "back")
+    assert [path.name for path in out.glob("*")] == ["megatron"]
+
+
+def test_two_conversions_into_one_folder_are_refused(tmp_path):
+    hf = tiny.save_llama(tmp_path / "hf")
+    first = new_folder(tmp_path / "megatron")
+    with first, pytest.raises(ValueError, match="another process is writing"):
+        convert.hf_to_megatron(hf, tmp_path / "megatron")
 
 
 def test_exporting_something_else_is_refused(tmp_path):
