@@ -95,15 +95,15 @@ class Run:
                 f"data.train = {self.config.data.train}: is not what the run in {path.parent} was "
                 "trained on so far; put that back, or give another checkpoint.save."
             )
+        if manifest["step"] > self.config.train.steps:
+            raise ValueError(
+                f"train.steps = {self.config.train.steps}: the run in {path.parent} has already "
+                f"made {manifest['step']}; raise it, or give another checkpoint.save."
+            )
         same = manifest["topology"] == self._manifest["topology"]
         step = checkpoint.load_step(path, state, same_topology=same)
         if manifest["steps"] != self._manifest["steps"]:
             state.average.forget()  # its steps are the last no more
-        if step > self.config.train.steps:
-            raise ValueError(
-                f"train.steps = {self.config.train.steps}: the run in {path.parent} has already "
-                f"made {step}; raise it, or give another checkpoint.save."
-            )
         state.metrics.continue_after(step)
         how = "" if same else " (on another topology: equal to rounding)"
         print_once(f"Going on after step {step} of {self.config.train.steps}{how}")

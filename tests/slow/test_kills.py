@@ -14,6 +14,14 @@ KILLS = 20
 RANKS = 2
 
 
+def wait_for(job: Job, text: str, *, seconds: int = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while text not in job.log.read_text():
+        assert job.process.poll() is None, job.log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.usefixtures("single_process")
 def test_a_run_survives_twenty_kills(tmp_path):
     trainer = Trainer(tmp_path)
@@ -22,14 +30,11 @@ def test_a_run_survives_twenty_kills(tmp_path):
     arguments = trainer.arguments(run, **settings)
     while len(killed) < KILLS:
         job = Job(arguments, ranks=RANKS, log=tmp_path / f"{len(killed)}.log")
-        # Now and then during the start; mostly while it trains, which is mostly saving here.
-        started = time.monotonic()
-        until = generator.uniform(0, 4)
-        while "step " not in job.log.read_text() and generator.random() > 0.002:
-            assert job.process.poll() is None, job.log.read_text()
-            assert time.monotonic() - started < 200
-            time.sleep(0.1)
-        time.sleep(until)
+        if generator.random() < 0.2:  # while it starts
+            time.sleep(generator.uniform(0, 10))
+        else:  # while it trains, which is mostly saving here
+            wait_for(job, "  loss ")
+            time.sleep(generator.uniform(0, 4))
         assert job.process.poll() is None, job.log.read_text()
         victim = generator.choice([job.process.pid, *job.ranks()])
         job.kill(victim)
