@@ -23,6 +23,7 @@ setup(
         "safetensors>=0.5",
         "jsonargparse[signatures]>=4.40",
         "pyyaml",
+        "rich>=13",
         "tqdm",
         "datasets>=3",
         "filelock",
@@ -30,6 +31,7 @@ setup(
         "jinja2>=3.1",  # chat templates
         "sentencepiece",
         "protobuf",  # Transformers reads sentencepiece models with it
+        "xxhash>=3",
     ],
     extras_require={"quickstart": QUICKSTART, "test": TEST + QUICKSTART},
 )

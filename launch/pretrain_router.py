@@ -12,9 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_mod.config import cli
 from megatron_mod.config.errors import one_message
+from megatron_mod.config.lifetime import end_with_torchrun
 
 
 def main() -> None:
+    end_with_torchrun()
     with one_message():
         config = cli.parse(description=__doc__)
         # The heavy imports come after the command line has been understood.

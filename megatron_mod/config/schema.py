@@ -14,16 +14,24 @@ from megatron_mod.routing.config import RoutingConfig, resolve_capacity, resolve
 
 @dataclass
 class ModelConfig:
-    """The frozen model.
+    """The frozen model: `checkpoint`, or `hf_path`.
 
     Args:
-        checkpoint: folder that tools/convert_hf_to_megatron.py wrote.
+        checkpoint: folder that tools/convert_hf_to_megatron.py, Megatron-LM or Megatron-Bridge
+            wrote.
+        hf_path: Hugging Face folder to train from without converting it, each rank reading its
+            part; with a checkpoint of Megatron-LM or Megatron-Bridge, the folder with its
+            config.json and tokenizer.
+        routers: folder with routers to start from: a training run, or one of the published
+            Router-Tuning code; unset: those beside the checkpoint, if any, else untrained ones.
         dtype: what the frozen weights and activations are held in; routers stay in float32.
         transformer_impl: the layers' modules: `transformer_engine` (GPUs only) or `local`,
             Megatron's own with torch's attention; unset: Transformer Engine where it works.
     """
 
-    checkpoint: str
+    checkpoint: str | None = None
+    hf_path: str | None = None
+    routers: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     transformer_impl: Literal["local", "transformer_engine"] | None = None
 
@@ -169,6 +177,8 @@ class TrainConfig:
         micro_batch_size: rows a forward pass; divides global_batch_size / data ranks.
         seed: of the data order and of initialisation.
         validation_interval: steps between measurements on data.validation; 0: none.
+        max_skipped_steps: steps in a row that may be skipped because the loss or a gradient is not
+            finite, before the run stops; 0 stops at the first.
     """
 
     steps: int
@@ -176,6 +186,7 @@ class TrainConfig:
     micro_batch_size: int = 1
     seed: int = 1234
     validation_interval: int = 0
+    max_skipped_steps: int = 3
 
 
 @dataclass
@@ -203,12 +214,21 @@ class CheckpointConfig:
     """What is kept of the training.
 
     Args:
-        save: new folder for the routers, the resolved configuration and the metrics.
+        save: folder for the routers, the resolved configuration and the metrics; where it already
+            holds a run of the same settings, that run goes on from its newest checkpoint.
         interval: steps between checkpoints; 0: only at the end.
+        keep: newest checkpoints that are kept; 0: all.
+        on_corrupt: what to do on resuming when the newest checkpoint is damaged: `stop`, or go on
+            from the `previous` whole one.
+        on_save_error: what to do when a checkpoint cannot be written, as on a full disk: `stop`, or
+            `continue` to the next one; the last step's must be written.
     """
 
     save: str
     interval: int = 0
+    keep: int = 3
+    on_corrupt: Literal["stop", "previous"] = "stop"
+    on_save_error: Literal["stop", "continue"] = "stop"
 
 
 @dataclass

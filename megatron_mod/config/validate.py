@@ -14,6 +14,10 @@ def check_values(config: Config) -> None:
     Raises:
         ValueError: naming the field, its value, the constraint and the remedy.
     """
+    if config.model.checkpoint is None and config.model.hf_path is None:
+        raise ValueError(
+            "model.checkpoint and model.hf_path are both unset; name the frozen model by one."
+        )
     r, d, p, t, o = config.router, config.data, config.parallel, config.train, config.optimizer
     at_least = {
         "data.max_length": (d.max_length, 2),
@@ -28,7 +32,9 @@ def check_values(config: Config) -> None:
         "train.validation_interval": (t.validation_interval, 0),
         "optimizer.weight_decay": (o.weight_decay, 0),
         "optimizer.clip_grad": (o.clip_grad, 0),
+        "train.max_skipped_steps": (t.max_skipped_steps, 0),
         "checkpoint.interval": (config.checkpoint.interval, 0),
+        "checkpoint.keep": (config.checkpoint.keep, 0),
         "logging.interval": (config.logging.interval, 1),
     }
     for name, (value, least) in at_least.items():

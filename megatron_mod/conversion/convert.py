@@ -1,140 +1,189 @@
-"""The two conversions, each a walk over a family's table."""
+"""The conversions, each a walk over a family's table that holds one parameter at a time."""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from megatron_mod.conversion import checkpoint
+from megatron_mod.conversion import checkpoint, mappings, routers
+from megatron_mod.conversion.check import check_hf_names, megatron_shapes
+from megatron_mod.conversion.checksums import fingerprint
 from megatron_mod.conversion.export import add_routing, make_portable
 from megatron_mod.conversion.families import family_of
-from megatron_mod.conversion.families.base import Family
+from megatron_mod.conversion.folders import new_folder
 from megatron_mod.conversion.hf_reader import COMPANION_FILES, HFReader, read_config
-from megatron_mod.conversion.hf_writer import HFWriter
-from megatron_mod.model.architecture import Architecture
-from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.conversion.hf_writer import MAX_SHARD_BYTES, HFWriter
+from megatron_mod.conversion.progress import byte_progress
+from megatron_mod.conversion.routers import HF_ROUTER_KEY
+from megatron_mod.conversion.source import open_source
+from megatron_mod.conversion.state import save_tensors
+from megatron_mod.conversion.weights import hf_weights
 
-ROUTER_KEY = "decoder.layers.{}.router.weight"
-HF_ROUTER_KEY = "model.layers.{}.router.weight"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS.update({"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40})
 
 
-def hf_to_megatron(hf_path: str | Path, save: str | Path) -> None:
+def hf_to_megatron(
+    hf_path: str | Path,
+    save: str | Path,
+    *,
+    dtype: str | None = None,
+    routers_path: str | Path | None = None,
+) -> None:
     """Write ``hf_path`` as a base checkpoint under ``save``.
 
+    Args:
+        dtype: change all weights to this one of ``DTYPES``; ``None`` keeps each one's own.
+        routers_path: routers to put beside the base, of a run of ours or of the published code.
+
     Raises:
-        ValueError: anything wrong with the folder, or ``save`` exists; nothing is left behind.
+        ValueError: anything wrong with the folders, or ``save`` exists; nothing is left behind.
     """
     hf_path = Path(hf_path)
     hf_config = read_config(hf_path)
     family = family_of(hf_config)
     arch = family.architecture_of(hf_config)
-    with checkpoint.new_folder(save) as folder, HFReader(hf_path) as reader:
-        _check_names(family, arch, reader.names(), hf_path)
-        tensors = {}
-        for row in tqdm(family.table(arch), desc="reading", unit="tensor"):
-            parts = [reader.tensor(name) for name in row.hf]
-            try:
-                tensors[row.megatron] = row.to_megatron(*parts)
-            except RuntimeError as error:
-                raise _mismatch(hf_path, row.hf, [tuple(p.shape) for p in parts]) from error
-        _check_shapes(arch, tensors, hf_path)
-        checkpoint.save_tensors(tensors, folder / checkpoint.STATE)
-        copy_companions(hf_path, folder / checkpoint.HUGGINGFACE)
+    found = routers.read_routers(routers_path, arch) if routers_path else None
+    with new_folder(save) as folder, HFReader(hf_path) as reader:
+        check_hf_names(family, arch, reader.names(), hf_path)
+        table = family.table(arch)
+        like = {name: _as(reader.like(name), dtype) for row in table for name in row.hf}
+        shapes = megatron_shapes(family, arch, like, hf_path)
+        tensors = {
+            row.megatron: torch.empty(
+                shapes[row.megatron], dtype=like[row.hf[0]].dtype, device="meta"
+            )
+            for row in table
+        }
+        with byte_progress(f"Writing {save}", total=_size(tensors.values())) as advance:
+            read = {
+                row.megatron: partial(_merge, row, reader, tensors[row.megatron], advance)
+                for row in table
+            }
+            save_tensors(tensors, folder / checkpoint.STATE, read=read)
+        copy_companions(hf_path, folder / checkpoint.HUGGINGFACE, dtype=dtype)
         checkpoint.write_manifest(folder, {"kind": "base", "family": family.model_type})
+        if found:
+            files = checkpoint.read_manifest(folder)["files"]
+            routers.write_step(
+                folder / checkpoint.ROUTERS, *found, base="..", fingerprint=fingerprint(files)
+            )
 
 
-def megatron_to_hf(load: str | Path, save: str | Path) -> None:
+def _merge(
+    row: mappings.Mapping, reader: HFReader, like: Tensor, advance: Callable[[int], None]
+) -> Tensor:
+    tensor = mappings.to_megatron(row, reader.rows, len(like), 0, len(like))
+    advance(like.nbytes)
+    return tensor.to(like.dtype)
+
+
+def megatron_to_hf(
+    load: str | Path,
+    save: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    routers_path: str | Path | None = None,
+) -> None:
     """Write a base checkpoint, or a training run with its routers, as a Hugging Face folder.
 
+    Args:
+        base: where the base of a training run is now, if not where it was.
+        dtype: change all weights but the routers to this one of ``DTYPES``.
+        routers_path: export the base with these routers.
+
     Raises:
-        ValueError: ``load`` is no checkpoint of ours or does not match its base, or ``save``
+        ValueError: ``load`` is no checkpoint of ours, is damaged or does not match its base, or
+            ``save`` exists; nothing is left behind.
+    """
+    source = open_source(load, base=base)
+    chosen = None
+    if routers_path is not None:
+        if source.routing:
+            raise ValueError(
+                f"--routers {routers_path}: {load} has routers of its own; give its base."
+            )
+        chosen = routers.read_routers(routers_path, source.base.arch)
+    elif source.routing:
+        chosen = source.routing, routers.read_step(source.step, source.routing)
+    with new_folder(save) as folder, hf_weights(source.base) as weights:
+        writer = HFWriter(folder, max_shard_bytes=max_shard_bytes)
+        total = _size(_as(weight.like, dtype) for weight in weights)
+        with byte_progress(f"Writing {save}", total=total) as advance:
+            for weight in weights:
+                like = _as(weight.like, dtype)
+                writer.add(weight.name, like, partial(_read, weight.read, like, advance))
+            for layer, weight in chosen[1].items() if chosen else ():
+                writer.add(HF_ROUTER_KEY.format(layer), weight)
+            writer.close()
+        copy_companions(source.base.huggingface, folder, dtype=dtype)
+        make_portable(folder)
+        if chosen:
+            add_routing(folder, chosen[0])
+
+
+def _read(read: Callable[[], Tensor], like: Tensor, advance: Callable[[int], None]) -> Tensor:
+    tensor = read().to(like.dtype)
+    advance(like.nbytes)
+    return tensor
+
+
+def export_routers(load: str | Path, save: str | Path, *, base: str | Path | None = None) -> None:
+    """Write a training run's routers alone, as the published code saves them.
+
+    Raises:
+        ValueError: ``load`` is no training run, is damaged or does not match its base, or ``save``
             exists; nothing is left behind.
     """
-    step = checkpoint.resolve_step(load)
-    manifest = checkpoint.read_manifest(step)
-    base = step if manifest["kind"] == "base" else Path(manifest["base"])
-    hf_config = read_config(base / checkpoint.HUGGINGFACE)
-    family = family_of(hf_config)
-    arch = family.architecture_of(hf_config)
-    with checkpoint.new_folder(save) as folder:
-        weights = checkpoint.load_tensors(base / checkpoint.STATE)
-        writer = HFWriter(folder)
-        for row in tqdm(family.table(arch), desc="writing", unit="tensor"):
-            for name, tensor in zip(row.hf, row.to_hf(weights.pop(row.megatron)), strict=True):
-                writer.add(name, tensor)
-        if weights:
-            raise ValueError(f"{base}: parameters without a row in the table: {sorted(weights)}.")
-        copy_companions(base / checkpoint.HUGGINGFACE, folder)
-        make_portable(folder)
-        if manifest["kind"] == "routers":
-            routing = RoutingConfig.from_dict(manifest["routing"])
-            for layer, weight in load_routers(step, routing).items():
-                writer.add(HF_ROUTER_KEY.format(layer), weight)
-            add_routing(folder, routing)
-        writer.close()
+    source = open_source(load, base=base)
+    if source.routing is None:
+        raise ValueError(f"{load}: holds no routers; give a training run, or one of its steps.")
+    weights = routers.read_step(source.step, source.routing)
+    with new_folder(save) as folder:
+        routers.write_published(
+            folder, source.routing, weights, read_config(source.base.huggingface)
+        )
 
 
-def load_routers(step: Path, routing: RoutingConfig) -> dict[int, Tensor]:
-    """Router weights ``[1, H]`` by layer of a training step.
-
-    Raises:
-        ValueError: the saved routers are not those of ``routing``.
-    """
-    saved = checkpoint.load_tensors(step / checkpoint.STATE, keep="router.weight")
-    saved = {k: v for k, v in saved.items() if k.startswith("decoder.")}
-    wanted = {ROUTER_KEY.format(layer): layer for layer in routing.layers}
-    if set(saved) != set(wanted):
-        difference = sorted(set(saved) ^ set(wanted))
-        raise ValueError(f"{step}: routers do not match its manifest: {difference}.")
-    return {layer: saved[key] for key, layer in wanted.items()}
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and generation settings."""
+def copy_companions(source: Path, target: Path, *, dtype: str | None = None) -> None:
+    """Copy config, tokenizer and generation settings; the config tells of a changed dtype."""
     target.mkdir(exist_ok=True)
     for name in COMPANION_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if dtype:
+        path = target / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        key = "dtype" if "dtype" in config else "torch_dtype"
+        path.write_text(json.dumps({**config, key: dtype}, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_names(family: Family, arch: Architecture, names: set[str], folder: Path) -> None:
-    wanted = {name for row in family.table(arch) for name in row.hf}
-    missing = sorted(wanted - names)
-    left = sorted(name for name in names - wanted if not family.ignored(arch, name))
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing: {_some(missing)}.")
-    if left:
-        raise ValueError(
-            f"{folder}: {len(left)} tensors have no place in {family.architecture}: {_some(left)}."
-        )
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``5GB``, ``500MB``, ``2GiB`` or ``1000``.
+
+    Raises:
+        ValueError: not a size, or none above zero.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    size = match and match[2].upper() in _UNITS and int(float(match[1]) * _UNITS[match[2].upper()])
+    if not size:
+        raise ValueError(f"--max-shard-size {text}: give a size such as 5GB, 500MB or 2GiB.")
+    return size
 
 
-def _check_shapes(arch: Architecture, tensors: dict[str, Tensor], folder: Path) -> None:
-    heads = arch.num_attention_heads + 2 * arch.num_query_groups
-    hidden, ffn = arch.hidden_size, arch.ffn_hidden_size
-    shapes = {
-        "norm": (hidden,),
-        "word_embeddings": (arch.vocab_size, hidden),
-        "output_layer": (arch.vocab_size, hidden),
-        "linear_qkv": (heads * arch.kv_channels, hidden),
-        "linear_proj": (hidden, arch.num_attention_heads * arch.kv_channels),
-        "linear_fc1": (2 * ffn, hidden),
-        "linear_fc2": (hidden, ffn),
-    }
-    for name, tensor in tensors.items():
-        expected = next(shape for part, shape in shapes.items() if part in name)
-        if tuple(tensor.shape) != expected:
-            raise _mismatch(folder, name, f"{tuple(tensor.shape)} instead of {expected}")
+def _as(like: Tensor, dtype: str | None) -> Tensor:
+    return like.to(DTYPES[dtype]) if dtype else like
 
 
-def _mismatch(folder: Path, what: object, shapes: object) -> ValueError:
-    return ValueError(
-        f"{folder}: {what}: shape {shapes}; the tensors and config.json do not belong together."
-    )
-
-
-def _some(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _size(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -7,8 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from megatron_mod.conversion.hf_writer import DTYPE_NAMES
 
 # Everything a user needs beside the weights to run the model: copied along as it is.
 COMPANION_FILES = (
@@ -16,6 +19,8 @@ COMPANION_FILES = (
     "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def read_config(folder: str | Path) -> dict:
@@ -69,7 +74,10 @@ class HFReader:
     def _shard_names(self) -> list[str]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{index}: is no index of safetensors: {error!r}") from error
             return sorted(set(weight_map.values()))
         names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not names:
@@ -88,6 +96,28 @@ class HFReader:
 
     def tensor(self, name: str) -> Tensor:
         return self._handles[self._where[name]].get_tensor(name)
+
+    def rows(self, name: str, start: int, stop: int, *columns: slice) -> Tensor:
+        """Rows ``start .. stop - 1`` of a tensor, and of these some columns; no more is read."""
+        return self._slice(name)[(slice(start, stop), *columns)]
+
+    def like(self, name: str) -> Tensor:
+        """A meta tensor of the tensor's shape and dtype.
+
+        Raises:
+            ValueError: a dtype models are not stored in (a quantised one, for example).
+        """
+        part = self._slice(name)
+        dtype = _DTYPES.get(part.get_dtype())
+        if dtype is None:
+            raise ValueError(
+                f"{self.folder}: {name}: dtype {part.get_dtype()} is not supported; it must be one "
+                f"of {', '.join(_DTYPES)}."
+            )
+        return torch.empty(part.get_shape(), dtype=dtype, device="meta")
+
+    def _slice(self, name: str):
+        return self._handles[self._where[name]].get_slice(name)
 
     def __enter__(self) -> HFReader:
         return self

@@ -1,56 +1,92 @@
-"""Writes Hugging Face safetensors, shard by shard."""
+"""Writes Hugging Face safetensors, tensor by tensor."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
+
+from megatron_mod.conversion.folders import ChunkedFile
+
+# The format's names of the dtypes models are stored in.
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+class _Entry(NamedTuple):
+    like: Tensor
+    read: Callable[[], Tensor]
 
 
 class HFWriter:
-    """Collects tensors and flushes a shard whenever ``max_shard_bytes`` would be passed.
+    """Takes tensors, or their shapes and how to read them, and writes them all in ``close``.
 
-    Shards get their final names (``model-00001-of-00003.safetensors``, or
-    ``model.safetensors`` if there is one) in ``close``.
+    The safetensors library writes a file from tensors that are all in memory. The format (a length,
+    a JSON header, the data) lets this one hold one tensor at a time instead.
     """
 
-    def __init__(self, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
+    def __init__(self, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         self.folder = Path(folder)
         self.max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
-        self._bytes = self._total = 0
+        self._entries: dict[str, _Entry] = {}
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._bytes + size > self.max_shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._bytes += size
-        self._total += size
+    def add(self, name: str, tensor: Tensor, read: Callable[[], Tensor] | None = None) -> None:
+        """Have a tensor written.
 
-    def _temporary(self, index: int) -> Path:
-        return self.folder / f"shard-{index}.safetensors"
-
-    def _flush(self) -> None:
-        save_file(self._pending, self._temporary(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._bytes = {}, 0
+        Args:
+            tensor: the tensor; with ``read`` only one of its shape and dtype.
+            read: gives the tensor when its turn has come.
+        """
+        self._entries[name] = _Entry(tensor, read or (lambda: tensor))
 
     def close(self) -> None:
-        """Write the last shard, name the shards and write their index."""
-        self._flush()
-        count = len(self._shards)
-        if count == 1:
-            self._temporary(0).rename(self.folder / "model.safetensors")
-            return
+        """Write the shards, none larger than ``max_shard_bytes`` but by a single tensor, and, if
+        there are several, their index."""
+        shards = self._shards()
+        count = len(shards)
         weight_map = {}
-        for index, names in enumerate(self._shards):
-            final = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-            self._temporary(index).rename(self.folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-        path = self.folder / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2), encoding="utf-8")
+        for number, names in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{count:05d}" if count > 1 else "model"
+            with ChunkedFile(self.folder / f"{file}.safetensors") as out:
+                self._write(out, names)
+            weight_map.update(dict.fromkeys(names, f"{file}.safetensors"))
+        if count > 1:
+            total = sum(entry.like.nbytes for entry in self._entries.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            path = self.folder / "model.safetensors.index.json"
+            path.write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+    def _shards(self) -> list[list[str]]:
+        shards: list[list[str]] = [[]]
+        size = 0
+        for name, (like, _) in self._entries.items():
+            if shards[-1] and size + like.nbytes > self.max_shard_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append(name)
+            size += like.nbytes
+        return shards
+
+    def _write(self, out: BinaryIO, names: list[str]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name in names:
+            like = self._entries[name].like
+            header[name] = {
+                "dtype": DTYPE_NAMES[like.dtype],
+                "shape": list(like.shape),
+                "data_offsets": [position, position + like.nbytes],
+            }
+            position += like.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data starts aligned
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            like, read = self._entries[name]
+            tensor = read()
+            assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype), name
+            out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())

@@ -1,31 +1,44 @@
 """Rows of a conversion table; each reads both ways.
 
-A row names one Megatron parameter and the Hugging Face tensors it is made of.
-Tensors are whole (not sharded), as a distributed checkpoint describes them.
+A row says which runs of rows (slices of dim 0) of which Hugging Face tensors make up one
+Megatron parameter, in order. Whole tensors in either direction, and the slice that one
+tensor-parallel rank needs, all follow from that one list.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
+class Run(NamedTuple):
+    """Rows ``start .. stop - 1`` of a Hugging Face tensor."""
+
+    name: str
+    start: int
+    stop: int
+
+
 class Mapping(Protocol):
     """One row of a family's table."""
 
-    megatron: str
+    @property
+    def megatron(self) -> str:
+        """The Megatron parameter, by its key in a distributed checkpoint."""
+        ...
 
     @property
     def hf(self) -> tuple[str, ...]:
-        """The Hugging Face tensors this row consumes or produces, in order."""
+        """The Hugging Face tensors this row consumes or produces."""
         ...
 
-    def to_megatron(self, *hf: Tensor) -> Tensor: ...
-
-    def to_hf(self, megatron: Tensor) -> tuple[Tensor, ...]: ...
+    def runs(self, rows: int) -> list[Run]:
+        """What the parameter's ``rows`` rows are made of, from the first to the last."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,19 +52,16 @@ class Direct:
     def hf(self) -> tuple[str, ...]:
         return (self.hf_name,)
 
-    def to_megatron(self, *hf: Tensor) -> Tensor:
-        return hf[0]
-
-    def to_hf(self, megatron: Tensor) -> tuple[Tensor, ...]:
-        return (megatron,)
+    def runs(self, rows: int) -> list[Run]:
+        return [Run(self.hf_name, 0, rows)]
 
 
 @dataclass(frozen=True)
 class QKV:
     """Separate query, key and value projections, interleaved by query group in Megatron.
 
-    Megatron's ``[(heads + 2 * groups) * D, H]`` holds, for each group, its queries,
-    then its key, then its value.
+    Megatron's ``[(heads + 2 * groups) * D, ...]`` holds, for each group, its queries,
+    then its key, then its value; weights and biases alike.
     """
 
     megatron: str
@@ -65,15 +75,14 @@ class QKV:
     def hf(self) -> tuple[str, ...]:
         return (self.query, self.key, self.value)
 
-    def to_megatron(self, *hf: Tensor) -> Tensor:
-        groups = [t.unflatten(0, (self.num_query_groups, -1)) for t in hf]
-        return torch.cat(groups, dim=1).flatten(0, 1)
-
-    def to_hf(self, megatron: Tensor) -> tuple[Tensor, ...]:
-        groups = megatron.unflatten(0, (self.num_query_groups, -1))
-        head_dim = groups.shape[1] // (self.queries_per_group + 2)
-        parts = groups.split((self.queries_per_group * head_dim, head_dim, head_dim), dim=1)
-        return tuple(part.flatten(0, 1).contiguous() for part in parts)
+    def runs(self, rows: int) -> list[Run]:
+        head_dim = rows // (self.num_query_groups * (self.queries_per_group + 2))
+        found = []
+        for group in range(self.num_query_groups):
+            for name, heads in zip(self.hf, (self.queries_per_group, 1, 1), strict=True):
+                size = heads * head_dim
+                found.append(Run(name, group * size, (group + 1) * size))
+        return found
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,32 @@ class GatedMLP:
     def hf(self) -> tuple[str, ...]:
         return (self.gate, self.up)
 
-    def to_megatron(self, *hf: Tensor) -> Tensor:
-        return torch.cat(hf, dim=0)
+    def runs(self, rows: int) -> list[Run]:
+        return [Run(name, 0, rows // 2) for name in self.hf]
 
-    def to_hf(self, megatron: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.contiguous() for part in megatron.chunk(2, dim=0))
+
+def to_megatron(
+    row: Mapping, read: Callable[[str, int, int], Tensor], rows: int, start: int, stop: int
+) -> Tensor:
+    """Rows ``start .. stop - 1`` of the Megatron parameter of ``rows`` rows.
+
+    ``read(name, start, stop)`` gives rows of a Hugging Face tensor; only needed ones are asked for.
+    """
+    parts, position = [], 0
+    for run in row.runs(rows):
+        size = run.stop - run.start
+        first, last = max(start - position, 0), min(stop - position, size)
+        if first < last:
+            parts.append(read(run.name, run.start + first, run.start + last))
+        position += size
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def to_hf(row: Mapping, megatron: Tensor) -> dict[str, Tensor]:
+    """The Hugging Face tensors of a whole Megatron parameter."""
+    runs = row.runs(len(megatron))
+    parts = megatron.split([run.stop - run.start for run in runs])
+    found: dict[str, list[Tensor]] = {name: [] for name in row.hf}
+    for run, part in zip(runs, parts, strict=True):
+        found[run.name].append(part)
+    return {name: torch.cat(p) if len(p) > 1 else p[0] for name, p in found.items()}

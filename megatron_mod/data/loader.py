@@ -74,10 +74,15 @@ class Loader:
 
     def step(self, number: int) -> StepBatch:
         """The batch of step ``number``, counted from 0."""
+        return self._deal(self._rows(number))
+
+    def sources(self, number: int) -> list[str]:
+        """Where each sequence of a step's global batch comes from."""
+        return [sample.source for sample in self._rows(number)]
+
+    def _rows(self, number: int) -> list[Sample]:
         first = number * self.global_batch_size
-        return self._deal(
-            [self.samples[self.order[first + i]] for i in range(self.global_batch_size)]
-        )
+        return [self.samples[self.order[first + i]] for i in range(self.global_batch_size)]
 
     def passes(self) -> Iterator[StepBatch]:
         """All samples once, in order, a global batch at a time."""

@@ -21,6 +21,9 @@ class Architecture:
     rotary_base: float
     tied_embeddings: bool
     rope_scaling_factor: float | None = None  # Llama-3's scaling; None: none
+    window_size: int | None = None  # tokens a query attends to, its own included; None: all before
+    qkv_bias: bool = False
+    qk_norm: bool = False  # an RMSNorm on each head's query and key
 
 
 def check_parallel(

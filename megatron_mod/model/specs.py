@@ -48,28 +48,32 @@ def choose_implementation(wanted: str | None = None) -> str:
     return "local"
 
 
-def dense_layer_spec(implementation: str = "local") -> ModuleSpec:
+def dense_layer_spec(config: TransformerConfig, implementation: str = "local") -> ModuleSpec:
     """An ordinary layer: Megatron's parallel linears, torch's attention and our norm (``local``),
     or Transformer Engine's modules."""
     if implementation == "transformer_engine":
         from megatron_mod.model.transformer_engine import TECoreAttention
 
-        spec = get_gpt_layer_with_transformer_engine_spec()
-        core = TECoreAttention
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        attention, core = spec.submodules.self_attention.submodules, TECoreAttention
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
-        core = TorchCoreAttention
+        attention, core = spec.submodules.self_attention.submodules, TorchCoreAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     spec.submodules.self_attention.module = RoutedSelfAttention
-    spec.submodules.self_attention.submodules.core_attention = core
+    attention.core_attention = core
     return spec
 
 
-def routed_layer_spec(routing: RoutingConfig, implementation: str = "local") -> ModuleSpec:
+def routed_layer_spec(
+    config: TransformerConfig, routing: RoutingConfig, implementation: str = "local"
+) -> ModuleSpec:
     """The ordinary layer, its norms unfused, with a router that chooses what
     ``routing.granularity`` names."""
-    spec = dense_layer_spec(implementation)
+    spec = dense_layer_spec(config, implementation)
     if implementation == "transformer_engine":
         _unfuse_norms(spec)
     spec.module = RoutedTransformerLayer
@@ -126,9 +130,9 @@ def get_routed_layer_specs(
     offset = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)
     layers = [
-        routed_layer_spec(routing, implementation)
+        routed_layer_spec(config, routing, implementation)
         if index in routed
-        else dense_layer_spec(implementation)
+        else dense_layer_spec(config, implementation)
         for index in range(offset, offset + count)
     ]
     norm = RMSNorm

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -28,8 +31,24 @@ class RouterAverage:
             mean = self.mean.setdefault(layer, router.weight.detach().clone())
             mean += (router.weight - mean) / self.count
 
+    def forget(self) -> None:
+        """Start over: the steps taken in so far are no longer the last."""
+        self.count, self.mean = 0, {}
+
+    @contextlib.contextmanager
+    def applied(self, when: bool = True) -> Iterator[None]:
+        """Have the mean in the routers for the block; without any update they stay as they are.
+
+        The optimizer goes on from the routers it knows, so they come back after the block.
+        """
+        own = {layer: self.routers[layer].weight.detach().clone() for layer in self.mean}
+        self._put(self.mean if when else {})
+        try:
+            yield
+        finally:
+            self._put(own if when else {})
+
     @torch.no_grad()
-    def apply(self) -> None:
-        """Put the mean into the routers; without any update they stay as they are."""
-        for layer, mean in self.mean.items():
-            self.routers[layer].weight.copy_(mean)
+    def _put(self, weights: dict[int, Tensor]) -> None:
+        for layer, weight in weights.items():
+            self.routers[layer].weight.copy_(weight)

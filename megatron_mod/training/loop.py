@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,22 +14,26 @@ from megatron.core import parallel_state
 from megatron_mod.config.cli import to_yaml
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
-from megatron_mod.conversion import checkpoint as layout
-from megatron_mod.conversion.families import family_of
-from megatron_mod.conversion.hf_reader import read_config
+from megatron_mod.conversion.folders import write_durably
+from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.dataset import Samples, load_data, write_rejects
 from megatron_mod.data.loader import Loader
 from megatron_mod.data.tokenizer import load_tokenizer
-from megatron_mod.model.architecture import Architecture, check_parallel
+from megatron_mod.model.architecture import check_parallel
 from megatron_mod.model.builder import ModelChunks, build_model, transformer_config
 from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
+from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import checkpoint
 from megatron_mod.training.average import RouterAverage
+from megatron_mod.training.faults import FaultCounter
 from megatron_mod.training.metrics import Metrics
 from megatron_mod.training.optimizer import build_optimizer, wrap_ddp
+from megatron_mod.training.resume import Run, check_settings
+from megatron_mod.training.run_folder import CONFIG, RunFolder
+from megatron_mod.training.start import start_routers
 from megatron_mod.training.step import StepResult, run_schedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,7 +43,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Plan:
     """A run whose settings have been checked against the model, the data and the world size."""
 
-    arch: Architecture
+    base: Base
     routing: RoutingConfig
     topology: topology.Topology
     implementation: str
@@ -58,15 +61,9 @@ def prepare(config: Config) -> Plan:
         logging.getLogger("megatron_mod").setLevel(logging.ERROR)
     p = config.parallel
     implementation = choose_implementation(config.model.transformer_impl)
-    base = Path(config.model.checkpoint)
-    layout.read_manifest(base, kind="base")
-    if Path(config.checkpoint.save).exists():
-        raise ValueError(
-            f"checkpoint.save = {config.checkpoint.save}: already exists; remove it or give "
-            "another output folder."
-        )
-    hf_config = read_config(base / layout.HUGGINGFACE)
-    arch = family_of(hf_config).architecture_of(hf_config)
+    base = open_base(config.model.checkpoint or config.model.hf_path, hf_path=config.model.hf_path)
+    arch = base.arch
+    check_settings(config)
     plan = topology.plan(
         tensor=p.tensor_model_parallel_size,
         pipeline=p.pipeline_model_parallel_size,
@@ -94,23 +91,23 @@ def prepare(config: Config) -> Plan:
         )
     routing = config.router.resolve(num_layers=arch.num_layers)
     tokenizer = load_tokenizer(
-        config.data.tokenizer or base / layout.HUGGINGFACE, vocab_size=arch.vocab_size
+        config.data.tokenizer or base.huggingface, vocab_size=arch.vocab_size
     )
     train_data, validation = load_data(config.data, tokenizer, seed=config.train.seed)
-    return Plan(arch, routing, plan, implementation, train_data, validation)
+    return Plan(base, routing, plan, implementation, train_data, validation)
 
 
 def describe(config: Config, plan: Plan) -> None:
     """Print what is about to run: ranks, model, and what of it trains (rank 0)."""
     if dist.get_rank() != 0:
         return
-    t, routing = plan.topology, plan.routing
+    t, routing, arch = plan.topology, plan.routing, plan.base.arch
     print(
         f"{t.world_size} rank(s) on {device.describe()}: tensor {t.tensor} x pipeline {t.pipeline}"
         f"{f' x context {t.context}' if t.context > 1 else ''} x data {t.data}\n"
-        f"{plan.arch.num_layers} layers ({plan.implementation}) frozen in {config.model.dtype};"
+        f"{arch.num_layers} layers ({plan.implementation}) frozen in {config.model.dtype};"
         f" training {len(routing.layers)} routers"
-        f" ({len(routing.layers) * plan.arch.hidden_size} parameters, float32),"
+        f" ({len(routing.layers) * arch.hidden_size} parameters, float32),"
         f" {routing.granularity} on layers {list(routing.layers)}\n"
         f"{len(plan.train)} training and {len(plan.validation or ())} validation samples;"
         f" {config.train.steps} steps of {config.train.global_batch_size} sequences",
@@ -119,35 +116,40 @@ def describe(config: Config, plan: Plan) -> None:
 
 
 def train(config: Config, plan: Plan) -> dict:
-    """Run the training and return its summary, which is also ``summary.json`` of the run."""
-    run = Path(config.checkpoint.save)
+    """Run the training, or go on with it where an earlier job stopped.
+
+    Returns the summary, which is also ``summary.json`` of the run.
+    """
+    folder = RunFolder(config.checkpoint)
+    with folder.held():
+        run = Run(config, folder, plan.base, plan.routing)
+        summary = _train(config, plan, run)
+        on_first_rank(lambda: checkpoint.write_json(folder.path / "summary.json", summary))
+    return summary
+
+
+def _train(config: Config, plan: Plan, run: Run) -> dict:
     model, chunks, optimizer, scheduler = _build(config, plan)
     frozen = checkpoint.frozen_digests(model)
     controller = CapacityController(plan.routing, device=device.device())
     loaders = {"train": _loader(config, plan, plan.train)}
     if plan.validation:
         loaders["validation"] = _loader(config, plan, plan.validation)
-    if dist.get_rank() == 0:
-        run.mkdir(parents=True)
-        (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        write_rejects(run / "rejects.jsonl", plan.train, plan.validation)
-    dist.barrier()
-    metrics = Metrics(run, plan.routing, steps=config.train.steps)
+    metrics = Metrics(
+        run.folder.path,
+        plan.routing,
+        steps=config.train.steps,
+        on_error=config.checkpoint.on_save_error,
+    )
     average = RouterAverage(model.routers())
+    faults = FaultCounter(most_in_a_row=config.train.max_skipped_steps)
+    state = checkpoint.RunState(model, optimizer, scheduler, controller, average, metrics, faults)
+    start = run.resume(state)
+    on_first_rank(lambda: write_durably(run.folder.path / CONFIG, to_yaml(config)))
+    rejects = run.folder.path / "rejects.jsonl"
+    on_first_rank(lambda: write_rejects(rejects, plan.train, plan.validation))
 
-    def save(step: int) -> None:
-        checkpoint.save_step(
-            run,
-            step=step,
-            base=config.model.checkpoint,
-            routing=plan.routing,
-            model=model,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            state={"controller": controller.state_dict()},
-        )
-
-    for step in range(1, config.train.steps + 1):
+    for step in range(start + 1, config.train.steps + 1):
         batch = loaders["train"].step(step - 1)
         controller.start_step((step - 1) / config.train.steps)
         learning_rate = optimizer.param_groups[0]["lr"] if optimizer.param_groups else 0.0
@@ -158,35 +160,33 @@ def train(config: Config, plan: Plan) -> dict:
             layer.check_decisions = bool(check) and step % check == 0
         optimizer.zero_grad()
         result = run_schedule(chunks, model, batch, plan.routing, controller=controller)
-        _, grad_norm, _ = optimizer.step()
+        sources = partial(loaders["train"].sources, step - 1)
+        skipped = faults.skips(step, result, model, samples=sources)
+        grad_norm = 0.0 if skipped else optimizer.step()[1]
         scheduler.step(increment=1)
         metrics.add_tokens(batch.num_tokens, positions=batch.num_positions)
         last = step == config.train.steps
-        saving = last or (config.checkpoint.interval and step % config.checkpoint.interval == 0)
-        logging_step = last or step == 1 or step % config.logging.interval == 0
-        if saving or logging_step:
-            _require_finite(step, result, grad_norm)
-        if logging_step:
-            _log(metrics, step, result, controller, learning_rate, grad_norm)
-        controller.end_step(result.capacity)
+        if skipped:
+            metrics.log_skipped(step, samples=sources())
+        elif last or step == 1 or step % config.logging.interval == 0:
+            _log(config, metrics, step, result, controller, learning_rate, grad_norm)
+        if not skipped:
+            controller.end_step(result.capacity)
         if step > (1 - config.optimizer.average_fraction) * config.train.steps:
             average.update()
-        if last:
-            average.apply()
         interval = config.train.validation_interval
         if interval and (last or step % interval == 0):
-            loss, capacity = validate(chunks, model, loaders["validation"], plan.routing)
+            with average.applied(when=last):
+                loss, capacity = validate(chunks, model, loaders["validation"], plan.routing)
             metrics.log_validation(step, loss=loss, capacity=capacity)
-        if saving:
-            save(step)
+        interval = config.checkpoint.interval
+        if last or (interval and step % interval == 0):
+            run.save(step, state)
     if config.train.steps == 0:
-        save(0)
+        run.save(0, state)
 
     changed = checkpoint.count_changed(frozen, checkpoint.frozen_digests(model))
-    summary = _summary(config, plan, metrics, changed)
-    if dist.get_rank() == 0:
-        checkpoint.write_json(run / "summary.json", summary)
-    return summary
+    return _summary(config, plan, metrics, faults, changed)
 
 
 @torch.no_grad()
@@ -209,7 +209,7 @@ def validate(
 def _build(config: Config, plan: Plan) -> tuple:
     p = config.parallel
     megatron = transformer_config(
-        plan.arch,
+        plan.base.arch,
         dtype=DTYPES[config.model.dtype],
         tensor=plan.topology.tensor,
         pipeline=plan.topology.pipeline,
@@ -218,8 +218,9 @@ def _build(config: Config, plan: Plan) -> tuple:
         first_stage_layers=p.num_layers_in_first_pipeline_stage,
         sequence_parallel=p.sequence_parallel,
     )
-    model = build_model(plan.arch, megatron, plan.routing, implementation=plan.implementation)
-    checkpoint.load_base(model, config.model.checkpoint)
+    model = build_model(plan.base.arch, megatron, plan.routing, implementation=plan.implementation)
+    checkpoint.load_base(model, plan.base)
+    start_routers(model, config, plan.base, plan.routing)
     chunks = wrap_ddp(model, use_distributed_optimizer=p.use_distributed_optimizer)
     optimizer, scheduler = build_optimizer(chunks, config)
     return model, chunks, optimizer, scheduler
@@ -242,17 +243,8 @@ def _loader(config: Config, plan: Plan, samples: Samples) -> Loader:
     )
 
 
-def _require_finite(step: int, result: StepResult, grad_norm: float) -> None:
-    """Stop before what has diverged is logged or saved."""
-    loss = float(result.task_loss)
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise ValueError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}: training has diverged; lower "
-            "optimizer.lr or check the data. The checkpoints saved are from before this step."
-        )
-
-
 def _log(
+    config: Config,
     metrics: Metrics,
     step: int,
     result: StepResult,
@@ -268,10 +260,13 @@ def _log(
         capacity=result.capacity.tolist(),
         learning_rate=learning_rate,
         grad_norm=float(grad_norm),
+        data_position=step * config.train.global_batch_size,
     )
 
 
-def _summary(config: Config, plan: Plan, metrics: Metrics, changed: int) -> dict:
+def _summary(
+    config: Config, plan: Plan, metrics: Metrics, faults: FaultCounter, changed: int
+) -> dict:
     first, last = metrics.first or {}, metrics.last or {}
     return {
         "device": device.describe(),
@@ -279,12 +274,13 @@ def _summary(config: Config, plan: Plan, metrics: Metrics, changed: int) -> dict
         "parallel": plan.topology.to_dict(),
         "train": {
             "steps": config.train.steps,
+            "skipped_steps": faults.skipped,
             "tokens": metrics.tokens,
             "tokens_per_second": metrics.tokens_per_second(),
             "padding": metrics.padding(),
             "loss_first": first.get("loss"),
             "loss_last": last.get("loss"),
-            "trainable_parameters": len(plan.routing.layers) * plan.arch.hidden_size,
+            "trainable_parameters": len(plan.routing.layers) * plan.base.arch.hidden_size,
             "frozen_parameters_changed": changed,
         },
         "capacity_last": last.get("capacity"),

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_mod.conversion.folders import write_durably
+from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.routing.config import RoutingConfig
 
 
 class Metrics:
     """Writes ``metrics.jsonl`` and the progress lines, on rank 0 only."""
 
-    def __init__(self, run: str | Path, routing: RoutingConfig, *, steps: int) -> None:
+    def __init__(
+        self, run: str | Path, routing: RoutingConfig, *, steps: int, on_error: str = "stop"
+    ) -> None:
+        """``on_error``: ``stop``, or ``continue`` without the lines that cannot be written."""
         self.path = Path(run) / "metrics.jsonl"
         self.routing = routing
         self.steps = steps
+        self.on_error = on_error
         self.tokens = 0
         self.positions = 0
         self.first: dict | None = None
@@ -35,7 +42,7 @@ class Metrics:
         """Record a step (counted from 1): a line on the screen, a line in the file.
 
         ``values``: ``loss``, ``task_loss``, ``capacity`` (list per routed layer),
-        ``learning_rate``, ``grad_norm``.
+        ``learning_rate``, ``grad_norm``, ``data_position`` (sequences taken so far).
         """
         now = time.perf_counter()
         record = {
@@ -65,6 +72,32 @@ class Metrics:
             f"  capacity {mean:.3f}  (pooling: {self.routing.pooling})"
         )
 
+    def log_skipped(self, step: int, *, samples: list[str]) -> None:
+        """Record a step that was skipped because its loss or a gradient was not finite."""
+        self._write({"step": step, "skipped": "not finite", "samples": samples})
+        self._print(f"step {step:>{len(str(self.steps))}}/{self.steps}  skipped: not finite")
+
+    def state_dict(self) -> dict:
+        elapsed = time.perf_counter() - self._started
+        return {"tokens": self.tokens, "first": self.first, "last": self.last, "elapsed": elapsed}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.tokens, self.first, self.last = state["tokens"], state["first"], state["last"]
+        self._started = time.perf_counter() - state["elapsed"]
+
+    def continue_after(self, step: int) -> None:
+        """Drop the lines of later steps, which will be taken again, and one that was cut short."""
+        on_first_rank(lambda: self._keep_until(step))
+
+    def _keep_until(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        write_durably(self.path, "".join(kept))
+
     def tokens_per_second(self) -> float:
         """Over the whole run so far, validation and checkpoints included."""
         return self.tokens / max(time.perf_counter() - self._started, 1e-9)
@@ -74,9 +107,20 @@ class Metrics:
         return 1 - self.tokens / self.positions if self.positions else None
 
     def _write(self, record: dict) -> None:
-        if dist.get_rank() == 0:
+        if dist.get_rank() != 0:
+            return
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
             with self.path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(record) + "\n")
+        except OSError as error:
+            os.truncate(self.path, size)
+            if self.on_error == "stop":
+                raise ValueError(
+                    f"{self.path}: cannot be written: {error.strerror}; make room and run the same "
+                    "command again."
+                ) from error
+            self._print(f"warning: {self.path}: step {record['step']} not recorded: {error}")
 
     def _print(self, line: str) -> None:
         if dist.get_rank() == 0:

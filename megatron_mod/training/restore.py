@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from megatron_mod.conversion import checkpoint as layout
-from megatron_mod.conversion.families import family_of
-from megatron_mod.conversion.hf_reader import read_config
+from megatron_mod.conversion.load import load_base
+from megatron_mod.conversion.routers import read_step
+from megatron_mod.conversion.source import open_source
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.architecture import check_parallel
 from megatron_mod.model.builder import ModelChunks, build_model, transformer_config
 from megatron_mod.parallel.topology import Topology
-from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.training import checkpoint
 
 
 def restore_model(
@@ -26,17 +25,21 @@ def restore_model(
     Raises:
         ValueError: no such checkpoint, or a topology that does not fit it.
     """
-    step = layout.resolve_step(load)
-    manifest = layout.read_manifest(step)
-    routed = manifest["kind"] == "routers"
-    base = Path(manifest["base"]) if routed else step
-    hf_config = read_config(base / layout.HUGGINGFACE)
-    arch = family_of(hf_config).architecture_of(hf_config)
-    check_parallel(arch, tensor=ranks.tensor, pipeline=ranks.pipeline)
-    config = transformer_config(arch, dtype=dtype, tensor=ranks.tensor, pipeline=ranks.pipeline)
-    routing = RoutingConfig.from_dict(manifest["routing"]) if routed else None
-    model = build_model(arch, config, routing)
-    checkpoint.load_base(model, base)
-    if routed:
-        checkpoint.load_routers(model, step)
-    return model, load_tokenizer(base / layout.HUGGINGFACE, vocab_size=arch.vocab_size)
+    source = open_source(load)
+    base = source.base
+    check_parallel(base.arch, tensor=ranks.tensor, pipeline=ranks.pipeline)
+    config = transformer_config(
+        base.arch, dtype=dtype, tensor=ranks.tensor, pipeline=ranks.pipeline
+    )
+    model = build_model(base.arch, config, source.routing)
+    load_base(model, base)
+    if source.routing:
+        put_routers(model, read_step(source.step, source.routing))
+    return model, load_tokenizer(base.huggingface, vocab_size=base.arch.vocab_size)
+
+
+@torch.no_grad()
+def put_routers(model: ModelChunks, weights: dict[int, Tensor]) -> None:
+    """Fill this stage's routers from weights ``[1, H]`` by layer."""
+    for layer, router in model.routers().items():
+        router.weight.copy_(weights[layer])

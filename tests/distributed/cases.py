@@ -8,10 +8,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.conversion.convert import hf_to_megatron
-from megatron_mod.conversion.families import family_of
-from megatron_mod.conversion.hf_reader import read_config
+from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.batch import collate
 from megatron_mod.data.chat import Sample
 from megatron_mod.data.loader import Loader, StepBatch
@@ -32,11 +30,11 @@ def routing_config(**changes: object) -> RoutingConfig:
     return RoutingConfig(**{**settings, "capacity_loss_weight": 0.7, **changes})
 
 
-def build(base: Path, ranks, *, sequence_parallel: bool = False, routing=None, first=None):
+def build(base: Path | Base, ranks, *, sequence_parallel: bool = False, routing=None, first=None):
     """This rank's part of a base checkpoint."""
-    arch = family_of(config := read_config(base / layout.HUGGINGFACE)).architecture_of(config)
+    base = base if isinstance(base, Base) else open_base(base)
     megatron = transformer_config(
-        arch,
+        base.arch,
         dtype=torch.float32,
         tensor=ranks.tensor,
         pipeline=ranks.pipeline,
@@ -45,7 +43,7 @@ def build(base: Path, ranks, *, sequence_parallel: bool = False, routing=None, f
         sequence_parallel=sequence_parallel,
         first_stage_layers=first,
     )
-    model = build_model(arch, megatron, routing)
+    model = build_model(base.arch, megatron, routing)
     checkpoint.load_base(model, base)
     return model
 
@@ -69,7 +67,7 @@ def logit_differences(
             lengths = (12, 20)  # multiples of the tensor degree, as sequence parallelism needs
             ids = [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
             model = build(base, ranks, sequence_parallel=sequence_parallel, routing=routing)
-            key = (hf.name, *sorted(topology.items()), sequence_parallel)
+            key = (base.name, *sorted(topology.items()), sequence_parallel)
             batches = [prompt_batch(ids), prompt_batch(ids[::-1])]
             found[key] = max_relative_difference(model, hf, batches)
     return found

@@ -22,14 +22,16 @@ LOGITS = 2e-5  # largest logit difference over largest logit, fp32
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, single_process):
-    """Each tiny Llama as Hugging Face folder and as base checkpoint."""
+    """Each tiny model as Hugging Face folder and as base checkpoint; and as its own base, read
+    without conversion."""
     root = tmp_path_factory.mktemp("models")
     pairs = []
-    for name, changes in tiny.LLAMAS.items():
-        hf = tiny.save_llama(root / name, **changes)
+    kinds = {**{n: ("llama", changes) for n, changes in tiny.LLAMAS.items()}, **tiny.FAMILIES}
+    for name, (kind, changes) in kinds.items():
+        hf = tiny.save_model(root / name, kind, **changes)
         cases.convert(hf, root / f"{name}-megatron")
         pairs.append((hf, root / f"{name}-megatron"))
-    return pairs
+    return pairs + [(hf, hf) for hf, _ in pairs if hf.name in ("odd_vocabulary", "qwen2", "qwen3")]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_mod.conversion import convert
+from megatron_mod.conversion import convert, mappings
 from megatron_mod.conversion.families import FAMILIES
+from megatron_mod.conversion.folders import new_folder
 from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.hf_writer import HFWriter
 from megatron_mod.conversion.mappings import QKV
@@ -19,10 +20,14 @@ from tests.helpers import tiny
 pytestmark = pytest.mark.usefixtures("single_process")
 
 
-@pytest.mark.parametrize("name", tiny.LLAMAS)
+MODELS = {**{n: ("llama", changes) for n, changes in tiny.LLAMAS.items()}, **tiny.FAMILIES}
+
+
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_there_and_back_returns_every_bit(tmp_path, name, dtype):
-    hf = tiny.save_llama(tmp_path / "hf", dtype=dtype, **tiny.LLAMAS[name])
+    kind, changes = MODELS[name]
+    hf = tiny.save_model(tmp_path / "hf", kind, dtype=dtype, **changes)
     convert.hf_to_megatron(hf, tmp_path / "megatron")
     convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     with HFReader(hf) as before, HFReader(tmp_path / "back") as after:
@@ -38,12 +43,18 @@ def test_qkv_interleaving_is_megatrons():
     size, hidden = 2, 1
     query = torch.arange(6 * size).view(-1, hidden)
     key, value = 100 + torch.arange(2 * size).view(-1, 1), 200 + torch.arange(2 * size).view(-1, 1)
-    merged = row.to_megatron(query, key, value).flatten().tolist()
-    assert merged == [0, 1, 2, 3, 4, 5, 100, 101, 200, 201, 6, 7, 8, 9, 10, 11, 102, 103, 202, 203]
-    for part, back in zip(
-        (query, key, value), row.to_hf(row.to_megatron(query, key, value)), strict=True
-    ):
-        assert torch.equal(part, back)
+    parts = {"q": query, "k": key, "v": value}
+
+    def rows(start: int, stop: int) -> list[int]:
+        read = lambda name, first, last: parts[name][first:last]  # noqa: E731
+        return mappings.to_megatron(row, read, 20, start, stop).flatten().tolist()
+
+    merged = [0, 1, 2, 3, 4, 5, 100, 101, 200, 201, 6, 7, 8, 9, 10, 11, 102, 103, 202, 203]
+    assert rows(0, 20) == merged
+    assert rows(10, 20) == merged[10:], "what the second of two tensor ranks reads"
+    assert rows(5, 9) == merged[5:9]
+    back = mappings.to_hf(row, torch.tensor(merged).view(-1, 1))
+    assert all(torch.equal(back[name], part) for name, part in parts.items())
 
 
 def test_large_models_are_written_in_shards(tmp_path):
@@ -60,6 +71,25 @@ def test_large_models_are_written_in_shards(tmp_path):
     with HFReader(tmp_path) as reader:
         for name, tensor in tensors.items():
             assert torch.equal(reader.tensor(name), tensor)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dtype_is_changed_in_weights_and_config(tmp_path, dtype):
+    hf = tiny.save_llama(tmp_path / "hf", dtype=torch.float32)
+    convert.hf_to_megatron(hf, tmp_path / "megatron", dtype=dtype)
+    convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    back, original = (load_file(f / "model.safetensors") for f in (tmp_path / "back", hf))
+    for name, tensor in original.items():
+        assert torch.equal(back[name], tensor.to(getattr(torch, dtype)))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == dtype
+
+
+def test_sizes():
+    sizes = {"5GB": 5 * 10**9, "1.5 MB": 1500000, "2GiB": 2 * 2**30, "7": 7}
+    assert {text: convert.parse_size(text) for text in sizes} == sizes
+    for text in ("", "GB", "5 parrots", "0", "-1"):
+        with pytest.raises(ValueError, match="give a size such as"):
+            convert.parse_size(text)
 
 
 def edit_config(folder, *dropped, **changes):
@@ -85,6 +115,13 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def quantise(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, path)
+
+
 BROKEN = {
     "no folder": (lambda f: shutil.rmtree(f), "no such folder"),
     "empty folder": (lambda f: [p.unlink() for p in f.iterdir()], "the folder is empty"),
@@ -92,7 +129,10 @@ BROKEN = {
     "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no safetensors"),
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "x.bin"), "is a pickle"),
-    "another family": (lambda f: edit_config(f, model_type="gpt2"), "supported: llama"),
+    "another family": (
+        lambda f: edit_config(f, model_type="gpt2"),
+        "supported: llama (LlamaForCausalLM), mistral",
+    ),
     "another head": (
         lambda f: edit_config(f, architectures=["LlamaForSequenceClassification"]),
         "architectures = ['LlamaForSequenceClassification']",
@@ -111,6 +151,11 @@ BROKEN = {
     "left-over tensor": (lambda f: add(f, "model.layers.9.x"), "model.layers.9.x"),
     "wrong shape": (lambda f: edit_config(f, intermediate_size=128), "do not belong together"),
     "wrong heads": (lambda f: edit_config(f, num_key_value_heads=2), "do not belong together"),
+    "broken index": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        "is no index of safetensors",
+    ),
+    "quantised": (quantise, "dtype F8_E4M3 is not supported"),
     "cut short": (truncate, "not a whole safetensors file"),
 }
 
@@ -138,6 +183,33 @@ def test_an_existing_output_is_refused_and_untouched(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
+def test_after_an_interruption_the_same_command_works(tmp_path, monkeypatch):
+    hf = tiny.save_llama(tmp_path / "hf")
+    out = tmp_path / "out"
+    killed = out / ".megatron.incomplete"  # what kill -9 leaves
+    (killed / "state").mkdir(parents=True)
+    (killed / "state" / "__0_0.distcp").write_text("half")
+    (killed / "megatron_mod.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not exist"):
+        convert.megatron_to_hf(out / "megatron", tmp_path / "export")
+
+    with monkeypatch.context() as context:
+        context.setattr(convert, "copy_companions", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert.hf_to_megatron(hf, out / "megatron")
+    assert not list(out.glob("*"))
+    convert.hf_to_megatron(hf, out / "megatron")
+    convert.megatron_to_hf(out / "megatron", tmp_path / "back")
+    assert [path.name for path in out.glob("*")] == ["megatron"]
+
+
+def test_two_conversions_into_one_folder_are_refused(tmp_path):
+    hf = tiny.save_llama(tmp_path / "hf")
+    first = new_folder(tmp_path / "megatron")
+    with first, pytest.raises(ValueError, match="another process is writing"):
+        convert.hf_to_megatron(hf, tmp_path / "megatron")
+
+
 def test_exporting_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         convert.megatron_to_hf(tmp_path / "none", tmp_path / "out")
@@ -151,8 +223,36 @@ def test_every_family_uses_every_name_once():
         arch = family.architecture_of({
             "hidden_act": "silu", "num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 8,
             "num_attention_heads": 2, "vocab_size": 9, "max_position_embeddings": 8,
-            "rms_norm_eps": 1e-6,
+            "rms_norm_eps": 1e-6, "num_key_value_heads": 2,
         })  # fmt: skip
         rows = family.table(arch)
         for names in ([r.megatron for r in rows], [n for r in rows for n in r.hf]):
             assert len(set(names)) == len(names)
+
+
+NOT_BUILT = {
+    "use_sliding_window = True": ("qwen2", {"use_sliding_window": True}),
+    "layer_types holds ['sliding_attention']": (
+        "qwen3",
+        {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
+    ),
+    "attention_bias = True": ("qwen3", {"attention_bias": True}),
+    "num_key_value_heads is missing": ("mistral", {"num_key_value_heads": ...}),
+    "attention_dropout = 0.1": ("mistral", {"attention_dropout": 0.1}),
+    "partial_rotary_factor = 0.5": ("qwen2", {"partial_rotary_factor": 0.5}),
+    "quantization_config = {'quant_method': 'fp8'}": (
+        "llama",
+        {"quantization_config": {"quant_method": "fp8"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("message", NOT_BUILT)
+def test_what_is_not_built_is_named_by_its_field(tmp_path, message):
+    kind, changes = NOT_BUILT[message]
+    hf = tiny.save_model(tmp_path / "hf", kind)
+    dropped = [name for name, value in changes.items() if value is ...]
+    edit_config(hf, *dropped, **{k: v for k, v in changes.items() if v is not ...})
+    with pytest.raises(ValueError) as caught:
+        convert.hf_to_megatron(hf, tmp_path / "megatron")
+    assert f"config.json: {message}" in str(caught.value)

@@ -24,12 +24,27 @@ LLAMAS = {
     },
 }  # fmt: skip
 
+# Each family's own features: (model type, changes to the settings below).
+FAMILIES = {
+    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": 5}),
+    "mistral_no_window": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "vocab_size": 131}),
+    "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
+}
 
-def save_llama(
-    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes
+
+def save_llama(folder: Path, **changes) -> Path:
+    """Save a random 4-layer Llama; see ``save_model``."""
+    return save_model(folder, "llama", **changes)
+
+
+def save_model(
+    folder: Path, kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes
 ) -> Path:
-    """Save a random 4-layer Llama whose layers matter (weights larger than the usual init)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Save a random 4-layer model of a Hugging Face model type, whose layers matter (weights
+    larger than the usual init)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {
         "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
@@ -38,8 +53,9 @@ def save_llama(
         "eos_token_id": 2, "pad_token_id": 0,
     }  # fmt: skip
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype)
-    for parameter in model.parameters():  # norms too: ones would hide a swapped norm
+    config = AutoConfig.for_model(kind, **{**settings, **changes})
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for parameter in model.parameters():  # norms and biases too: ones would hide a swapped norm
         if parameter.dim() == 1:
             parameter.data.uniform_(0.5, 1.5)
     model.save_pretrained(folder)

@@ -112,8 +112,10 @@ def test_mistakes_are_named(parse, arguments, sections, message):
 
 
 def test_missing_settings_are_named():
-    with pytest.raises(ValueError, match=r"model\.checkpoint"):
+    with pytest.raises(ValueError, match=r"data\.train"):
         cli.parse(["--train.steps", "3"])
+    with pytest.raises(ValueError, match=r"model\.checkpoint and model\.hf_path are both unset"):
+        cli.parse(["--train.steps=3", "--data.train=text", "--checkpoint.save=run"])
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -26,9 +28,10 @@ def test_routed_layers_have_norms_of_their_own(engine):
     from megatron_mod.model.specs import dense_layer_spec, routed_layer_spec
 
     routing = RoutingConfig("attn_token", (1,), (0.5,))
-    dense = dense_layer_spec("transformer_engine").submodules.self_attention.submodules
+    config = SimpleNamespace(qk_layernorm=False)
+    dense = dense_layer_spec(config, "transformer_engine").submodules.self_attention.submodules
     assert "LayerNorm" in dense.linear_qkv.__name__
-    routed = routed_layer_spec(routing, "transformer_engine").submodules
+    routed = routed_layer_spec(config, routing, "transformer_engine").submodules
     assert "LayerNorm" not in routed.self_attention.submodules.linear_qkv.__name__
     assert routed.input_layernorm is routed.pre_mlp_layernorm
     assert routed.self_attention.submodules.core_attention is engine.TECoreAttention

@@ -1,11 +1,16 @@
-"""The model families that can be converted: one file and one table each."""
+"""The model families that can be converted: one file each; README.md here shows how to add one."""
 
 from __future__ import annotations
 
-from megatron_mod.conversion.families import llama
+import importlib
+import pkgutil
+
 from megatron_mod.conversion.families.base import Family
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (llama.FAMILY,)}
+_MODULES = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.model_type: module.FAMILY for module in _MODULES if hasattr(module, "FAMILY")
+}
 
 
 def family_of(hf_config: dict) -> Family:

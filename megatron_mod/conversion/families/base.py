@@ -1,4 +1,4 @@
-"""What a family is: how to read its config.json, and its table of weights."""
+"""What a family is, and how its file reads a config.json."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from dataclasses import dataclass
 
 from megatron_mod.conversion.mappings import Mapping
 from megatron_mod.model.architecture import Architecture
+
+# What Megatron's Llama-3 RoPE scaling fixes; only the factor can be set.
+_LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 @dataclass(frozen=True)
@@ -40,3 +47,28 @@ def require(hf_config: dict, field: str, allowed: tuple, *, default: object) -> 
         raise ValueError(
             f"config.json: {field} = {value!r} is not supported; it must be {options}."
         )
+
+
+def read_rope(hf_config: dict) -> tuple[float, float | None]:
+    """``(base, llama-3 factor or None)`` from either Transformers release's way of writing it.
+
+    Raises:
+        ValueError: a rotary embedding that is not built, named by its field.
+    """
+    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    base = float(rope.get("rope_theta") or hf_config.get("rope_theta") or 10000.0)
+    require({**hf_config, **rope}, "partial_rotary_factor", (1, 1.0), default=1.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return base, None
+    if kind != "llama3":
+        raise ValueError(
+            f"config.json: rope type {kind!r} is not supported; it must be 'default' or 'llama3'."
+        )
+    for field, value in _LLAMA3_ROPE.items():
+        if rope.get(field) != value:
+            raise ValueError(
+                f"config.json: {field} = {rope.get(field)!r} of the llama3 rope scaling is not "
+                f"supported; Megatron fixes it at {value}."
+            )
+    return base, float(rope["factor"])

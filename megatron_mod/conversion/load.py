@@ -1,0 +1,104 @@
+"""A base's weights into this rank's part of a Megatron model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch import Tensor
+
+from megatron_mod.conversion import mappings
+from megatron_mod.conversion.check import check_hf_names, check_megatron_names, megatron_shapes
+from megatron_mod.conversion.hf_reader import HFReader
+from megatron_mod.conversion.megatron_lm import LayerReader, has_stacked_layers
+from megatron_mod.conversion.routers import ROUTER
+from megatron_mod.conversion.source import Base, open_base
+from megatron_mod.model.builder import ModelChunks
+
+NOT_IN_BASE = (ROUTER, "_extra_state")
+
+
+def load_base(model: ModelChunks, base: Base | str | Path) -> None:
+    """Fill everything but the routers, whatever topology wrote the base; called by all ranks alike.
+
+    Of a Hugging Face folder each rank reads the rows and columns it holds, and nothing else.
+
+    Raises:
+        ValueError: the base lacks a parameter of this model, or holds one it has not.
+    """
+    base = base if isinstance(base, Base) else open_base(base)
+    if base.kind == "huggingface":
+        _load_hf(model, base)
+        return
+    strict, stacked = StrictHandling.RAISE_ALL, False
+    if base.kind == "megatron_lm":  # its optimizer is in there too, so compare names ourselves
+        names = LayerReader(base.state, vocab_size=base.arch.vocab_size).names()
+        check_megatron_names(base.family, base.arch, names, base.path)
+        strict, stacked = StrictHandling.RAISE_UNEXPECTED, has_stacked_layers(base.state)
+    with _stacked_layers(model) if stacked else contextlib.nullcontext():
+        wanted = _base_part(model)
+    try:
+        loaded = dist_checkpointing.load(wanted, str(base.state), strict=strict)
+    except dist_checkpointing.core.CheckpointingException as error:
+        raise ValueError(f"{base.state}: does not fit its own config.json: {error}") from error
+    loaded = {key: loaded[key] for key in wanted}  # without what is common to the checkpoint
+    missing, unexpected = model.load_state_dict(loaded, strict=False)
+    assert not unexpected, unexpected
+    assert all(key.endswith(NOT_IN_BASE) for key in missing), missing
+
+
+def _base_part(model: ModelChunks) -> dict:
+    return {k: v for k, v in model.sharded_state_dict().items() if not k.endswith(NOT_IN_BASE)}
+
+
+@contextlib.contextmanager
+def _stacked_layers(model: ModelChunks) -> Iterator[None]:
+    """Have the model describe its parameters as parts of tensors that stack all layers."""
+    model.config.hetereogenous_dist_checkpoint = False
+    try:
+        yield
+    finally:
+        model.config.hetereogenous_dist_checkpoint = True
+
+
+@torch.no_grad()
+def _load_hf(model: ModelChunks, base: Base) -> None:
+    state = _base_part(model)
+    apply_factories(state)
+    parts = [part for part in nested_values(state) if isinstance(part, ShardedTensor)]
+    table = {row.megatron: row for row in base.family.table(base.arch)}
+    used: list = [None] * dist.get_world_size()
+    dist.all_gather_object(used, {part.key for part in parts})
+    check_megatron_names(base.family, base.arch, set().union(*used), base.path)
+    with HFReader(base.path) as reader:
+        check_hf_names(base.family, base.arch, reader.names(), base.path)
+        likes = {name: reader.like(name) for row in table.values() for name in row.hf}
+        shapes = megatron_shapes(base.family, base.arch, likes, base.path)
+        for part in parts:
+            _fill(part, table[part.key], reader, rows=shapes[part.key][0])
+
+
+def _fill(part: ShardedTensor, row: mappings.Mapping, reader: HFReader, *, rows: int) -> None:
+    """Read this rank's part of a parameter of ``rows`` rows; padding rows become zeros."""
+    first = part.global_offset[0]
+    last = min(first + part.local_shape[0], rows)
+    columns = [
+        slice(offset, offset + size)
+        for offset, size in zip(part.global_offset[1:], part.local_shape[1:], strict=True)
+    ]
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        return reader.rows(name, start, stop, *columns)
+
+    filled = max(last - first, 0)
+    if filled:
+        part.data[:filled].copy_(mappings.to_megatron(row, read, rows, first, last))
+    part.data[filled:].zero_()

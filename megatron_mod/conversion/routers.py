@@ -1,0 +1,155 @@
+"""Routers on disk: in our step folders, and in the folders of the published Router-Tuning code."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_mod.conversion import checkpoint as layout
+from megatron_mod.conversion.hf_reader import HFReader, read_config
+from megatron_mod.conversion.state import load_tensors, save_tensors
+from megatron_mod.model.architecture import Architecture
+from megatron_mod.routing.config import GRANULARITIES, RoutingConfig
+
+ROUTER = "router.weight"  # what a router's key ends with
+ROUTER_KEY = f"decoder.layers.{{}}.{ROUTER}"
+HF_ROUTER_KEY = "model.layers.{}.router.weight"
+AVERAGE = "average."  # before the key of a router's mean over a training's last steps
+
+
+def read_routers(folder: str | Path, arch: Architecture) -> tuple[RoutingConfig, dict[int, Tensor]]:
+    """Settings and weights ``[1, H]`` by layer, from a run of ours, one of its steps, or a folder
+    of the published code; called by all ranks alike.
+
+    Raises:
+        ValueError: not such a folder, or routers that do not fit the model.
+    """
+    step = layout.resolve_step(folder)
+    if (step / layout.MANIFEST).is_file():
+        manifest = layout.verify(step)
+        if manifest["kind"] != "routers":
+            raise ValueError(f"{folder}: holds no routers; give a training run or a published one.")
+        routing = RoutingConfig.from_dict(manifest["routing"])
+        weights = read_step(step, routing)
+    else:
+        routing, weights = _read_published(Path(folder))
+    _check_fit(Path(folder), routing, weights, arch)
+    return routing, weights
+
+
+def read_step(step: Path, routing: RoutingConfig) -> dict[int, Tensor]:
+    """Router weights ``[1, H]`` by layer of a step folder, averaged if the training averaged them.
+
+    Raises:
+        ValueError: the saved routers are not those of ``routing``.
+    """
+    prefix = AVERAGE if layout.read_manifest(step).get("averaged") else ""
+    wanted = {prefix + ROUTER_KEY.format(layer): layer for layer in routing.layers}
+    found = load_tensors(step / layout.STATE, keep=prefix + "decoder.layers.")
+    found = {k: v for k, v in found.items() if k.startswith(prefix + "decoder.")}
+    if set(found) != set(wanted):
+        difference = sorted(set(found) ^ set(wanted))
+        raise ValueError(f"{step}: routers do not match its manifest: {difference}.")
+    return {layer: found[key] for key, layer in wanted.items()}
+
+
+def write_step(
+    folder: Path, routing: RoutingConfig, weights: dict[int, Tensor], *, base: str, fingerprint: str
+) -> None:
+    """Write routers alone as a step folder, which a base refers to and training can start from."""
+    folder.mkdir()
+    save_tensors({ROUTER_KEY.format(k): v for k, v in weights.items()}, folder / layout.STATE)
+    manifest = {
+        "kind": "routers",
+        "step": 0,
+        "base": base,
+        "base_fingerprint": fingerprint,
+        "routing": routing.to_dict(),
+    }
+    layout.write_manifest(folder, manifest)
+
+
+def write_published(
+    folder: Path, routing: RoutingConfig, weights: dict[int, Tensor], hf_config: dict
+) -> None:
+    """Fill a folder as the published code saves routers: its config fields, and their weights."""
+    routed = [layer in routing.layers for layer in range(hf_config["num_hidden_layers"])]
+    target = dict(zip(routing.layers, routing.capacity, strict=True))
+    config = {
+        **hf_config,
+        "is_mod": routed,
+        "granularity": routing.granularity,
+        "threshold": routing.threshold,
+        "mod_capacity": [target.get(layer) for layer in range(len(routed))],
+        "gradient_scale": routing.capacity_loss_weight,
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    tensors = {HF_ROUTER_KEY.format(k): v.float().contiguous() for k, v in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _read_published(folder: Path) -> tuple[RoutingConfig, dict[int, Tensor]]:
+    config = read_config(folder)
+    if "is_mod" not in config:
+        raise ValueError(
+            f"{folder / 'config.json'}: has no is_mod, so the folder holds no routers of the "
+            "published code."
+        )
+    layers = tuple(index for index, routed in enumerate(config["is_mod"]) if routed)
+    granularity = str(config.get("granularity") or "attn_sequence").lower().replace("-", "_")
+    if granularity in ("sequence", "token"):  # its first release routed nothing but attention
+        granularity = f"attn_{granularity}"
+    if granularity not in GRANULARITIES:
+        raise ValueError(
+            f"{folder / 'config.json'}: granularity = {config['granularity']!r} is not supported; "
+            f"it must be one of {', '.join(GRANULARITIES)}."
+        )
+    target = config.get("mod_capacity")
+    targets = target if isinstance(target, list) else [target] * len(config["is_mod"])
+    routing = RoutingConfig(
+        granularity=granularity,
+        layers=layers,
+        capacity=tuple(targets[layer] or 1.0 for layer in layers),  # none is no target at all
+        scope="layer",
+        capacity_loss_weight=float(config.get("gradient_scale") or 0.0),
+        threshold=float(config.get("threshold", 0.5)),
+        pooling="all",
+    )
+    pattern = re.compile(HF_ROUTER_KEY.replace(".", r"\.").format(r"(\d+)"))
+    with HFReader(folder) as reader:
+        names = {n: int(m.group(1)) for n in reader.names() if (m := pattern.fullmatch(n))}
+        weights = {layer: reader.tensor(n).float().clone() for n, layer in names.items()}
+    if len(config["is_mod"]) != config.get("num_hidden_layers", len(config["is_mod"])):
+        raise ValueError(
+            f"{folder / 'config.json'}: is_mod has {len(config['is_mod'])} values for "
+            f"{config['num_hidden_layers']} layers."
+        )
+    return routing, dict(sorted(weights.items()))
+
+
+def _check_fit(
+    folder: Path, routing: RoutingConfig, weights: dict[int, Tensor], arch: Architecture
+) -> None:
+    if set(weights) != set(routing.layers):
+        raise ValueError(
+            f"{folder}: holds routers of layers {sorted(weights)}, but its config routes layers "
+            f"{list(routing.layers)}."
+        )
+    outside = [layer for layer in weights if layer >= arch.num_layers]
+    if outside or not weights:
+        raise ValueError(
+            f"{folder}: routers of layers {outside or 'none'}; this model has layers 0 to "
+            f"{arch.num_layers - 1}."
+        )
+    for layer, weight in weights.items():
+        if weight.shape != torch.Size((1, arch.hidden_size)):
+            raise ValueError(
+                f"{folder}: the router of layer {layer} has shape {tuple(weight.shape)} instead of "
+                f"{(1, arch.hidden_size)}, this model's; it belongs to another model."
+            )

@@ -1,0 +1,126 @@
+"""From a folder a user names to the model in it: whose weights, which shape, which routers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_mod.conversion import checkpoint as layout
+from megatron_mod.conversion import checksums, megatron_lm
+from megatron_mod.conversion.families import family_of
+from megatron_mod.conversion.families.base import Family
+from megatron_mod.conversion.hf_reader import COMPANION_FILES, read_config
+from megatron_mod.model.architecture import Architecture
+from megatron_mod.routing.config import RoutingConfig
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen model on disk.
+
+    ``kind`` says what ``path`` is: our ``checkpoint``, a ``huggingface`` folder, or a distributed
+    checkpoint of Megatron-LM or Megatron-Bridge (``megatron_lm``). ``huggingface`` is the folder
+    with config.json and tokenizer.
+    """
+
+    kind: Literal["checkpoint", "huggingface", "megatron_lm"]
+    path: Path
+    huggingface: Path
+    family: Family
+    arch: Architecture
+
+    @property
+    def state(self) -> Path:
+        """The distributed checkpoint of the weights (not for ``huggingface``)."""
+        return self.path / layout.STATE if self.kind == "checkpoint" else self.path
+
+    def fingerprint(self) -> str:
+        """A name for the content of all its files, read and checked; called by all ranks alike.
+
+        Raises:
+            ValueError: a file of our checkpoint is damaged.
+        """
+        if self.kind == "checkpoint":
+            return checksums.fingerprint(layout.verify(self.path)["files"])
+        names = [p.name for p in self.path.iterdir() if p.is_file()]
+        if self.kind == "huggingface":
+            names = [n for n in names if n in COMPANION_FILES or n.endswith(".safetensors")]
+        return checksums.fingerprint(checksums.file_table(self.path, names))
+
+
+def open_base(path: str | Path, *, hf_path: str | Path | None = None) -> Base:
+    """The frozen model a folder holds.
+
+    Args:
+        path: a folder of convert_hf_to_megatron.py, a Hugging Face folder, or one that Megatron-LM
+            or Megatron-Bridge wrote.
+        hf_path: for the last of these, a Hugging Face folder of the same model; only its config
+            and tokenizer are read.
+
+    Raises:
+        ValueError: none of these, or a model that is not supported.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file() and not (path / layout.MANIFEST).is_file():
+        kind, huggingface = "huggingface", path
+    elif (found := megatron_lm.find_iteration(path)) is not None:
+        if hf_path is None:
+            raise ValueError(
+                f"{path}: a checkpoint of Megatron-LM or Megatron-Bridge does not hold the model's "
+                "config.json and tokenizer; set model.hf_path to a Hugging Face folder with them."
+            )
+        kind, path, huggingface = "megatron_lm", found, Path(hf_path)
+    else:
+        layout.read_manifest(path, kind="base")
+        kind, huggingface = "checkpoint", path / layout.HUGGINGFACE
+    if hf_path is not None and kind != "megatron_lm" and Path(hf_path) != path:
+        raise ValueError(
+            f"model.hf_path = {hf_path}: would be ignored, because {path} has its own config.json "
+            "and tokenizer; leave one of model.checkpoint and model.hf_path out."
+        )
+    hf_config = read_config(huggingface)
+    family = family_of(hf_config)
+    return Base(kind, path, huggingface, family, family.architecture_of(hf_config))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to run or export: a base and, where it is routed, the step folder of its routers."""
+
+    base: Base
+    step: Path | None = None
+    routing: RoutingConfig | None = None
+
+
+def open_source(load: str | Path, *, base: str | Path | None = None) -> Source:
+    """The model of a base checkpoint, of a training run (its newest step), or of one of its steps.
+
+    Args:
+        base: where the base of a training run is now, if not where it was.
+
+    Raises:
+        ValueError: nothing of the kind, a damaged file, or a base that is not the one the routers
+            were trained on.
+    """
+    step = layout.resolve_step(load)
+    if (step / layout.ROUTERS).is_dir():  # a base with imported routers
+        step = step / layout.ROUTERS
+    if not (step / layout.MANIFEST).is_file() or layout.read_manifest(step)["kind"] == "base":
+        found = open_base(step)
+        found.fingerprint()
+        return Source(found)
+    manifest = layout.verify(step)
+    found = open_base(base or step / manifest["base"], hf_path=manifest.get("base_config"))
+    check_base(found.fingerprint(), manifest, step=step, base=found.path)
+    return Source(found, step, RoutingConfig.from_dict(manifest["routing"]))
+
+
+def check_base(fingerprint: str, manifest: dict, *, step: Path, base: Path) -> None:
+    """Refuse a base that is not the one a step's routers were trained on."""
+    if fingerprint != manifest["base_fingerprint"]:
+        raise ValueError(
+            f"{base}: is not the base that the routers in {step} were trained on (its fingerprint "
+            f"is {fingerprint}, theirs {manifest['base_fingerprint']}); give that one, or train "
+            "new routers."
+        )

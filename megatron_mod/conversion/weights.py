@@ -1,0 +1,72 @@
+"""A base's weights under Hugging Face's names, read one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_mod.conversion import mappings
+from megatron_mod.conversion.check import check_hf_names, check_megatron_names, expected_shape
+from megatron_mod.conversion.hf_reader import HFReader
+from megatron_mod.conversion.megatron_lm import LayerReader
+from megatron_mod.conversion.source import Base
+from megatron_mod.conversion.state import StateReader
+
+
+class Weight(NamedTuple):
+    """A tensor to come: its name, a meta tensor of its shape and dtype, and how to read it."""
+
+    name: str
+    like: Tensor
+    read: Callable[[], Tensor]
+
+
+@contextlib.contextmanager
+def hf_weights(base: Base) -> Iterator[list[Weight]]:
+    """Every weight, in the order of the family's table (one process).
+
+    Raises:
+        ValueError: the weights are not exactly those of the architecture.
+    """
+    if base.kind != "huggingface":
+        yield _from_state(base)
+        return
+    with HFReader(base.path) as reader:
+        check_hf_names(base.family, base.arch, reader.names(), base.path)
+        names = [name for row in base.family.table(base.arch) for name in row.hf]
+        yield [Weight(n, reader.like(n), partial(reader.tensor, n)) for n in names]
+
+
+def _from_state(base: Base) -> list[Weight]:
+    if base.kind == "megatron_lm":
+        reader = LayerReader(base.state, vocab_size=base.arch.vocab_size)
+    else:
+        reader = StateReader(base.state)
+    table = base.family.table(base.arch)
+    check_megatron_names(base.family, base.arch, reader.names(), base.path)
+
+    @lru_cache(maxsize=1)  # the tensors of one row follow one another
+    def parts(index: int) -> dict[str, Tensor]:
+        return mappings.to_hf(table[index], reader.tensor(table[index].megatron))
+
+    found = []
+    for index, row in enumerate(table):
+        shape, like = expected_shape(base.arch, row.megatron), reader.like(row.megatron)
+        if tuple(like.shape) != shape:
+            raise ValueError(
+                f"{base.path}: {row.megatron}: shape {tuple(like.shape)} instead of {shape}; the "
+                "checkpoint and config.json do not belong together."
+            )
+        likes = mappings.to_hf(row, torch.empty(shape, dtype=like.dtype, device="meta"))
+        for name, part in likes.items():
+            found.append(Weight(name, part, partial(_take, parts, index, name)))
+    return found
+
+
+def _take(parts: Callable[[int], dict[str, Tensor]], index: int, name: str) -> Tensor:
+    return parts(index)[name]

@@ -1,0 +1,51 @@
+"""Small trainings in the test's own process, which is a world of one rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_mod.config import cli
+from megatron_mod.conversion.convert import hf_to_megatron
+from tests.helpers import tiny
+
+
+class Trainer:
+    """A tiny base checkpoint and some text, to train routers with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.hf = tiny.save_llama(folder / "hf", vocab_size=tiny.VOCAB)
+        tiny.save_tokenizer(self.hf)
+        self.base = folder / "base"
+        hf_to_megatron(self.hf, self.base)
+        self.text = folder / "train.jsonl"
+        rows = [
+            {"prompt": "ab" * (1 + n % 7), "completion": "cd" * (1 + n % 5) + str(n)}
+            for n in range(20)
+        ]
+        self.text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def arguments(self, run: Path, **changes: object) -> list[str]:
+        settings = {
+            "model.checkpoint": self.base, "model.dtype": "float32", "router.layers.deepest": 2,
+            "router.capacity_loss_weight": 0.3, "router.pooling": "all",
+            "data.train": self.text, "data.max_length": 64, "train.steps": 6,
+            "train.global_batch_size": 4, "train.micro_batch_size": 2, "optimizer.lr": 0.05,
+            "optimizer.average_fraction": 0.8, "checkpoint.save": run, "checkpoint.interval": 2,
+            **{name.replace("__", "."): value for name, value in changes.items()},
+        }  # fmt: skip
+        return [f"--{name}={value}" for name, value in settings.items() if value is not None]
+
+    def train(self, run: Path, **changes: object) -> dict:
+        """What launch/pretrain_router.py does once ranks have met; the run's summary."""
+        from megatron_mod.training.loop import prepare, train
+
+        config = cli.parse(self.arguments(run, **changes))
+        return train(config, prepare(config))
+
+
+def metrics(run: Path) -> list[dict]:
+    """A run's lines without its times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
