@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -18,8 +20,11 @@ EXACT = 1e-4  # relative difference of losses and gradients
 @pytest.fixture(scope="module")
 def case(tmp_path_factory, single_process):
     """A model, a batch, and routers away from zero under which some units skip."""
-    root = tmp_path_factory.mktemp("model")
-    hf = tiny.save_llama(root / "hf", **tiny.LLAMAS["odd_vocabulary"])
+    return make_case(tmp_path_factory.mktemp("llama"), "llama", tiny.LLAMAS["odd_vocabulary"])
+
+
+def make_case(root: Path, kind: str, changes: dict) -> tuple:
+    hf = tiny.save_model(root / "hf", kind, **changes)
     cases.convert(hf, root / "megatron")
     generator = torch.Generator().manual_seed(11)
     samples = []
@@ -60,10 +65,10 @@ DISTRIBUTED = {"use_distributed_optimizer": True}
 
 
 def expected_of(case, routing: RoutingConfig) -> dict:
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     hf, _, samples, weights = case
-    model = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32).requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).requires_grad_(False)
     routers = {layer: weight.clone().requires_grad_() for layer, weight in weights.items()}
     rules = {name: getattr(routing, name) for name in Scheme.__dataclass_fields__}
     task, capacity, margin = batch_loss(model, samples, routers, Scheme(**rules))
@@ -140,6 +145,13 @@ def test_the_batch_skips_some_units_in_every_scheme(case):
 )
 def test_loss_and_gradients_equal_the_formula(case, routings, world, topologies, tmp_path):
     check(case, routings, world, topologies, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_other_families_equal_the_formula(single_process, family, tmp_path):
+    case = make_case(tmp_path, *tiny.FAMILIES[family])
+    routings = [EVERY[0], EVERY[1], *SELECTED, *SPARSE[-2:]]  # with windows, biases, head norms
+    check(case, routings, 1, [{}], tmp_path / "ranks")
 
 
 def test_ranks_that_decide_differently_are_stopped(case, tmp_path):

@@ -1,4 +1,4 @@
-"""Every routing scheme in plain torch on Hugging Face's own Llama, nothing of ours in it."""
+"""Every routing scheme in plain torch on Hugging Face's own models, nothing of ours in it."""
 
 from __future__ import annotations
 
@@ -34,9 +34,11 @@ def attention(module, normed: Tensor, rotary: tuple, seen: Tensor) -> Tensor:
     """Softmax attention of one document ``[T, H]``; ``seen`` bool ``[T, T]``: key by query."""
     length, dim = normed.shape[0], module.head_dim
     q, k, v = (
-        p(normed).view(1, length, -1, dim).transpose(1, 2)
-        for p in (module.q_proj, module.k_proj, module.v_proj)
+        p(normed).view(1, length, -1, dim) for p in (module.q_proj, module.k_proj, module.v_proj)
     )
+    if hasattr(module, "q_norm"):
+        q, k = module.q_norm(q), module.k_norm(k)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     q, k = apply_rotary_pos_emb(q, k, *rotary)
     k, v = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (k, v))
     scores = (q @ k.transpose(-1, -2)) / math.sqrt(dim)
@@ -54,6 +56,8 @@ def forward(
     rotary = model.model.rotary_emb(x, torch.arange(ids.shape[1])[None])
     x, made, margin = x[0], {}, math.inf
     causal = torch.ones(len(x), len(x)).tril().bool()
+    if window := getattr(model.config, "sliding_window", None):
+        causal = causal.triu(1 - window)
     border = math.log(scheme.threshold / (1 - scheme.threshold))
     target = scheme.granularity.split("_")[0]
     for index, layer in enumerate(model.model.layers):
