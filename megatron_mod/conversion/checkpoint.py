@@ -20,7 +20,7 @@ import json
 from pathlib import Path
 
 from megatron_mod.conversion import checksums
-from megatron_mod.conversion.folders import files_below
+from megatron_mod.folders import files_below
 
 MANIFEST = "megatron_mod.json"
 STATE = "state"

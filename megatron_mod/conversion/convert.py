@@ -17,7 +17,6 @@ from megatron_mod.conversion.check import check_hf_names, megatron_shapes
 from megatron_mod.conversion.checksums import fingerprint
 from megatron_mod.conversion.export import add_routing, make_portable
 from megatron_mod.conversion.families import family_of
-from megatron_mod.conversion.folders import new_folder
 from megatron_mod.conversion.hf_reader import COMPANION_FILES, HFReader, read_config
 from megatron_mod.conversion.hf_writer import MAX_SHARD_BYTES, HFWriter
 from megatron_mod.conversion.progress import byte_progress
@@ -25,6 +24,7 @@ from megatron_mod.conversion.routers import HF_ROUTER_KEY
 from megatron_mod.conversion.source import open_source
 from megatron_mod.conversion.state import save_tensors
 from megatron_mod.conversion.weights import hf_weights
+from megatron_mod.folders import new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_mod.conversion.folders import ChunkedFile
+from megatron_mod.folders import ChunkedFile
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):

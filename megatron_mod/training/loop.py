@@ -14,11 +14,11 @@ from megatron.core import parallel_state
 from megatron_mod.config.cli import to_yaml
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
-from megatron_mod.conversion.folders import write_durably
 from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.dataset import Samples, load_data, write_rejects
 from megatron_mod.data.loader import Loader
 from megatron_mod.data.tokenizer import load_tokenizer
+from megatron_mod.folders import write_durably
 from megatron_mod.model.architecture import check_parallel
 from megatron_mod.model.builder import ModelChunks, build_model, transformer_config
 from megatron_mod.model.specs import choose_implementation

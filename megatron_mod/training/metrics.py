@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_mod.conversion.folders import write_durably
+from megatron_mod.folders import write_durably
 from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.routing.config import RoutingConfig
 
@@ -45,16 +45,17 @@ class Metrics:
         ``learning_rate``, ``grad_norm``, ``data_position`` (sequences taken so far).
         """
         now = time.perf_counter()
+        capacity = _mean(values["capacity"])
         record = {
             "step": step,
             **values,
+            "capacity_mean": capacity,
             "tokens": self.tokens,
             "tokens_per_second": self._tokens_since / max(now - self._since, 1e-9),
         }
         self._since, self._tokens_since = now, 0
         self.first = self.first or record
         self.last = record
-        capacity = sum(values["capacity"]) / len(values["capacity"])
         self._write(record)
         self._print(
             f"step {step:>{len(str(self.steps))}}/{self.steps}"
@@ -65,11 +66,12 @@ class Metrics:
 
     def log_validation(self, step: int, *, loss: float, capacity: list[float]) -> None:
         """Record a measurement on the validation data, with real skipping."""
-        self._write({"step": step, "validation_loss": loss, "validation_capacity": capacity})
-        mean = sum(capacity) / len(capacity)
+        mean, pooling = _mean(capacity), self.routing.pooling
+        measured = {"validation_loss": loss, "validation_capacity": capacity}
+        self._write({"step": step, **measured, "validation_capacity_mean": mean})
         self._print(
             f"step {step:>{len(str(self.steps))}}/{self.steps}  validation loss {loss:.4f}"
-            f"  capacity {mean:.3f}  (pooling: {self.routing.pooling})"
+            f"  capacity {mean:.3f}{f'  (pooling: {pooling})' if pooling else ''}"
         )
 
     def log_skipped(self, step: int, *, samples: list[str]) -> None:
@@ -79,10 +81,12 @@ class Metrics:
 
     def state_dict(self) -> dict:
         elapsed = time.perf_counter() - self._started
-        return {"tokens": self.tokens, "first": self.first, "last": self.last, "elapsed": elapsed}
+        counts = {"tokens": self.tokens, "positions": self.positions}
+        return {**counts, "first": self.first, "last": self.last, "elapsed": elapsed}
 
     def load_state_dict(self, state: dict) -> None:
-        self.tokens, self.first, self.last = state["tokens"], state["first"], state["last"]
+        self.tokens, self.positions = state["tokens"], state["positions"]
+        self.first, self.last = state["first"], state["last"]
         self._started = time.perf_counter() - state["elapsed"]
 
     def continue_after(self, step: int) -> None:
@@ -125,3 +129,7 @@ class Metrics:
     def _print(self, line: str) -> None:
         if dist.get_rank() == 0:
             print(line, flush=True)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mod.config.schema import CheckpointConfig
 from megatron_mod.conversion import checkpoint as layout
-from megatron_mod.conversion.folders import only_writer, publish, remove, write_durably
+from megatron_mod.folders import only_writer, publish, remove, write_durably
 from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.parallel.topology import print_once
 

@@ -68,7 +68,7 @@ def make_folder(folder: Path, *, size: float) -> None:
 def work(kind: str, source: Path, target: Path) -> None:
     """One measured piece of work, in a process of its own; prints seconds and memory before."""
     from megatron_mod.conversion.convert import hf_to_megatron, megatron_to_hf
-    from megatron_mod.conversion.folders import new_folder
+    from megatron_mod.folders import new_folder
     from megatron_mod.parallel import topology
 
     def copy(source: Path, target: Path) -> None:
