@@ -89,6 +89,7 @@ def gradients(
         distributed = topology.pop("use_distributed_optimizer", False)
         first = topology.pop("first", None)
         packed = topology.pop("packed", False)
+        rows = topology.pop("rows", 2)
         ranks = meet(**topology)
         for number, routing in enumerate(routings):
             model = build(
@@ -103,7 +104,7 @@ def gradients(
             for chunk in chunks:
                 chunk.zero_grad_buffer()
             controller = CapacityController(routing)
-            batch = _loader(samples, ranks, sequence_parallel).step(0)
+            batch = _loader(samples, ranks, sequence_parallel, rows=rows).step(0)
             if packed:
                 batch = pack(samples)
             result = run_schedule(chunks, model, batch, routing, controller=controller)
@@ -193,11 +194,11 @@ def pack(samples: list[Sample]) -> StepBatch:
     )
 
 
-def _loader(samples: list[Sample], ranks, sequence_parallel: bool) -> Loader:
+def _loader(samples: list[Sample], ranks, sequence_parallel: bool, *, rows: int = 2) -> Loader:
     return Loader(
         samples,
         global_batch_size=len(samples),
-        micro_batch_size=2,
+        micro_batch_size=rows,
         seed=5,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_ranks=ranks.data,

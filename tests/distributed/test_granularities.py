@@ -126,6 +126,7 @@ def test_the_batch_skips_some_units_in_every_scheme(case):
     ("routings", "world", "topologies"),
     [
         (ALL, 1, [{}, {"packed": True}]),
+        ([*EVERY, *SPARSE], 1, [{"rows": 1}]),
         (ALL, 2, [TENSOR, PIPELINE]),
         (
             DEEP,
@@ -141,7 +142,7 @@ def test_the_batch_skips_some_units_in_every_scheme(case):
         ),
         (DEEP, 4, [{"tensor": 2, "pipeline": 2}, {"context": 2, "pipeline": 2}, {"tensor": 2}]),
     ],
-    ids=["one_rank", "two_ranks", "two_ranks_deep", "four_ranks"],
+    ids=["one_rank", "one_row", "two_ranks", "two_ranks_deep", "four_ranks"],
 )
 def test_loss_and_gradients_equal_the_formula(case, routings, world, topologies, tmp_path):
     check(case, routings, world, topologies, tmp_path)
