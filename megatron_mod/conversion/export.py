@@ -48,7 +48,7 @@ def add_routing(folder: Path, routing: RoutingConfig) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     family = config["model_type"]
-    module, name = f"modeling_mod_{family}", f"MoD{family.capitalize()}"
+    module, name = "modeling_mod", f"MoD{family.capitalize()}"
     config.update(
         model_type=f"mod_{family}",
         architectures=[f"{name}ForCausalLM"],

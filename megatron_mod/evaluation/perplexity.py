@@ -14,8 +14,8 @@ from megatron_mod.data.chat import Sample
 
 @dataclass(frozen=True)
 class Quality:
-    """``perplexity`` over ``tokens`` labelled tokens; ``capacity``: share of the samples that kept
-    each routed layer (empty for a dense model)."""
+    """``perplexity`` over ``tokens`` labelled tokens; ``capacity``: share of the samples, or of
+    their tokens, that kept each routed layer (empty for a dense model)."""
 
     perplexity: float
     tokens: int
@@ -32,21 +32,22 @@ def perplexity(
     the tokens before the first labelled one, as it would when generating the answer.
     """
     routing = getattr(model.config, "routing", None)
-    loss, tokens, kept = 0.0, 0, []
+    loss, tokens, kept, units = 0.0, 0, 0, 0
     for sample in progress or samples:
         ids = torch.tensor([sample.ids], device=model.device)
         targets = label_positions(sample)
         extra = {}
-        if routing:
+        if routing and routing["granularity"].endswith("sequence"):
             seen = sample.prompt_length if routing["pooling"] == "prompt" else len(sample.ids)
             extra["routing_mask"] = (torch.arange(len(sample.ids)) < seen)[None].to(model.device)
-        output = model(ids, logits_to_keep=targets - 1, use_cache=bool(routing), **extra)
+        output = model(ids, logits_to_keep=targets - 1, use_cache=False, **extra)
         loss += float(cross_entropy(output.logits[0], ids[0, targets]))
         tokens += len(targets)
         if routing:
-            layers = output.past_key_values.layers
-            kept.append([float(layers[layer].kept) for layer in routing["layers"]])
-    capacity = torch.tensor(kept).mean(0).tolist() if kept else []
+            report = model.routing_report()["layers"]
+            kept += torch.tensor([report[layer]["kept"] for layer in routing["layers"]])
+            units += torch.tensor([report[layer]["units"] for layer in routing["layers"]])
+    capacity = (kept / units).tolist() if routing else []
     return Quality(math.exp(loss / tokens), tokens, capacity)
 
 

@@ -133,11 +133,11 @@ def long_prompts(tokenizer, *, length: int) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def prompt_capacity(routed, prompts: Sequence[torch.Tensor]) -> float:
-    """Share of (prompt, routed layer) pairs that were kept."""
+    """Share of the prompts, or of their tokens, that the routed layers kept."""
     kept = []
     for prompt in prompts:
-        cache = routed(prompt.to(routed.device), use_cache=True, logits_to_keep=1).past_key_values
-        kept += [float(cache.layers[layer].kept) for layer in routed.config.routing["layers"]]
+        routed(prompt.to(routed.device), use_cache=False, logits_to_keep=1)
+        kept.append(routed.routing_report()["capacity"])
     return mean(kept)
 
 

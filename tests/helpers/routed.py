@@ -1,4 +1,4 @@
-"""A routed export of a tiny Llama, made without training it."""
+"""A routed export, made without training it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from megatron_mod.conversion.hf_writer import HFWriter
 from megatron_mod.routing.config import RoutingConfig
 
 
-def save_export(export: Path, hf: Path, routers: dict[int, torch.Tensor]) -> Path:
-    """The folder ``convert_megatron_to_hf`` would write for ``hf`` with routers ``[1, H]``."""
+def save_export(
+    export: Path, hf: Path, routers: dict[int, torch.Tensor], **routing: object
+) -> Path:
+    """The folder ``convert_megatron_to_hf`` would write for ``hf`` with routers ``[1, H]``.
+
+    ``routing`` holds fields of ``RoutingConfig``; the granularity is ``attn_sequence`` without.
+    """
     export.mkdir()
     writer = HFWriter(export)
     with HFReader(hf) as reader:
@@ -26,5 +31,6 @@ def save_export(export: Path, hf: Path, routers: dict[int, torch.Tensor]) -> Pat
     copy_companions(hf, export)
     make_portable(export)
     layers = tuple(sorted(routers))
-    add_routing(export, RoutingConfig("attn_sequence", layers, (0.5,) * len(layers)))
+    settings = {"granularity": "attn_sequence", "capacity": (0.5,) * len(layers), **routing}
+    add_routing(export, RoutingConfig(layers=layers, **settings))
     return export

@@ -1,0 +1,85 @@
+"""Exports of tiny random models, and padded batches for them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import formula
+from tests.helpers.routed import save_export
+
+ROUTED = (0, 2, 3)  # the first layer too: a cache must not read its length off it
+LENGTHS = (5, 11, 8, 3, 9)
+PAD, EXTRA = 50, 12  # a token with an embedding like any other, and more of it than needed
+
+
+def load(export: Path, **changes):
+    settings = {"trust_remote_code": True, "dtype": torch.float32, **changes}
+    return AutoModelForCausalLM.from_pretrained(export, **settings).eval()
+
+
+def pad(prompts: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, ``[B, longest + EXTRA]``, with padding on one side."""
+    longest = max(map(len, prompts)) + EXTRA
+    ids, mask = [], []
+    for p in prompts:
+        blank, real = [0] * (longest - len(p)), [1] * len(p)
+        filling, p = [PAD] * len(blank), list(p)
+        ids.append(filling + p if side == "left" else p + filling)
+        mask.append(blank + real if side == "left" else real + blank)
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+class Exports:
+    """A dense model, and for each scheme its routers and export; each made once.
+
+    ``prompts`` differ in length; each routed layer keeps some of their sequences or tokens.
+    """
+
+    def __init__(self, folder: Path, family: str = "llama", **changes) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.folder = folder
+        self.hf = formula.save_model(folder / "dense", family, **changes)
+        self.dense = formula.load_dense(self.hf)
+        self.prompts = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in LENGTHS]
+
+    @functools.cache  # noqa: B019 (lives as long as its module's tests)
+    def routers(self, name: str) -> dict[int, Tensor]:
+        generator = torch.Generator().manual_seed(6)
+        scheme = formula.SCHEMES[name]
+        return formula.mixed_routers(self.dense, self.prompts, ROUTED, generator, **scheme)
+
+    @functools.cache  # noqa: B019 (lives as long as its module's tests)
+    def export(self, name: str) -> Path:
+        scheme = formula.SCHEMES[name]
+        return save_export(self.folder / name, self.hf, self.routers(name), **scheme)
+
+    @functools.cache  # noqa: B019 (lives as long as its module's tests)
+    def model(self, name: str, attention: str = "sdpa"):
+        return load(self.export(name), attn_implementation=attention)
+
+    @torch.no_grad()
+    def formula(self, name: str, ids: Sequence[int], **extra):
+        scheme = formula.SCHEMES[name]
+        return formula.forward(self.dense, ids, self.routers(name), **scheme, **extra)
+
+    def masks(self, name: str) -> list[dict[int, Tensor]]:
+        """Each prompt's decisions by the formula: per routed layer ``[T]``."""
+        return [self.formula(name, prompt)[1] for prompt in self.prompts]
+
+    def greedy(self, name: str, prompt: Sequence[int], new: int) -> list[int]:
+        scheme = formula.SCHEMES[name]
+        return formula.greedy(self.dense, prompt, self.routers(name), new=new, **scheme)
