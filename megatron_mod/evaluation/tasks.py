@@ -1,0 +1,78 @@
+"""lm-eval tasks, from local files or its own collection, on a backend."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from megatron_mod.evaluation.backend import Backend
+from megatron_mod.evaluation.lm_eval_model import BackendLM
+
+BOOTSTRAP = 100_000  # lm-eval's own; only for metrics without a formula for their error
+
+
+def evaluate_tasks(
+    backend: Backend,
+    manager: TaskManager,
+    names: Sequence[str],
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    apply_chat_template: bool = False,
+    is_first_rank: bool = True,
+) -> dict:
+    """lm-eval's results of tasks that ``find_tasks`` found; called by all ranks.
+
+    ``num_fewshot``: examples before each question (``None``: as the task says); ``limit``: how
+    many of each task's documents (``None``: all).
+
+    Raises:
+        ValueError: a task whose data cannot be read.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.WARNING if is_first_rank else logging.ERROR)
+    try:
+        return simple_evaluate(
+            model=BackendLM(backend),
+            tasks=list(names),
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            bootstrap_iters=BOOTSTRAP if is_first_rank else 0,
+            log_samples=False,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"--tasks {' '.join(names)}: data cannot be read: {error} (nothing is downloaded; "
+            "paths in a task's file are relative to the working directory)"
+        ) from error
+
+
+def find_tasks(names: Sequence[str], *, include_path: str | Path | None) -> TaskManager:
+    """lm-eval's index, in which all ``names`` are.
+
+    Its own collection, which takes long to read, is left out if the files of ``include_path``
+    have them all.
+
+    Raises:
+        ValueError: no such folder, or an unknown task (with the nearest names).
+    """
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise ValueError(f"--include_path {include_path}: no such folder.")
+        local = TaskManager(include_path=str(include_path), include_defaults=False)
+        if set(names) <= set(local.all_subtasks):
+            return local
+    manager = TaskManager(include_path=include_path and str(include_path))
+    for name in names:
+        if name not in manager.all_tasks:
+            nearest = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.0)
+            raise ValueError(
+                f"--tasks: unknown task {name!r}; did you mean {', '.join(map(repr, nearest))}?"
+            )
+    return manager
