@@ -1,23 +1,44 @@
-"""What an evaluation found, as JSON and as a table."""
+"""One evaluation: what was asked for, measured on a backend, as JSON and as a table."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from megatron_mod.evaluation.backend import Backend
-from megatron_mod.evaluation.perplexity import Quality
+from megatron_mod.evaluation.perplexity import perplexity_of_rows, read_rows
+from megatron_mod.evaluation.request import TEXT_LENGTH, Request
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 OF_LM_EVAL = ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better")
+DECIDED_ON = {
+    None: "none: each token decides for itself",
+    "prompt": "prompt: a sequence's decision sees the context only, as in generation",
+    "all": "all: a sequence's decision sees the scored text too, as generation cannot",
+}
 
 
-def build_report(
-    backend: Backend, settings: dict, quality: Quality | None, tasks: dict | None
+def evaluate(
+    request: Request, backend: Backend, manager: TaskManager | None, *, is_first_rank: bool
 ) -> dict:
-    """``settings``, then what lm-eval says under its own names, the perplexity, and the pooling
-    and capacity of all that was run."""
-    report = {**settings, "pooling": backend.pooling}
-    if quality is not None:
+    """The report: the request, lm-eval's results under its own names, the perplexity, and pooling
+    and capacity of all that was run. Called by all ranks.
+
+    ``manager``: what ``find_tasks`` found, if the request has tasks.
+    """
+    report = {"request": request.to_dict()}
+    if request.perplexity:
+        length = min(request.max_length or TEXT_LENGTH, backend.max_length)
+        rows = read_rows(request.perplexity, backend.tokenizer, max_length=length)
+        quality = perplexity_of_rows(backend, rows)
         report.update(perplexity=quality.perplexity, perplexity_tokens=quality.tokens)
-    if tasks is not None:
-        report.update({name: tasks[name] for name in OF_LM_EVAL if name in tasks})
+    if request.tasks:
+        from megatron_mod.evaluation.tasks import evaluate_tasks
+
+        found = evaluate_tasks(backend, manager, request, is_first_rank=is_first_rank)
+        report.update({name: found[name] for name in OF_LM_EVAL if name in found})
+    report["pooling"] = backend.pooling
     capacity = backend.capacity()
     if capacity:
         report["capacity"] = {
@@ -27,31 +48,22 @@ def build_report(
     return report
 
 
-def table(report: dict, tasks: dict | None) -> str:
+def table(report: dict) -> str:
     """The report in a few lines a person understands."""
-    rows = [("model", report["model"])]
+    rows = [("model", report["request"]["load"])]
     if "perplexity" in report:
-        rows.append(
-            ("perplexity", f"{report['perplexity']:.3f} ({report['perplexity_tokens']} tokens)")
-        )
+        found = f"{report['perplexity']:.3f} ({report['perplexity_tokens']} tokens)"
+        rows.append(("perplexity", found))
     if "capacity" in report:
         capacity = report["capacity"]
-        layers = " ".join(f"{k}:{v:.2f}" for k, v in capacity["per_layer"].items())
+        layers = " ".join(f"{layer}:{kept:.2f}" for layer, kept in capacity["per_layer"].items())
         rows.append(("capacity", f"{capacity['mean']:.3f} (per layer {layers})"))
-        pooling = report["pooling"]
-        rows.append(("pooling", DECIDED_ON[pooling]))
+        rows.append(("pooling", DECIDED_ON[report["pooling"]]))
     lines = [f"{name:<10}  {value}" for name, value in rows]
-    if tasks is not None:
+    if "results" in report:
         from lm_eval.utils import make_table
 
-        lines += ["", make_table(tasks).rstrip()]
-        if "groups" in tasks:
-            lines += ["", make_table(tasks, "groups").rstrip()]
+        lines += ["", make_table(report).rstrip()]
+        if report.get("groups"):
+            lines += ["", make_table(report, "groups").rstrip()]
     return "\n".join(lines)
-
-
-DECIDED_ON = {
-    None: "none: each token decides for itself",
-    "prompt": "prompt: a sequence's decision sees the context only, as in generation",
-    "all": "all: a sequence's decision sees the scored text too, as generation cannot",
-}

@@ -12,44 +12,35 @@ from lm_eval.tasks import TaskManager
 
 from megatron_mod.evaluation.backend import Backend
 from megatron_mod.evaluation.lm_eval_model import BackendLM
+from megatron_mod.evaluation.request import Request
 
 BOOTSTRAP = 100_000  # lm-eval's own; only for metrics without a formula for their error
 
 
 def evaluate_tasks(
-    backend: Backend,
-    manager: TaskManager,
-    names: Sequence[str],
-    *,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    apply_chat_template: bool = False,
-    is_first_rank: bool = True,
+    backend: Backend, manager: TaskManager, request: Request, *, is_first_rank: bool
 ) -> dict:
-    """lm-eval's results of tasks that ``find_tasks`` found; called by all ranks.
-
-    ``num_fewshot``: examples before each question (``None``: as the task says); ``limit``: how
-    many of each task's documents (``None``: all).
+    """lm-eval's results of the request's tasks, which ``find_tasks`` found; called by all ranks.
 
     Raises:
         ValueError: a task whose data cannot be read.
     """
-    logging.getLogger("lm_eval").setLevel(logging.WARNING if is_first_rank else logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         return simple_evaluate(
             model=BackendLM(backend),
-            tasks=list(names),
+            tasks=list(request.tasks),
             task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            apply_chat_template=apply_chat_template,
+            num_fewshot=request.num_fewshot,
+            limit=request.limit,
+            apply_chat_template=request.apply_chat_template,
             bootstrap_iters=BOOTSTRAP if is_first_rank else 0,
             log_samples=False,
         )
     except OSError as error:
         raise ValueError(
-            f"--tasks {' '.join(names)}: data cannot be read: {error} (nothing is downloaded; "
-            "paths in a task's file are relative to the working directory)"
+            f"--tasks {' '.join(request.tasks)}: data cannot be read: {error} (Nothing is "
+            "downloaded; paths in a task's file are relative to the working directory.)"
         ) from error
 
 
