@@ -17,11 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-IS_FIRST_RANK = int(os.environ.get("RANK", 0)) == 0
-# Before the libraries read them: no request to a network that may not answer, one progress bar.
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-if not IS_FIRST_RANK:
-    os.environ["TQDM_DISABLE"] = "1"
 
 from megatron_mod.config.errors import one_message
 
@@ -38,6 +33,11 @@ def main() -> None:
     add_options(parser)
     args = vars(parser.parse_args())
     save = args.pop("json")
+    is_first_rank = int(os.environ.get("RANK", 0)) == 0
+    # Before the libraries read them: no request to a network that may not answer, one progress bar.
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    if not is_first_rank:
+        os.environ["TQDM_DISABLE"] = "1"
     with one_message():
         from megatron_mod.evaluation.request import Request
 
@@ -57,7 +57,7 @@ def main() -> None:
             world_size=topology.environment_world_size(),
         )
         topology.initialize(ranks)
-        report = evaluate(request, load(request, ranks), manager, is_first_rank=IS_FIRST_RANK)
+        report = evaluate(request, load(request, ranks), manager, is_first_rank=is_first_rank)
         topology.print_once("\n" + table(report))
         if save:
             topology.write_once(save, json.dumps(report, indent=2, default=str) + "\n")

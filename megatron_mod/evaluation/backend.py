@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,6 +75,8 @@ class Backend(abc.ABC):
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
         """Each row's score, in order."""
+        if self.pooling == "all":
+            rows = [replace(row, context=len(row.ids)) for row in rows]
         batches = self._deal([len(row.ids) for row in rows])
         parts = [[rows[index] for index in batch] for batch in batches]
         return self._collect(batches, self._score(self._shown(parts, "scoring")), len(rows))

@@ -46,9 +46,10 @@ def run_forward(
         return output, result
 
     # Lengths vary from batch to batch, so the schedule's own are never used.
-    return get_forward_backward_func()(
+    data = iter(batches)
+    found = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
+        data_iterator=data,
         model=list(model),
         num_microbatches=count,
         seq_length=1,
@@ -56,3 +57,5 @@ def run_forward(
         forward_only=True,
         collect_non_loss_data=True,
     )
+    next(data, None)  # lets a progress bar around the batches see their end
+    return found

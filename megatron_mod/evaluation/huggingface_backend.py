@@ -17,7 +17,7 @@ from transformers import (
 
 from megatron_mod.evaluation.backend import Backend
 from megatron_mod.evaluation.rows import Row, Score, collate_rows, label_places, scores
-from megatron_mod.routing.masks import pooled_tokens, valid_tokens
+from megatron_mod.routing.masks import TokenRole, valid_tokens
 
 
 class HuggingFaceBackend(Backend):
@@ -62,7 +62,7 @@ class HuggingFaceBackend(Backend):
             batch = collate_rows(rows).to(self.model.device)
             extra = {}
             if self.pooling:
-                extra["routing_mask"] = pooled_tokens(batch.roles, pooling=self.pooling)
+                extra["routing_mask"] = batch.roles == TokenRole.PROMPT
             places = label_places(batch)
             first = int(places[1].min()) if len(places[1]) else 0
             output = self.model(

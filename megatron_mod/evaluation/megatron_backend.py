@@ -47,7 +47,8 @@ class MegatronBackend(Backend):
         self.model = model.eval()
         self.layers = routing.layers if routing else ()
         for layer in model.routed_layers().values():
-            layer.routing = replace(routing, pooling=self.pooling)
+            # Rows say what a decision sees, whatever the routers were trained with.
+            layer.routing = replace(routing, pooling=self.pooling and "prompt")
         self._counted = torch.zeros(2, len(self.layers), dtype=torch.float64)
 
     def _counts(self) -> Tensor:
