@@ -157,7 +157,7 @@ class Backend(abc.ABC):
 
     def _shown(self, batches: Sequence[T], what: str) -> Collection[T]:
         is_first = not dist.is_initialized() or dist.get_rank() == 0
-        return tqdm(batches, desc=what, unit="batch", disable=not is_first)
+        return tqdm(batches, desc=what, disable=not is_first)
 
 
 def stop_tokens(tokenizer) -> frozenset[int]:

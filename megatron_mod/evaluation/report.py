@@ -23,7 +23,7 @@ def evaluate(
     request: Request, backend: Backend, manager: TaskManager | None, *, is_first_rank: bool
 ) -> dict:
     """The report: the request, lm-eval's results under its own names, the perplexity, and pooling
-    and capacity of all that was run. Called by all ranks.
+    and capacity of all that was run. Called by all ranks; whole on the first.
 
     ``manager``: what ``find_tasks`` found, if the request has tasks.
     """
@@ -38,14 +38,20 @@ def evaluate(
 
         found = evaluate_tasks(backend, manager, request, is_first_rank=is_first_rank)
         report.update({name: found[name] for name in OF_LM_EVAL if name in found})
-    report["pooling"] = backend.pooling
     capacity = backend.capacity()
-    if capacity:
-        report["capacity"] = {
-            "mean": sum(capacity.values()) / len(capacity),
-            "per_layer": {str(layer): value for layer, value in capacity.items()},
-        }
-    return report
+    return {
+        **report,
+        "pooling": backend.pooling,
+        "capacity": summary(capacity) if capacity else None,
+    }
+
+
+def summary(capacity: dict[int, float]) -> dict:
+    """Each routed layer's share, and their mean."""
+    return {
+        "mean": sum(capacity.values()) / len(capacity),
+        "per_layer": {str(layer): share for layer, share in capacity.items()},
+    }
 
 
 def table(report: dict) -> str:
@@ -54,8 +60,7 @@ def table(report: dict) -> str:
     if "perplexity" in report:
         found = f"{report['perplexity']:.3f} ({report['perplexity_tokens']} tokens)"
         rows.append(("perplexity", found))
-    if "capacity" in report:
-        capacity = report["capacity"]
+    if capacity := report["capacity"]:
         layers = " ".join(f"{layer}:{kept:.2f}" for layer, kept in capacity["per_layer"].items())
         rows.append(("capacity", f"{capacity['mean']:.3f} (per layer {layers})"))
         rows.append(("pooling", DECIDED_ON[report["pooling"]]))

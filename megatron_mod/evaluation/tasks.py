@@ -22,12 +22,14 @@ def evaluate_tasks(
 ) -> dict:
     """lm-eval's results of the request's tasks, which ``find_tasks`` found; called by all ranks.
 
+    A machine's first rank gets them, the others nothing.
+
     Raises:
         ValueError: a task whose data cannot be read.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        return simple_evaluate(
+        found = simple_evaluate(
             model=BackendLM(backend),
             tasks=list(request.tasks),
             task_manager=manager,
@@ -37,6 +39,7 @@ def evaluate_tasks(
             bootstrap_iters=BOOTSTRAP if is_first_rank else 0,
             log_samples=False,
         )
+        return found or {}
     except OSError as error:
         raise ValueError(
             f"--tasks {' '.join(request.tasks)}: data cannot be read: {error} (Nothing is "
