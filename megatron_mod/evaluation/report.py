@@ -38,16 +38,13 @@ def evaluate(
 
         found = evaluate_tasks(backend, manager, request, is_first_rank=is_first_rank)
         report.update({name: found[name] for name in OF_LM_EVAL if name in found})
-    capacity = backend.capacity()
-    return {
-        **report,
-        "pooling": backend.pooling,
-        "capacity": summary(capacity) if capacity else None,
-    }
+    return {**report, "pooling": backend.pooling, "capacity": summary(backend.capacity())}
 
 
-def summary(capacity: dict[int, float]) -> dict:
-    """Each routed layer's share, and their mean."""
+def summary(capacity: dict[int, float]) -> dict | None:
+    """Each routed layer's share, and their mean; nothing without routed layers."""
+    if not capacity:
+        return None
     return {
         "mean": sum(capacity.values()) / len(capacity),
         "per_layer": {str(layer): share for layer, share in capacity.items()},
