@@ -32,7 +32,6 @@ def main() -> None:
     )
     add_options(parser)
     args = vars(parser.parse_args())
-    save = args.pop("json")
     is_first_rank = int(os.environ.get("RANK", 0)) == 0
     # Before the libraries read them: no request to a network that may not answer, one progress bar.
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
@@ -47,7 +46,7 @@ def main() -> None:
         if request.tasks:
             from megatron_mod.evaluation.tasks import find_tasks
 
-            manager = find_tasks(request.tasks, include_path=request.include_path)
+            manager = find_tasks(request)
         from megatron_mod.evaluation.report import evaluate, table
         from megatron_mod.parallel import topology
 
@@ -59,8 +58,10 @@ def main() -> None:
         topology.initialize(ranks)
         report = evaluate(request, load(request, ranks), manager, is_first_rank=is_first_rank)
         topology.print_once("\n" + table(report))
-        if save:
-            topology.write_once(save, json.dumps(report, indent=2, default=str) + "\n")
+        if request.json:
+            topology.write_once(
+                Path(request.json), json.dumps(report, indent=2, default=str) + "\n"
+            )
         topology.shutdown()
 
 
@@ -99,7 +100,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--tensor", type=int, default=1, help="tensor-parallel ranks of a Megatron checkpoint")
     add("--pipeline", type=int, default=1, help="pipeline-parallel ranks of a Megatron checkpoint")
-    add("--json", type=Path, metavar="FILE", help="also write the report to this file")
+    add("--json", metavar="FILE", help="also write the report to this file")
 
 
 def load(request: Request, ranks: Topology) -> Backend:

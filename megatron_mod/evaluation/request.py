@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 TEXT_LENGTH = 2048  # tokens a perplexity's text is cut to where nobody says
@@ -27,6 +28,7 @@ class Request:
             perplexity at most ``TEXT_LENGTH``).
         dtype: ``float32`` or ``bfloat16``.
         tensor, pipeline: parallel degrees, of a Megatron checkpoint.
+        json: file the report is written to.
 
     Raises:
         ValueError: nothing to evaluate, or a setting that would be ignored.
@@ -45,6 +47,7 @@ class Request:
     dtype: str = "float32"
     tensor: int = 1
     pipeline: int = 1
+    json: str | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks and not self.perplexity:
@@ -54,10 +57,18 @@ class Request:
         for name in ("include_path", "num_fewshot", "limit", "apply_chat_template"):
             if getattr(self, name) not in (None, False) and not self.tasks:
                 raise ValueError(f"--{name} belongs to --tasks; leave it out, or name a task.")
+        if self.tasks and find_spec("lm_eval") is None:
+            raise ValueError("--tasks needs lm-eval: pip install -e .[eval] in this repository.")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit {self.limit}: must be at least 1.")
-        if self.is_megatron:
-            return
+        if self.perplexity and not Path(self.perplexity).is_file():
+            raise ValueError(f"--perplexity {self.perplexity}: no such file.")
+        if self.json and not Path(self.json).absolute().parent.is_dir():
+            raise ValueError(f"--json {self.json}: its folder does not exist; make it first.")
+        if not self.is_megatron:
+            self._check_huggingface()
+
+    def _check_huggingface(self) -> None:
         if not Path(self.load, "config.json").is_file():
             raise ValueError(
                 f"--load {self.load}: neither a Hugging Face folder (config.json) nor a checkpoint "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from lm_eval.evaluator import simple_evaluate
@@ -47,26 +46,33 @@ def evaluate_tasks(
         ) from error
 
 
-def find_tasks(names: Sequence[str], *, include_path: str | Path | None) -> TaskManager:
-    """lm-eval's index, in which all ``names`` are.
+def find_tasks(request: Request) -> TaskManager:
+    """lm-eval's index, in which all tasks of the request are.
 
     Its own collection, which takes long to read, is left out if the files of ``include_path``
     have them all.
 
     Raises:
-        ValueError: no such folder, or an unknown task (with the nearest names).
+        ValueError: no such folder, an unknown task (with the nearest names), or examples for a
+            task that allows none.
     """
-    if include_path is not None:
-        if not Path(include_path).is_dir():
-            raise ValueError(f"--include_path {include_path}: no such folder.")
-        local = TaskManager(include_path=str(include_path), include_defaults=False)
-        if set(names) <= set(local.all_subtasks):
-            return local
-    manager = TaskManager(include_path=include_path and str(include_path))
-    for name in names:
+    folder = request.include_path
+    if folder is not None:
+        if not Path(folder).is_dir():
+            raise ValueError(f"--include_path {folder}: no such folder.")
+        manager = TaskManager(include_path=folder, include_defaults=False)
+    if folder is None or not set(request.tasks) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=folder)
+    for name in request.tasks:
         if name not in manager.all_tasks:
             nearest = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.0)
             raise ValueError(
                 f"--tasks: unknown task {name!r}; did you mean {', '.join(map(repr, nearest))}?"
+            )
+        settings = manager.task_index[name].cfg or {}
+        if request.num_fewshot and settings.get("num_fewshot") == 0:
+            raise ValueError(
+                f"--num_fewshot {request.num_fewshot}: the file of task {name!r} fixes 0, and "
+                "lm-eval would ignore another number; change the file, or leave the option out."
             )
     return manager

@@ -36,8 +36,8 @@ doc_to_target: answer
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 DOCUMENTS = [
-    {"question": "What is two and two?", "choices": [" four", " five"], "answer": 0},
-    {"question": "The capital of France is", "choices": [" Rome", " Paris"], "answer": 1},
+    {"question": "What is two and two?", "choices": ["four", "five"], "answer": 0},
+    {"question": "The capital of France is", "choices": ["Rome", "Paris"], "answer": 1},
     {"question": "", "choices": ["yes", "no"], "answer": 1},
 ]
 
@@ -131,7 +131,7 @@ def test_the_tool_reports_perplexity_tasks_capacity_and_pooling(case, tmp_path):
     assert math.isclose(report["perplexity"], math.exp(-nats / tokens), rel_tol=1e-4)
     right = 0
     for document in DOCUMENTS:
-        pairs = [(document["question"], choice) for choice in document["choices"]]
+        pairs = [(document["question"], f" {choice}") for choice in document["choices"]]
         scores = [score for score, _ in asked_about(lm, "loglikelihood", pairs)]
         right += scores.index(max(scores)) == document["answer"]
     assert math.isclose(report["results"]["tiny_choices"]["acc,none"], right / len(DOCUMENTS))
@@ -171,16 +171,14 @@ def test_perplexity_of_conversations_equals_hugging_faces_loss(case, tmp_path):
     assert math.isclose(found.perplexity, math.exp(nats / tokens), rel_tol=1e-4)
 
 
-def test_an_unknown_task_is_told_with_the_nearest_name(tmp_path):
-    (tmp_path / "choices.yaml").write_text(TASK.format(data="nowhere.jsonl"))
-    with pytest.raises(ValueError, match="unknown task 'tiny_choice'.*'tiny_choices'"):
-        find_tasks(["tiny_choice"], include_path=tmp_path)
-
-
 def test_what_would_be_ignored_is_refused(case, tmp_path):
     hf, _, _, exports = case
+    (tmp_path / "choices.yaml").write_text(TASK.format(data="nowhere") + "num_fewshot: 0\n")
     with pytest.raises(ValueError, match="include_path .*no such folder"):
-        find_tasks(["tiny_choices"], include_path=tmp_path / "nowhere")
+        find_tasks(Request(str(hf), tasks=("tiny_choices",), include_path="nowhere"))
+    settings = {"include_path": str(tmp_path), "num_fewshot": 2}
+    with pytest.raises(ValueError, match="--num_fewshot 2: .*'tiny_choices' fixes 0"):
+        find_tasks(Request(str(hf), tasks=("tiny_choices",), **settings))
     with pytest.raises(ValueError, match="each token decides for itself"):
         ours(exports["block_token_all"], pooling="prompt")
     with pytest.raises(ValueError, match="no routers"):
@@ -201,7 +199,9 @@ def test_what_would_be_ignored_is_refused(case, tmp_path):
         ({}, "nothing to evaluate"),
         ({"perplexity": "x.txt", "limit": 1}, "--limit belongs to --tasks"),
         ({"tasks": ("a",), "limit": 0}, "--limit 0"),
-        ({"perplexity": "x.txt"}, "neither a Hugging Face folder"),
+        ({"perplexity": "nowhere.txt"}, "--perplexity nowhere.txt: no such file"),
+        ({"tasks": ("a",), "json": "nowhere/out.json"}, "--json .* folder does not exist"),
+        ({"tasks": ("a",)}, "neither a Hugging Face folder"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(settings, message, tmp_path):
@@ -211,11 +211,11 @@ def test_a_request_that_makes_no_sense_is_refused(settings, message, tmp_path):
 
 def test_parallel_degrees_need_a_megatron_checkpoint(case):
     with pytest.raises(ValueError, match="--tensor 1 --pipeline 2"):
-        Request(str(case[0]), perplexity="x.txt", pipeline=2)
+        Request(str(case[0]), tasks=("a",), pipeline=2)
 
 
 def test_a_mistake_on_the_command_line_is_one_message(tmp_path):
-    done = evaluate("--load", tmp_path, "--perplexity", "x.txt")
+    done = evaluate("--load", tmp_path, "--tasks", "a")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: --load {tmp_path}: neither")
     assert done.stderr.count("\n") == 1
