@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 QUICKSTART = ["gguf>=0.17", "accelerate>=1.0"]
+EVAL = ["lm-eval>=0.4.13,<0.5", "accelerate>=1.0"]  # tools/evaluate.py --tasks
 TEST = ["pytest>=8", "ruff>=0.17,<0.18"]  # formatting differs between ruff releases
 
 setup(
@@ -33,5 +34,5 @@ setup(
         "protobuf",  # Transformers reads sentencepiece models with it
         "xxhash>=3",
     ],
-    extras_require={"quickstart": QUICKSTART, "test": TEST + QUICKSTART},
+    extras_require={"quickstart": QUICKSTART, "eval": EVAL, "test": TEST + QUICKSTART + EVAL},
 )

@@ -1,15 +1,19 @@
-"""Perplexity of a Hugging Face causal language model on tokenised samples."""
+"""Perplexity on tokenised samples."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_mod.data.chat import Sample
+from megatron_mod.data.dataset import load_samples
+from megatron_mod.evaluation.backend import Backend
+from megatron_mod.evaluation.rows import Row
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Quality:
 def perplexity(
     model, samples: Sequence[Sample], *, progress: Iterable[Sample] | None = None
 ) -> Quality:
-    """Score each sample's labelled tokens given all before them, one sample at a time.
+    """Score each sample's labelled tokens given all before them, one sample at a time, with a
+    Hugging Face model.
 
     A routed model decides as its ``routing.pooling`` says: with ``prompt`` it sees only
     the tokens before the first labelled one, as it would when generating the answer.
@@ -49,6 +54,40 @@ def perplexity(
             units += torch.tensor([report[layer]["units"] for layer in routing["layers"]])
     capacity = (kept / units).tolist() if routing else []
     return Quality(math.exp(loss / tokens), tokens, capacity)
+
+
+def perplexity_of_rows(backend: Backend, rows: Sequence[Row]) -> Quality:
+    """Perplexity of the rows' labels, and the capacity of all the backend has run so far."""
+    nats = math.fsum(-score.log_probability for score in backend.score(rows))
+    tokens = sum(row.num_labels for row in rows)
+    return Quality(math.exp(nats / tokens), tokens, list(backend.capacity().values()))
+
+
+def read_rows(path: str | Path, tokenizer, *, max_length: int) -> list[Row]:
+    """What to score in a file: the answers of conversations (``.jsonl``), or all of a text.
+
+    A text is cut into windows of ``max_length`` tokens, each after the last token before it
+    (the first after the beginning- or end-of-text token), which is all of its context.
+
+    Raises:
+        ValueError: no such file, or nothing in it to score.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        samples = load_samples(path, tokenizer, max_length=max_length)
+        return [Row.labelled(sample) for sample in samples]
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give JSON lines (.jsonl) or a text.")
+    try:
+        ids = tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}.") from error
+    if not ids:
+        raise ValueError(f"{path}: no text in it.")
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    ids = [first, *ids]
+    starts = range(1, len(ids), max_length)
+    return [Row.continuation([ids[at - 1]], ids[at : at + max_length]) for at in starts]
 
 
 def label_positions(sample: Sample) -> Tensor:

@@ -1,0 +1,170 @@
+"""A model that scores and continues texts, whatever runs it and on however many ranks."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from megatron_mod.evaluation.rows import Row, Score
+
+T = TypeVar("T")
+
+
+class Backend(abc.ABC):
+    """Scores and continues texts on behalf of all ranks of a job.
+
+    Every rank makes the same calls and gets all results: batches are dealt to the data-parallel
+    ranks, and what they find is gathered.
+
+    A subclass sets ``layers``, the routed layers' indices.
+
+    Args:
+        tokenizer: the model's, fast.
+        max_length: most tokens of a text; ``None``: as many as the model has positions.
+        batch_size: texts run together.
+        routed_by: the routers' granularity, ``None`` for a dense model.
+        pooling: what a sequence's decision sees when a text is scored: its ``prompt`` (default),
+            as in generation, or ``all`` of it. Generation always decides on the prompt.
+
+    Raises:
+        ValueError: a length the model does not have, or a pooling where no sequence is routed.
+    """
+
+    layers: Sequence[int]
+
+    def __init__(
+        self,
+        tokenizer,
+        *,
+        positions: int,
+        max_length: int | None,
+        batch_size: int,
+        routed_by: str | None,
+        pooling: str | None,
+        data_rank: int = 0,
+        data_ranks: int = 1,
+    ) -> None:
+        if max_length is not None and not 2 <= max_length <= positions:
+            raise ValueError(
+                f"max_length = {max_length}: must be from 2 to the model's {positions} positions."
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size}: must be at least 1.")
+        by_sequence = routed_by is not None and routed_by.endswith("sequence")
+        if pooling and not by_sequence:
+            reason = f"with granularity {routed_by!r} each token decides for itself"
+            raise ValueError(
+                f"pooling = {pooling!r}: {reason if routed_by else 'this model has no routers'}; "
+                "leave it out."
+            )
+        self.tokenizer = tokenizer
+        self.max_length = max_length or positions
+        self.batch_size = batch_size
+        self.pooling = (pooling or "prompt") if by_sequence else None
+        self.stop_tokens = stop_tokens(tokenizer)
+        self._data_rank, self._data_ranks = data_rank, data_ranks
+
+    def score(self, rows: Sequence[Row]) -> list[Score]:
+        """Each row's score, in order."""
+        if self.pooling == "all":
+            rows = [replace(row, context=len(row.ids)) for row in rows]
+        batches = self._deal([len(row.ids) for row in rows])
+        parts = [[rows[index] for index in batch] for batch in batches]
+        return self._collect(batches, self._score(self._shown(parts, "scoring")), len(rows))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, until: Sequence[str], max_new_tokens: int
+    ) -> list[str]:
+        """Each prompt's greedy continuation, up to an end token or one of the strings ``until``."""
+        batches = self._deal([len(prompt) for prompt in prompts])
+        parts = [[prompts[index] for index in batch] for batch in batches]
+        found = self._generate(parts, until=until, max_new_tokens=max_new_tokens)
+        texts = [[self._text(tokens, until) for tokens in batch] for batch in found]
+        return self._collect(batches, texts, len(prompts))
+
+    def capacity(self) -> dict[int, float]:
+        """Share of the units (sequences or tokens) of all scored texts and prompts so far that
+        kept each routed layer; the same on every rank. Generated tokens are not counted."""
+        counts = self._counts()
+        if dist.is_initialized():
+            parts: list = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, counts)
+            counts = sum(parts)
+        pairs = counts.t().tolist()
+        return {
+            layer: kept / units if units else 1.0
+            for layer, (kept, units) in zip(self.layers, pairs, strict=True)
+        }
+
+    @abc.abstractmethod
+    def _counts(self) -> torch.Tensor:
+        """Kept and counted units ``[2, num_routed]`` of this rank, such that all ranks' add up."""
+
+    @abc.abstractmethod
+    def _score(self, batches: Collection[Sequence[Row]]) -> list[list[Score]]:
+        """The scores of this rank's batches; nothing on a rank that does not see them."""
+
+    @abc.abstractmethod
+    def _generate(
+        self,
+        batches: Sequence[Sequence[Sequence[int]]],
+        *,
+        until: Sequence[str],
+        max_new_tokens: int,
+    ) -> list[list[list[int]]]:
+        """The new tokens of this rank's batches of prompts, at least up to their end."""
+
+    def is_finished(self, tokens: Sequence[int], until: Sequence[str]) -> bool:
+        """Whether generated ``tokens`` hold an end token or, as text, a string of ``until``."""
+        if self.stop_tokens.intersection(tokens):
+            return True
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return any(stop in text for stop in until)
+
+    def _text(self, tokens: Sequence[int], until: Sequence[str]) -> str:
+        ends = [place for place, token in enumerate(tokens) if token in self.stop_tokens]
+        text = self.tokenizer.decode(tokens[: min(ends, default=None)], skip_special_tokens=True)
+        for stop in until:
+            text = text.split(stop)[0]
+        return text
+
+    def _deal(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Indices of this data-parallel rank's batches, the longest texts first."""
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        size = self.batch_size
+        batches = [order[first : first + size] for first in range(0, len(order), size)]
+        return batches[self._data_rank :: self._data_ranks]
+
+    def _collect(self, batches: list[list[int]], found: list[list[T]], total: int) -> list[T]:
+        """Everybody's results in order, from those of this rank's batches (or nothing)."""
+        pairs = zip(batches, found, strict=bool(found))
+        mine = {index: value for pair in pairs for index, value in zip(*pair, strict=True)}
+        parts = [mine]
+        if dist.is_initialized():
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, mine)
+        results = {index: value for part in parts for index, value in part.items()}
+        return [results[index] for index in range(total)]
+
+    def _shown(self, batches: Sequence[T], what: str) -> Collection[T]:
+        is_first = not dist.is_initialized() or dist.get_rank() == 0
+        return tqdm(batches, desc=what, disable=not is_first)
+
+
+def stop_tokens(tokenizer) -> frozenset[int]:
+    """The tokens that end a text: the tokenizer's and those of its folder's generation settings."""
+    found = {tokenizer.eos_token_id}
+    folder = Path(tokenizer.name_or_path)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        more = GenerationConfig.from_pretrained(folder).eos_token_id
+        found.update(more if isinstance(more, list) else [more])
+    return frozenset(found - {None})

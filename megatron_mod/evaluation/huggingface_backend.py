@@ -1,0 +1,156 @@
+"""Scoring and generation on a Hugging Face model, dense or an export of ours."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    StoppingCriteria,
+)
+
+from megatron_mod.evaluation.backend import Backend
+from megatron_mod.evaluation.rows import Row, Score, collate_rows, label_places, scores
+from megatron_mod.routing.masks import TokenRole, valid_tokens
+
+
+class HuggingFaceBackend(Backend):
+    """A backend on a whole Hugging Face model; see ``Backend``."""
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        *,
+        max_length: int | None = None,
+        batch_size: int = 1,
+        pooling: str | None = None,
+        data_rank: int = 0,
+        data_ranks: int = 1,
+    ) -> None:
+        routing = getattr(model.config, "routing", None)
+        super().__init__(
+            tokenizer,
+            positions=model.config.max_position_embeddings,
+            max_length=max_length,
+            batch_size=batch_size,
+            routed_by=routing and routing["granularity"],
+            pooling=pooling,
+            data_rank=data_rank,
+            data_ranks=data_ranks,
+        )
+        self.model = model.eval()
+        self.layers = tuple(routing["layers"]) if routing else ()
+        self._kept: Counter[int] = Counter()
+        self._units: Counter[int] = Counter()
+
+    def _counts(self) -> Tensor:
+        return torch.tensor(
+            [[c[layer] for layer in self.layers] for c in (self._kept, self._units)]
+        )
+
+    @torch.no_grad()
+    def _score(self, batches: Collection[Sequence[Row]]) -> list[list[Score]]:
+        found = []
+        for rows in batches:
+            batch = collate_rows(rows).to(self.model.device)
+            extra = {}
+            if self.pooling:
+                extra["routing_mask"] = batch.roles == TokenRole.PROMPT
+            places = label_places(batch)
+            first = int(places[1].min()) if len(places[1]) else 0
+            output = self.model(
+                batch.input_ids,
+                attention_mask=valid_tokens(batch.roles).long(),
+                logits_to_keep=batch.input_ids.shape[1] - first,
+                use_cache=False,
+                **extra,
+            )
+            self._count()
+            found.append(scores(output.logits[places[0], places[1] - first], batch))
+        return found
+
+    def _generate(
+        self,
+        batches: Sequence[Sequence[Sequence[int]]],
+        *,
+        until: Sequence[str],
+        max_new_tokens: int,
+    ) -> list[list[list[int]]]:
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(self.stop_tokens),
+            pad_token_id=self.tokenizer.eos_token_id,
+        )
+        # Plain greedy search: what the folder's settings add would change it.
+        self.model.generation_config = settings
+        found = []
+        for prompts in self._shown(batches, "generating"):
+            ids, mask = _pad_left(prompts, self.tokenizer.eos_token_id, self.model.device)
+            length = ids.shape[1]
+            stop = _Stop(lambda row: self.is_finished(row, until), length, self._count)
+            output = self.model.generate(
+                ids, attention_mask=mask, generation_config=settings, stopping_criteria=[stop]
+            )
+            found.append(output[:, length:].tolist())
+        return found
+
+    def _count(self) -> None:
+        """Add up what the model reports of its last call."""
+        if self.layers:
+            for layer, report in self.model.routing_report()["layers"].items():
+                self._kept[layer] += report["kept"]
+                self._units[layer] += report["units"]
+
+
+class _Stop(StoppingCriteria):
+    """Ends each row where ``is_finished``; calls ``after_prefill`` when that is all there was."""
+
+    def __init__(
+        self,
+        is_finished: Callable[[Sequence[int]], bool],
+        prompt_length: int,
+        after_prefill: Callable[[], None],
+    ) -> None:
+        self.is_finished, self.prompt_length = is_finished, prompt_length
+        self.after_prefill = after_prefill
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        if input_ids.shape[1] == self.prompt_length + 1:
+            self.after_prefill()
+        new = input_ids[:, self.prompt_length :].tolist()
+        return torch.tensor([self.is_finished(row) for row in new], device=input_ids.device)
+
+
+def load_huggingface(folder: str | Path, *, dtype: torch.dtype = torch.float32):
+    """A Hugging Face model with torch's attention, original and export alike, and its tokenizer.
+
+    Raises:
+        ValueError: no such folder, or Transformers cannot load it.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, dtype=dtype, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: Transformers cannot load it: {error}") from error
+    return model.to(device), tokenizer
+
+
+def _pad_left(
+    prompts: Sequence[Sequence[int]], filling: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, ``[B, longest]``."""
+    longest = max(map(len, prompts))
+    ids = [[filling] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

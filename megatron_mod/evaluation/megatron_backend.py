@@ -1,0 +1,141 @@
+"""Scoring and generation on a Megatron model under tensor, pipeline and data parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from megatron_mod.data.batch import MicroBatch
+from megatron_mod.evaluation.backend import Backend
+from megatron_mod.evaluation.forward import run_forward
+from megatron_mod.evaluation.rows import Row, Score, collate_rows, label_places, scores
+from megatron_mod.model.builder import ModelChunks
+from megatron_mod.parallel import device
+from megatron_mod.routing.config import RoutingConfig
+
+
+class MegatronBackend(Backend):
+    """A backend on this rank's part of a Megatron model; see ``Backend``."""
+
+    def __init__(
+        self,
+        model: ModelChunks,
+        tokenizer,
+        *,
+        max_length: int | None = None,
+        batch_size: int = 1,
+        pooling: str | None = None,
+    ) -> None:
+        routing = _routing_of_all_stages(model)
+        super().__init__(
+            tokenizer,
+            positions=model[0].max_sequence_length,
+            max_length=max_length,
+            batch_size=batch_size,
+            routed_by=routing and routing.granularity,
+            pooling=pooling,
+            data_rank=parallel_state.get_data_parallel_rank(),
+            data_ranks=parallel_state.get_data_parallel_world_size(),
+        )
+        self.model = model.eval()
+        self.layers = routing.layers if routing else ()
+        for layer in model.routed_layers().values():
+            # Rows say what a decision sees, whatever the routers were trained with.
+            layer.routing = replace(routing, pooling=self.pooling and "prompt")
+        self._counted = torch.zeros(2, len(self.layers), dtype=torch.float64)
+
+    def _counts(self) -> Tensor:
+        """Only the first tensor-parallel rank's: the others hold copies."""
+        is_copy = parallel_state.get_tensor_model_parallel_rank() > 0
+        return torch.zeros_like(self._counted) if is_copy else self._counted
+
+    def _score(self, batches: Collection[Sequence[Row]]) -> list[list[Score]]:
+        return self._run(batches, read=partial(_scores, vocab_size=self.model.unpadded_vocab_size))
+
+    def _generate(
+        self,
+        batches: Sequence[Sequence[Sequence[int]]],
+        *,
+        until: Sequence[str],
+        max_new_tokens: int,
+    ) -> list[list[list[int]]]:
+        """Every step runs all texts anew from their start, with the prompts' decisions."""
+        prompts = [prompt for batch in batches for prompt in batch]
+        new: list[list[int]] = [[] for _ in prompts]
+        active = list(range(len(prompts)))
+        read = partial(_likeliest, vocab_size=self.model.unpadded_vocab_size)
+        for step in self._shown(range(max_new_tokens), "generating"):
+            rows = [Row.prompt([*prompts[i], *new[i]], context=len(prompts[i])) for i in active]
+            cut = [
+                rows[first : first + self.batch_size]
+                for first in range(0, len(rows), self.batch_size)
+            ]
+            found = self._run(cut, read=read, counted=step == 0)
+            for index, token in zip(active, self._from_last_stage(found, len(rows)), strict=True):
+                new[index].append(token)
+            active = [index for index in active if not self.is_finished(new[index], until)]
+            if not active:
+                break
+        tokens = iter(new)
+        return [[next(tokens) for _ in batch] for batch in batches]
+
+    def _run(
+        self,
+        batches: Collection[Sequence[Row]],
+        *,
+        read: Callable[[Tensor, MicroBatch], list],
+        counted: bool = True,
+    ) -> list[list]:
+        routers = self.model.routers()
+        for router in routers.values():
+            router.reset_counts()
+        found = run_forward(self.model, map(collate_rows, batches), len(batches), read=read)
+        if counted:
+            for place, layer in enumerate(self.layers):
+                if layer in routers:
+                    self._counted[0, place] += float(routers[layer].kept)
+                    self._counted[1, place] += float(routers[layer].valid)
+        return found
+
+    def _from_last_stage(self, found: list[list[int]], count: int) -> list[int]:
+        """What the last pipeline stage found, on all stages."""
+        tokens = torch.zeros(count, dtype=torch.int64, device=device.device())
+        if found:
+            tokens = torch.tensor([token for batch in found for token in batch]).to(tokens)
+        dist.broadcast(
+            tokens,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        return tokens.tolist()
+
+
+def _routing_of_all_stages(model: ModelChunks) -> RoutingConfig | None:
+    """The routing of the whole model; a stage without routers cannot tell by itself."""
+    found: list = [None] * dist.get_world_size()
+    mine = next((layer.routing for layer in model.routed_layers().values()), None)
+    dist.all_gather_object(found, mine)
+    return next(filter(None, found), None)
+
+
+def _scores(logits: Tensor, batch: MicroBatch, *, vocab_size: int) -> list[Score]:
+    return scores(_whole_vocabulary(logits[label_places(batch)], vocab_size), batch)
+
+
+def _likeliest(logits: Tensor, batch: MicroBatch, *, vocab_size: int) -> list[int]:
+    """The token after each row's last."""
+    last = torch.tensor([length - 1 for (length,) in batch.documents], device=logits.device)
+    rows = torch.arange(len(last), device=logits.device)
+    return _whole_vocabulary(logits[rows, last], vocab_size).argmax(-1).tolist()
+
+
+def _whole_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
+    """``[..., vocab]`` of this tensor-parallel rank's part ``[..., vocab / tp]``."""
+    return gather_from_tensor_model_parallel_region(logits)[..., :vocab_size]

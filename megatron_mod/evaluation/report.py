@@ -1,0 +1,71 @@
+"""One evaluation: what was asked for, measured on a backend, as JSON and as a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_mod.evaluation.backend import Backend
+from megatron_mod.evaluation.perplexity import perplexity_of_rows, read_rows
+from megatron_mod.evaluation.request import TEXT_LENGTH, Request
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+OF_LM_EVAL = ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better")
+DECIDED_ON = {
+    None: "none: each token decides for itself",
+    "prompt": "prompt: a sequence's decision sees the context only, as in generation",
+    "all": "all: a sequence's decision sees the scored text too, as generation cannot",
+}
+
+
+def evaluate(
+    request: Request, backend: Backend, manager: TaskManager | None, *, is_first_rank: bool
+) -> dict:
+    """The report: the request, lm-eval's results under its own names, the perplexity, and pooling
+    and capacity of all that was run. Called by all ranks; whole on the first.
+
+    ``manager``: what ``find_tasks`` found, if the request has tasks.
+    """
+    report = {"request": request.to_dict()}
+    if request.perplexity:
+        length = min(request.max_length or TEXT_LENGTH, backend.max_length)
+        rows = read_rows(request.perplexity, backend.tokenizer, max_length=length)
+        quality = perplexity_of_rows(backend, rows)
+        report.update(perplexity=quality.perplexity, perplexity_tokens=quality.tokens)
+    if request.tasks:
+        from megatron_mod.evaluation.tasks import evaluate_tasks
+
+        found = evaluate_tasks(backend, manager, request, is_first_rank=is_first_rank)
+        report.update({name: found[name] for name in OF_LM_EVAL if name in found})
+    return {**report, "pooling": backend.pooling, "capacity": summary(backend.capacity())}
+
+
+def summary(capacity: dict[int, float]) -> dict | None:
+    """Each routed layer's share, and their mean; nothing without routed layers."""
+    if not capacity:
+        return None
+    return {
+        "mean": sum(capacity.values()) / len(capacity),
+        "per_layer": {str(layer): share for layer, share in capacity.items()},
+    }
+
+
+def table(report: dict) -> str:
+    """The report in a few lines a person understands."""
+    rows = [("model", report["request"]["load"])]
+    if "perplexity" in report:
+        found = f"{report['perplexity']:.3f} ({report['perplexity_tokens']} tokens)"
+        rows.append(("perplexity", found))
+    if capacity := report["capacity"]:
+        layers = " ".join(f"{layer}:{kept:.2f}" for layer, kept in capacity["per_layer"].items())
+        rows.append(("capacity", f"{capacity['mean']:.3f} (per layer {layers})"))
+        rows.append(("pooling", DECIDED_ON[report["pooling"]]))
+    lines = [f"{name:<10}  {value}" for name, value in rows]
+    if "results" in report:
+        from lm_eval.utils import make_table
+
+        lines += ["", make_table(report).rstrip()]
+        if report.get("groups"):
+            lines += ["", make_table(report, "groups").rstrip()]
+    return "\n".join(lines)
