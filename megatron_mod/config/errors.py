@@ -17,7 +17,8 @@ SECONDS_TO_SPEAK = 5
 def one_message() -> Iterator[None]:
     """Turn a ``ValueError`` this package raised into one message, from one rank, and exit status 2.
 
-    One that a library raised goes through with its traceback: it is not about the user's input.
+    The script that was started counts as the package. What a library raised goes through with its
+    traceback: it is not about the user's input.
     """
     try:
         yield
@@ -34,4 +35,5 @@ def one_message() -> Iterator[None]:
 
 def _raised_here(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
+    last, script = Path(frames[-1].filename).resolve(), Path(sys.argv[0]).resolve()
+    return last == script or last.is_relative_to(Path(__file__).resolve().parents[1])
