@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 
 from megatron_mod.config import cli
 from megatron_mod.conversion.hf_reader import HFReader
@@ -36,7 +37,7 @@ def loaded_parameters(
     """This rank's parameters, by the names a whole model gives them, at each topology."""
     found = []
     for topology in topologies:
-        model = cases.build(open_base(base, hf_path=hf_path), meet(**topology))
+        (model,) = cases.build(open_base(base, hf_path=hf_path), meet(**topology))
         first = model.decoder.layers[0].layer_number - 1
         parameters = {}
         for name, tensor in model.named_parameters():
@@ -47,6 +48,20 @@ def loaded_parameters(
             parameters[name] = tensor.detach().clone()
         found.append(parameters)
     return found
+
+
+def save_in_parts(hf: Path, topologies: list[dict], folders: list[Path]) -> None:
+    """The model of a Hugging Face folder, saved by the ranks of each topology as Megatron-LM's
+    training saves it."""
+    for topology, folder in zip(topologies, folders, strict=True):
+        model = cases.build(open_base(hf), meet(**topology))
+        state = {k: v for k, v in model.sharded_state_dict().items() if "_extra_state" not in k}
+        if dist.get_rank() == 0:
+            (folder / "iter_0000001").mkdir(parents=True)
+            (folder / "latest_checkpointed_iteration.txt").write_text("1")
+        dist.barrier()
+        dist_checkpointing.save(state, str(folder / "iter_0000001"))
+        dist.barrier()
 
 
 def rows_read(hf: Path, topologies: list[dict]) -> list[int]:

@@ -129,3 +129,20 @@ def test_each_rank_reads_its_slices_of_a_hugging_face_folder(tmp_path):
     )  # fmt: skip
     assert sum(pipeline) == total
     assert tensor == ((total + norms) // 2,) * 2
+
+
+@pytest.mark.usefixtures("single_process")
+def test_what_several_ranks_saved_comes_back_bit_for_bit(tmp_path):
+    hf = tiny.save_model(tmp_path / "hf", "qwen2", vocab_size=131, num_key_value_heads=2)
+    folders = [tmp_path / "tensor", tmp_path / "pipeline"]
+    run_ranks(
+        resume_cases.save_in_parts, hf, [{"tensor": 2}, {"pipeline": 2}], folders,
+        world=2, folder=tmp_path / "ranks",
+    )  # fmt: skip
+    for folder in folders:
+        base = open_base(folder, hf_path=hf)
+        with hf_weights(base) as weights, HFReader(hf) as original:
+            read = {weight.name: weight.read().clone() for weight in weights}
+            assert read.keys() == original.names()
+            for name, tensor in read.items():
+                assert torch.equal(tensor, original.rows(name, 0, len(tensor))), (folder, name)
