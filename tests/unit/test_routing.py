@@ -184,13 +184,17 @@ def test_average_is_the_mean_of_what_it_saw():
 
     router = Router(4)
     average = RouterAverage({3: router})
-    average.apply()  # nothing seen: nothing changes
+    with average.applied():  # nothing seen: nothing changes
+        assert not router.weight.any()
     seen = torch.randn(5, 1, 4)
     for weight in seen:
         router.weight.data.copy_(weight)
         average.update()
-    average.apply()
-    torch.testing.assert_close(router.weight.data, seen.mean(0))
+    with average.applied(when=False):
+        assert torch.equal(router.weight.data, seen[-1])
+    with average.applied():
+        torch.testing.assert_close(router.weight.data, seen.mean(0))
+    assert torch.equal(router.weight.data, seen[-1])  # what the optimizer goes on from
 
 
 def test_routing_imports_no_megatron():
