@@ -35,7 +35,7 @@ class Topology:
 
     def to_dict(self) -> dict[str, int]:
         degrees = {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data}
-        return {**degrees, "context": self.context}
+        return degrees if self.context == 1 else {**degrees, "context": self.context}
 
 
 def plan(
