@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh test
 export TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1
-exec python -m pytest tests/slow "$@"
+exec python -m pytest -m slow "$@"

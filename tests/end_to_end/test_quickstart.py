@@ -171,6 +171,7 @@ def test_steps_are_the_same_at_every_topology(base_settings, tmp_path):
         assert summary["train"]["frozen_parameters_changed"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_process")
 def test_bfloat16_with_sequence_parallelism(base_settings, tmp_path):
     """Half the digits, the same loss to a percent; routers stay float32."""
@@ -190,6 +191,7 @@ def test_bfloat16_with_sequence_parallelism(base_settings, tmp_path):
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_no_steps_export_untrained_routers(base_settings, tmp_path):
     torchrun(
         2, "launch/pretrain_router.py", *base_settings, "--checkpoint.save", tmp_path / "zeros",
