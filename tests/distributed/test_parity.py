@@ -36,7 +36,7 @@ def models(tmp_path_factory, single_process):
 
 @pytest.mark.parametrize(
     ("world", "topologies"),
-    [(2, TWO), (4, FOUR)],
+    [(2, TWO), pytest.param(4, FOUR, marks=pytest.mark.slow)],
     ids=["two_ranks", "four_ranks"],
 )
 def test_logits_equal_hugging_face(models, world, topologies, tmp_path):
