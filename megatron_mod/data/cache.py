@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,8 +49,6 @@ def entry(cache: Path, identity: dict, build: Callable[[Path], None]) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{folder.name}.lock"):
         if not folder.is_dir():
-            for leftover in cache.glob(f".{folder.name}.incomplete-*"):  # of a killed job
-                shutil.rmtree(leftover, ignore_errors=True)
             with new_folder(folder) as partial:
                 build(partial)
     return folder

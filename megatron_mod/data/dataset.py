@@ -61,6 +61,12 @@ class Samples(Sequence[Sample]):
         """Number of samples and weight of each file, as ``Order`` takes them."""
         return [(len(part.rows), part.weight) for part in self.parts]
 
+    @property
+    def identity(self) -> list[str]:
+        """What each source's samples were made of: a digest of its content, the tokenizer, the
+        template and the length."""
+        return [part.store.folder.name for part in self.parts]
+
     def split(self, share: float, *, seed: int) -> tuple[Samples, Samples]:
         """The rest and, of each file, a random ``share`` of the samples; the same for a seed.
 

@@ -34,9 +34,7 @@ def run_forward(
 
     def forward_step(data, model):
         batch = next(data).to(device.device())
-        layout = TokenLayout(
-            roles=batch.roles, position_ids=batch.position_ids, documents=batch.documents
-        )
+        layout = TokenLayout.of(batch)
         output = model(batch.input_ids, batch.position_ids, None, packed_seq_params=layout)
 
         def result(logits: Tensor, *, non_loss_data: bool) -> T:

@@ -10,6 +10,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_mod.data.batch import MicroBatch
 from megatron_mod.routing.masks import TokenRole, pooled_tokens, valid_tokens
 from megatron_mod.routing.selection import Rows, Segments, Selection, select
 
@@ -82,6 +83,16 @@ class TokenLayout(PackedSeqParams):
         # Megatron makes its rotary table this long and then takes this rank's part of it.
         self.max_seqlen_q = self.max_seqlen_kv = self.roles.shape[1] * self.context_ranks
         self._pooled: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, batch: MicroBatch, *, context_ranks: int = 1) -> TokenLayout:
+        """That of this rank's part of a micro-batch."""
+        return cls(
+            roles=batch.roles,
+            position_ids=batch.position_ids,
+            documents=batch.documents,
+            context_ranks=context_ranks,
+        )
 
     @classmethod
     def of_prompts(cls, hidden_states: Tensor, *, context_rank: int, context_ranks: int):

@@ -122,7 +122,7 @@ def train(config: Config, plan: Plan) -> dict:
     """
     folder = RunFolder(config.checkpoint)
     with folder.held():
-        run = Run(config, folder, plan.base, plan.routing)
+        run = Run(config, folder, plan.base, plan.routing, data=plan.train.identity)
         summary = _train(config, plan, run)
         on_first_rank(lambda: checkpoint.write_json(folder.path / "summary.json", summary))
     return summary

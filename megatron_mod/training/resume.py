@@ -9,7 +9,6 @@ import torch.distributed as dist
 import yaml
 
 from megatron_mod.config.schema import Config
-from megatron_mod.conversion import checksums
 from megatron_mod.conversion.source import Base, check_base
 from megatron_mod.parallel.topology import print_once
 from megatron_mod.routing.config import RoutingConfig
@@ -59,8 +58,15 @@ class Run:
     """Saves the state of a run, and goes on from what an earlier job saved; all ranks alike."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, base: Base, routing: RoutingConfig
+        self,
+        config: Config,
+        folder: RunFolder,
+        base: Base,
+        routing: RoutingConfig,
+        *,
+        data: list[str],
     ) -> None:
+        """``data``: the identity of the training samples (``Samples.identity``)."""
         self.config = config
         self.folder = folder
         self.base = base
@@ -73,7 +79,7 @@ class Run:
             ),
             "base_fingerprint": base.fingerprint(),
             "routing": routing.to_dict(),
-            "data": _data_checksums(config),
+            "data": data,
             "topology": _topology(config),
             "steps": config.train.steps,
         }
@@ -119,12 +125,6 @@ class Run:
             size=self._size,
             last=last,
         )
-
-
-def _data_checksums(config: Config) -> dict:
-    path = Path(config.data.train)
-    table = checksums.file_table(path.parent, [path.name])
-    return table[path.name]
 
 
 def _topology(config: Config) -> dict:

@@ -83,19 +83,11 @@ def _forward_step(
         batch.position_ids,
         None,
         labels=batch.labels.clamp(min=0),
-        packed_seq_params=token_layout(batch),
+        packed_seq_params=TokenLayout.of(
+            batch, context_ranks=parallel_state.get_context_parallel_world_size()
+        ),
     )
     return output, partial(_loss, labels=batch.labels, num_labels=num_labels)
-
-
-def token_layout(batch: MicroBatch) -> TokenLayout:
-    """What the layers need to know about this rank's part of a micro-batch."""
-    return TokenLayout(
-        roles=batch.roles,
-        position_ids=batch.position_ids,
-        documents=batch.documents,
-        context_ranks=parallel_state.get_context_parallel_world_size(),
-    )
 
 
 def _part_of_this_rank(batch: MicroBatch) -> MicroBatch:

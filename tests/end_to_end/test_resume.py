@@ -192,6 +192,18 @@ def test_other_text_is_refused(trainer, stopped):
         trainer.text.write_text(text)
 
 
+def test_a_run_on_several_files_goes_on(trainer, tmp_path):
+    second = tmp_path / "second.jsonl"
+    second.write_text(trainer.text.read_text().replace("ab", "ef"))
+    settings = {"data__train": f"[{trainer.text},{second}]", "optimizer__average_fraction": 0}
+    trainer.train(tmp_path / "run", **settings, train__steps=2)
+    trainer.train(tmp_path / "run", **settings, train__steps=4)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    second.write_text(second.read_text().replace("ef", "fe", 1))
+    with pytest.raises(ValueError, match="is not what the run .* was trained on"):
+        trainer.train(tmp_path / "run", **settings, train__steps=6)
+
+
 def test_a_folder_with_something_else_is_refused(trainer, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="already exists and holds no training run"):

@@ -215,9 +215,11 @@ def test_what_a_killed_job_left_is_cleared_and_a_failure_leaves_nothing(tmp_path
         cache.entry(tmp_path, {"content": "x"}, fail)
     assert [p for p in tmp_path.iterdir() if p.is_dir()] == []
     (lock,) = tmp_path.glob("*.lock")
-    leftover = tmp_path / f".{lock.stem}.incomplete-1"
+    leftover = tmp_path / f".{lock.stem}.incomplete"
     leftover.mkdir()
-    cache.entry(tmp_path, {"content": "x"}, lambda partial: None)
+    (leftover / "half").write_text("")
+    folder = cache.entry(tmp_path, {"content": "x"}, lambda partial: (partial / "all").touch())
+    assert [file.name for file in folder.iterdir()] == ["all"]
     assert not leftover.exists()
 
 
