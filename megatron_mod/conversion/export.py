@@ -63,5 +63,15 @@ def add_routing(folder: Path, routing: RoutingConfig) -> None:
     shutil.copyfile(Path(_hf_package).with_name(f"{module}.py"), folder / f"{module}.py")
 
 
+def dense_config(config: dict) -> dict:
+    """The ``config.json`` of the model that an export was made from; a dense one as it is."""
+    if "routing" not in config:
+        return config
+    family = config["model_type"].removeprefix("mod_")
+    kept = {k: v for k, v in config.items() if k not in ("routing", "auto_map")}
+    architectures = [name.removeprefix("MoD") for name in config["architectures"]]
+    return {**kept, "model_type": family, "architectures": architectures}
+
+
 def _write(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

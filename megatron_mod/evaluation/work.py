@@ -1,0 +1,144 @@
+"""What a model has to compute and to read, given its routers' decisions: counted, not timed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_mod.conversion.export import dense_config
+from megatron_mod.conversion.families import family_of
+from megatron_mod.model.architecture import Architecture
+from megatron_mod.routing.config import RoutingConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counts the work of a model's layers and its output.
+
+    Counted are the matrix products: two floating-point operations for each multiplication, of
+    attention only those of a query with the keys it sees. ``routing``: ``None`` for a dense model.
+
+    A layer's decisions are bool tensors, one entry a token; a sequence that decides as one says the
+    same for all of its tokens.
+    """
+
+    arch: Architecture
+    routing: RoutingConfig | None = None
+
+    @classmethod
+    def of(cls, hf_config: dict) -> Work:
+        """Of a model with this ``config.json``, an export's or a dense one's.
+
+        Raises:
+            ValueError: a family that is not supported.
+        """
+        dense, routing = dense_config(hf_config), hf_config.get("routing")
+        arch = family_of(dense).architecture_of(dense)
+        return cls(arch, RoutingConfig.from_dict(routing) if routing else None)
+
+    def prefill(self, length: int, kept: Mapping[int, Tensor], *, logits: int = 1) -> int:
+        """Floating-point operations of one sequence's forward pass.
+
+        Args:
+            length: tokens of the sequence, S.
+            kept: each routed layer's decisions ``[S]``.
+            logits: positions whose logits are computed.
+        """
+        arch = self.arch
+        dense = self._layer(torch.ones(length, dtype=torch.bool), target="")
+        layers = dense * (arch.num_layers - len(kept))
+        for decisions in kept.values():
+            layers += self._layer(decisions, target=self.routing.target)
+            layers += 2 * arch.hidden_size * length  # the router
+        return layers + 2 * arch.hidden_size * arch.vocab_size * logits
+
+    def decode_bytes(
+        self,
+        stored: Sequence[int],
+        kept: Mapping[int, Tensor],
+        stored_by: Mapping[int, Sequence[int]],
+        *,
+        element_size: int,
+    ) -> int:
+        """Bytes of weights and cached keys and values that one decode step of a batch reads.
+
+        A weight is read once if any sequence needs it, the cache of those that attend.
+
+        Args:
+            stored: tokens of each sequence so far, ``B`` of them.
+            kept: each routed layer's decisions ``[B]`` in this step.
+            stored_by: how many keys each sequence has in each routed layer's cache.
+            element_size: bytes of a weight.
+        """
+        arch = self.arch
+        elements = arch.hidden_size * arch.vocab_size
+        for layer in range(arch.num_layers):
+            decisions = kept.get(layer)
+            if decisions is None:
+                elements += self._query_weights + self._key_weights + self._mlp_weights
+                elements += 2 * self._key_channels * sum(map(self._in_window, stored))
+                continue
+            elements += arch.hidden_size  # the router, of fp32: too little to tell apart
+            some, target = bool(decisions.any()), self.routing.target
+            attends = some or target == "mlp"
+            needs_keys = attends or self.routing.keys_values == "all"
+            elements += self._query_weights * attends + self._key_weights * needs_keys
+            elements += self._mlp_weights * (some or target == "attn")
+            readers = [True] * len(stored) if target == "mlp" else decisions.tolist()
+            read = [n for n, reads in zip(stored_by[layer], readers, strict=True) if reads]
+            elements += 2 * self._key_channels * sum(map(self._in_window, read))
+        return elements * element_size
+
+    def _layer(self, kept: Tensor, *, target: str) -> int:
+        """Floating-point operations of a layer over a sequence; no ``target``: a dense one."""
+        length, chosen = len(kept), int(kept.sum())
+        everyone = torch.ones_like(kept)
+        queries, keys = everyone, everyone
+        if target in ("attn", "block"):
+            queries = kept
+            keys = everyone if self.routing.keys_values == "all" else kept
+        mlp = chosen if target in ("mlp", "block") else length
+        return (
+            2 * self._query_weights * int(queries.sum())
+            + 2 * self._key_weights * int(keys.sum())
+            + 4 * self._query_channels * self._pairs(queries, keys)
+            + 2 * self._mlp_weights * mlp
+        )
+
+    def _pairs(self, queries: Tensor, keys: Tensor) -> int:
+        """How many keys all queries see together; both bool ``[S]``."""
+        visible = keys.cumsum(0)
+        if window := self.arch.window_size:
+            gone = torch.zeros_like(visible)
+            gone[window:] = visible[:-window]
+            visible = visible - gone
+        return int(visible[queries].sum())
+
+    def _in_window(self, tokens: int) -> int:
+        window = self.arch.window_size
+        return min(tokens, window - 1) if window else tokens
+
+    @property
+    def _query_channels(self) -> int:
+        return self.arch.num_attention_heads * self.arch.kv_channels
+
+    @property
+    def _key_channels(self) -> int:
+        return self.arch.num_query_groups * self.arch.kv_channels
+
+    @property
+    def _query_weights(self) -> int:
+        """Weights of the query and output projections."""
+        return 2 * self.arch.hidden_size * self._query_channels
+
+    @property
+    def _key_weights(self) -> int:
+        """Weights of the key and value projections."""
+        return 2 * self.arch.hidden_size * self._key_channels
+
+    @property
+    def _mlp_weights(self) -> int:
+        return 3 * self.arch.hidden_size * self.arch.ffn_hidden_size

@@ -1,0 +1,104 @@
+"""Counted work beside what torch's counter sees an export compute, and bytes beside its tensors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from megatron_mod.evaluation.work import Work
+from tests.helpers import formula, tiny
+from tests.helpers.routed import save_export
+
+LENGTH, ROUTED = 12, (1, 2)
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral"])
+def dense(request, tmp_path_factory):
+    changes = {"num_key_value_heads": 2}
+    if request.param == "mistral":
+        changes["sliding_window"] = 5
+    return tiny.save_model(tmp_path_factory.mktemp("work") / "hf", request.param, **changes)
+
+
+def unseen_pairs(work: Work, kept: dict[int, torch.Tensor]) -> int:
+    """Operations on pairs of a query and a key it does not see, which torch computes and hides."""
+    routing, total = work.routing, 0
+    everyone = torch.ones(LENGTH, dtype=torch.bool)
+    at = torch.arange(LENGTH)
+    for layer in range(work.arch.num_layers):
+        queries = keys = everyone
+        if layer in kept and routing.target != "mlp":
+            queries = kept[layer]
+            keys = everyone if routing.keys_values == "all" else queries
+            if not queries.any():
+                continue
+        distance = at[queries][:, None] - at[keys]
+        seen = (distance >= 0) & (distance < (work.arch.window_size or LENGTH))
+        total += int(seen.logical_not().sum())
+    return 4 * work.arch.num_attention_heads * work.arch.kv_channels * total
+
+
+@pytest.mark.parametrize("scheme", formula.SCHEMES)
+@pytest.mark.parametrize("threshold", [0.5, 0.0, 1.0], ids=["some", "all", "none"])
+def test_prefill_is_what_torch_counts(dense, scheme, threshold, tmp_path):
+    generator = torch.Generator().manual_seed(5)
+    routers = {layer: torch.randn(1, 32, generator=generator) for layer in ROUTED}
+    if scheme.endswith("sequence"):  # one keeps and one skips
+        routers[2] = -routers[1]
+    routing = formula.SCHEMES[scheme]
+    folder = save_export(tmp_path / "export", dense, routers, threshold=threshold, **routing)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    ids = torch.randint(3, 100, (1, LENGTH), generator=generator)
+    with (
+        torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter
+    ):  # fmt: skip
+        model(ids, use_cache=False, logits_to_keep=1)
+    made = model.model.record.decisions
+    kept = {layer: made[layer][0].flatten().expand(LENGTH) for layer in ROUTED}
+    work = Work.of(json.loads((folder / "config.json").read_text()))
+    assert counter.get_total_flops() == work.prefill(LENGTH, kept) + unseen_pairs(work, kept)
+
+
+def test_a_dense_model_decodes_with_all_it_has(dense):
+    work = Work.of(json.loads((dense / "config.json").read_text()))
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    matrices = sum(
+        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name
+    )
+    stored = min(7, (work.arch.window_size or 99) - 1)
+    cache = 2 * 4 * work.arch.num_query_groups * work.arch.kv_channels * stored
+    for batch in (1, 3):
+        found = work.decode_bytes([7] * batch, {}, {}, element_size=4)
+        assert found == 4 * (matrices + batch * cache)
+
+
+def test_what_nobody_keeps_is_not_read(dense):
+    work = Work.of(json.loads((dense / "config.json").read_text()))
+    arch = work.arch
+    key = 2 * 32 * arch.num_query_groups * arch.kv_channels
+    weights = {
+        "attn": 2 * 32 * arch.num_attention_heads * arch.kv_channels + key,
+        "mlp": 3 * 32 * arch.ffn_hidden_size,
+    }
+    weights["block"] = weights["attn"] + weights["mlp"]
+    everything = work.decode_bytes([0, 0], {}, {}, element_size=1)
+    none, one = torch.tensor([False, False]), torch.tensor([True, False])
+    for name, settings in formula.SCHEMES.items():
+        routed = routed_work(arch, **settings)
+        target = settings["granularity"].split("_")[0]
+        offered = key if settings.get("keys_values") == "all" else 0
+        found = routed.decode_bytes([0, 0], {1: none}, {1: [0, 0]}, element_size=1)
+        assert found == everything + 32 - weights[target] + offered, name
+        found = routed.decode_bytes([0, 0], {1: one}, {1: [0, 0]}, element_size=1)
+        assert found == everything + 32, name
+
+
+def routed_work(arch, **routing) -> Work:
+    from megatron_mod.routing.config import RoutingConfig
+
+    return Work(arch, RoutingConfig(layers=(1,), capacity=(0.5,), **routing))
