@@ -107,21 +107,21 @@ def build_report(
     }
 
 
-def load_model(folder: str | Path):
-    """A Hugging Face model in fp32 with torch's attention, original and export alike."""
+def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32):
+    """A Hugging Face model with torch's attention, original and export alike."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, dtype=torch.float32, attn_implementation="sdpa"
+        folder, trust_remote_code=True, dtype=dtype, attn_implementation="sdpa"
     )
     return model.to(device).eval()
 
 
-def long_prompts(tokenizer, *, length: int) -> list[torch.Tensor]:
+def long_prompts(tokenizer, *, length: int, count: int = PROMPTS) -> list[torch.Tensor]:
     """Chat prompts of ``length`` tokens about different parts of the language reference."""
     words = topic_text().split(" ")
     prompts = []
-    for index in range(PROMPTS):
-        start = index * len(words) // PROMPTS
+    for index in range(count):
+        start = index * len(words) // count
         page = " ".join(words[start : start + 2 * length])
         message = {"role": "user", "content": f"Summarise this page.\n\n{page}"}
         if tokenizer.chat_template:

@@ -18,7 +18,7 @@ NEW_TOKENS = 24
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians in seconds: ``prefill_s`` of one prompt, ``decode_s`` of one token."""
+    """Medians in seconds: ``prefill_s`` of one batch of prompts, ``decode_s`` of one step of it."""
 
     prefill_s: float
     decode_s: float
@@ -26,27 +26,38 @@ class Timing:
 
 @torch.no_grad()
 def compare(
-    models: Sequence, prompts: Iterable[Tensor], *, new_tokens: int = NEW_TOKENS
+    models: Sequence,
+    prompts: Iterable[Tensor],
+    *,
+    prefills: int = PREFILLS,
+    new_tokens: int = NEW_TOKENS,
 ) -> list[Timing]:
-    """Time the models on each prompt ``[1, S]``: prefills, then greedy decode steps, each in turn.
+    """Time the models on each batch ``[B, S]``: prefills, then greedy decode steps, each in turn.
 
-    Who goes first changes every time, so that a machine whose speed drifts is fair to all;
-    a first round is not counted.
+    Who goes first changes every time, so that a machine whose speed drifts is fair to all; a
+    prefill and a step of the first batch are not counted.
     """
-    prefills: list[list[float]] = [[] for _ in models]
-    decodes: list[list[float]] = [[] for _ in models]
-    for model in models:
-        _timed(model, torch.ones(1, 8, dtype=torch.int64), None)
-    for prompt in prompts:
-        for turn in range(PREFILLS):
-            outputs = _in_turn(models, [(prompt, None)] * len(models), turn, prefills)
+    prefill_times: list[list[float]] = [[] for _ in models]
+    decode_times: list[list[float]] = [[] for _ in models]
+    for number, prompt in enumerate(prompts):
+        inputs = [(prompt, None)] * len(models)
+        if number == 0:
+            uncounted: list[list[float]] = [[] for _ in models]
+            outputs = _in_turn(models, inputs, 0, uncounted)
+            _in_turn(models, _next_tokens(outputs), 0, uncounted)
+        for turn in range(prefills):
+            outputs = _in_turn(models, inputs, turn, prefill_times)
         for turn in range(new_tokens):
-            inputs = [(o.logits[:, -1:].argmax(-1), o.past_key_values) for o in outputs]
-            outputs = _in_turn(models, inputs, turn, decodes)
+            outputs = _in_turn(models, _next_tokens(outputs), turn, decode_times)
     return [
         Timing(statistics.median(prefill), statistics.median(decode))
-        for prefill, decode in zip(prefills, decodes, strict=True)
+        for prefill, decode in zip(prefill_times, decode_times, strict=True)
     ]
+
+
+def _next_tokens(outputs: list) -> list[tuple[Tensor, object]]:
+    """Each model's likeliest tokens ``[B, 1]`` with its cache."""
+    return [(o.logits[:, -1:].argmax(-1), o.past_key_values) for o in outputs]
 
 
 def _in_turn(models: Sequence, inputs: list, turn: int, times: list[list[float]]) -> list:

@@ -1,0 +1,257 @@
+"""Time of an export beside its original's, and beside the work that its routers leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from megatron_mod.conversion.export import portable_config
+from megatron_mod.conversion.hf_reader import read_config
+from megatron_mod.evaluation import speed
+from megatron_mod.evaluation.quickstart import load_model, long_prompts, mean
+from megatron_mod.evaluation.work import Work
+from megatron_mod.hf.modeling_mod import MoDLlamaConfig, MoDLlamaForCausalLM
+from megatron_mod.parallel import device
+from megatron_mod.routing.config import RoutingConfig, resolve_layers
+
+# Llamas to be filled with random weights; their deeper half is routed.
+SHAPES = {
+    "llama3-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 8192, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128,
+        "max_position_embeddings": 256, "rope_theta": 10000.0, "rms_norm_eps": 1e-5,
+    },
+}  # fmt: skip
+Decisions = Mapping[int, Tensor]  # layer -> bool, [B] of sequences or [B, tokens of the call]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dense model, the same with routers, and ``prompts(batch, context)``: ids ``[B, S]``."""
+
+    dense: torch.nn.Module
+    routed: torch.nn.Module
+    prompts: Callable[[int, int], Tensor]
+
+    @classmethod
+    def of_folders(cls, dense: str | Path, routed: str | Path, *, dtype: torch.dtype) -> Pair:
+        """A Hugging Face folder and an export of it; their prompts are real text.
+
+        Raises:
+            ValueError: the second is no export, or one of another shape than the first.
+        """
+        original, export = read_config(dense), read_config(routed)
+        for option, folder, config in (("dense", dense, original), ("routed", routed, export)):
+            if ("routing" in config) != (option == "routed"):
+                raise ValueError(
+                    f"--{option} {folder}: {'is' if 'routing' in config else 'is not'} an export "
+                    "with routers; give the untouched model as --dense and its export as --routed."
+                )
+        if Work.of(original).arch != Work.of(export).arch:
+            raise ValueError(
+                f"--routed {routed}: has another shape than --dense {dense}; give an export of it."
+            )
+        tokenizer = AutoTokenizer.from_pretrained(dense)
+
+        def prompts(batch: int, context: int) -> Tensor:
+            texts = long_prompts(tokenizer, length=context, count=batch)
+            if min(text.shape[1] for text in texts) < context:
+                raise ValueError(
+                    f"--batches {batch} --contexts {context}: Python's documentation is too short "
+                    "for so many such prompts; lower one of them."
+                )
+            return torch.cat(texts)
+
+        return cls(load_model(dense, dtype=dtype), load_model(routed, dtype=dtype), prompts)
+
+    @classmethod
+    def of_shape(
+        cls, name: str, granularity: str, *, keys_values: str | None = None, dtype: torch.dtype
+    ) -> Pair:
+        """Random weights, which both models share, made on the device; random ids as prompts."""
+        shape = portable_config(SHAPES[name])
+        layers = shape["num_hidden_layers"]
+        chosen = resolve_layers({"deepest": layers // 2}, num_layers=layers)
+        routing = RoutingConfig(
+            granularity,
+            chosen,
+            capacity=(0.5,) * len(chosen),
+            scope="layer",
+            keys_values=keys_values,
+        )
+        config = MoDLlamaConfig(
+            routing=routing.to_dict(), architectures=[MoDLlamaForCausalLM.__name__], **shape
+        )
+        plain = LlamaConfig(architectures=[LlamaForCausalLM.__name__], **shape)
+        torch.manual_seed(0)
+        with device.device():
+            routed = MoDLlamaForCausalLM._from_config(config, dtype=dtype)
+            dense = LlamaForCausalLM._from_config(plain, dtype=dtype)
+        dense.load_state_dict(routed.state_dict(), strict=False, assign=True)
+        for layer in chosen:
+            router = routed.model.layers[layer].router.float()
+            torch.nn.init.normal_(router.weight, std=shape["hidden_size"] ** -0.5)
+
+        def prompts(batch: int, context: int) -> Tensor:
+            generator = torch.Generator().manual_seed(context)
+            return torch.randint(shape["vocab_size"], (batch, context), generator=generator)
+
+        return cls(dense.eval(), routed.eval(), prompts)
+
+    def measure(
+        self,
+        batch: int,
+        context: int,
+        *,
+        repetitions: int,
+        new_tokens: int,
+        capacity: float | None = None,
+    ) -> dict:
+        """One row: medians of ``repetitions`` prefills and of ``new_tokens`` decode steps.
+
+        Of each, ``speedup = dense_s / routed_s`` stands beside ``ideal``, the same ratio of the
+        work that the decisions of the timed calls leave: floating-point operations of a prefill,
+        bytes of weights and cache of a decode step. ``share = speedup / ideal``, and
+        ``saving_share = (1 - 1 / speedup) / (1 - 1 / ideal)``, ``None`` where that is less
+        than a hundredth to save.
+
+        Args:
+            capacity: share of these prompts' units that the thresholds are first set to keep;
+                ``None``: thresholds stay as they are.
+        """
+        ids = self.prompts(batch, context)
+        if capacity is not None:
+            hold(self.routed, capacity, ids)
+        with decisions_of(self.routed) as made:
+            dense, routed = speed.compare(
+                [self.dense, self.routed], [ids], prefills=repetitions, new_tokens=new_tokens
+            )
+        prefill, steps = made[-new_tokens - 1], made[-new_tokens:]
+        work = Work.of(self.dense.config.to_dict()), Work.of(self.routed.config.to_dict())
+        size = self.dense.lm_head.weight.element_size()
+        flops = [prefill_flops(w, prefill, length=context) for w in work]
+        bytes_ = [decode_bytes(w, prefill, steps, length=context, element_size=size) for w in work]
+        return {
+            "batch": batch,
+            "context": context,
+            "capacity": kept_share([prefill]),
+            "prefill": _beside(dense.prefill_s, routed.prefill_s, flops[0] / flops[1]),
+            "decode": {
+                "capacity": kept_share(steps),
+                **_beside(dense.decode_s, routed.decode_s, bytes_[0] / bytes_[1]),
+            },
+        }
+
+
+def hold(routed, capacity: float, ids: Tensor) -> None:
+    """Set the thresholds so that ``capacity`` of the prompts' ``[B, S]`` units is kept.
+
+    It is in the scope the routers were trained in, but that by ``layer``, where a batch may have
+    too few sequences for the share, layers keep numbers of them that come out right in sum.
+    """
+    routing = routed.config.routing
+    shares: float | list[float] = capacity
+    if routing["scope"] == "layer" and routing["granularity"].endswith("sequence"):
+        batch, layers = len(ids), len(routing["layers"])
+        kept = [int(capacity * batch * n + 0.5) for n in range(layers + 1)]
+        shares = [(b - a) / batch for a, b in pairwise(kept)]
+    routed.set_capacity(shares, ids.to(routed.device))
+
+
+@contextmanager
+def decisions_of(routed) -> Iterator[list[Decisions]]:
+    """Collects what each call of a routed model decides, without waiting for the device."""
+    made: list[Decisions] = []
+
+    def take(*_: object) -> None:
+        made.append({n: kept for n, (kept,) in routed.model.record.decisions.items()})
+
+    hook = routed.register_forward_hook(take)
+    try:
+        yield made
+    finally:
+        hook.remove()
+
+
+def kept_share(calls: Sequence[Decisions]) -> float:
+    """Share of all units that were kept."""
+    return mean([float(kept.float().mean()) for made in calls for kept in made.values()])
+
+
+def prefill_flops(work: Work, made: Decisions, *, length: int) -> int:
+    """Floating-point operations of a batch's forward pass of ``length`` tokens each."""
+    kept = _by_token(work, made, length)
+    batch = len(next(iter(made.values())))
+    return sum(work.prefill(length, {n: k[row] for n, k in kept.items()}) for row in range(batch))
+
+
+def decode_bytes(
+    work: Work, prefill: Decisions, steps: Sequence[Decisions], *, length: int, element_size: int
+) -> float:
+    """Bytes that one of these decode steps after a prefill of ``length`` tokens reads, the mean."""
+    batch = len(next(iter(prefill.values())))
+    history, total = _by_token(work, prefill, length), 0
+    for number, step in enumerate(steps):
+        now = _by_token(work, step, 1)
+        total += work.decode_bytes(
+            [length + number] * batch,
+            {n: kept[:, 0] for n, kept in now.items()},
+            {n: _stored(work, kept) for n, kept in history.items()},
+            element_size=element_size,
+        )
+        history = {n: torch.cat([kept, now[n]], 1) for n, kept in history.items()}
+    return total / len(steps)
+
+
+def _by_token(work: Work, made: Decisions, length: int) -> dict[int, Tensor]:
+    """A call's decisions as ``[B, length]`` on the CPU; of a dense model, none."""
+    if work.routing is None:
+        return {}
+    return {n: kept.cpu().view(len(kept), -1).expand(-1, length) for n, kept in made.items()}
+
+
+def _stored(work: Work, kept: Tensor) -> list[int]:
+    """How many keys each sequence has in a routed layer's cache after it decided ``[B, T]``."""
+    if work.routing.target == "mlp" or work.routing.keys_values == "all":
+        kept = torch.ones_like(kept)
+    if window := work.arch.window_size:
+        kept = kept[:, -(window - 1) :]
+    return kept.sum(1).tolist()
+
+
+def _beside(dense_s: float, routed_s: float, ideal: float) -> dict[str, float | None]:
+    speedup, saving = dense_s / routed_s, 1 - 1 / ideal
+    return {
+        "dense_s": dense_s,
+        "routed_s": routed_s,
+        "speedup": speedup,
+        "ideal": ideal,
+        "share": speedup / ideal,
+        "saving_share": (1 - 1 / speedup) / saving if saving > 0.01 else None,
+    }
+
+
+def machine(pair: Pair, dtype: str) -> dict[str, object]:
+    """Where and with what a measurement was made."""
+    return {
+        "device": device.describe(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": dtype,
+        "granularity": pair.routed.config.routing["granularity"],
+        "keys_values": pair.routed.config.routing.get("keys_values"),
+    }
