@@ -28,6 +28,7 @@ setup(
         "tqdm",
         "datasets>=3",
         "filelock",
+        "matplotlib>=3.8",
         "ijson>=3.2",
         "jinja2>=3.1",  # chat templates
         "sentencepiece",

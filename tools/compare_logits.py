@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_mod.config.errors import one_message
+from megatron_mod.conversion.source import open_source
 from megatron_mod.evaluation.parity import max_relative_difference, prompt_batch
 from megatron_mod.parallel import topology
 from megatron_mod.training.restore import restore_model
@@ -44,7 +45,7 @@ def main() -> None:
         topology.initialize(ranks)
         figures = []
         for load, hf_path in zip(args.load, args.hf_path, strict=True):
-            model, tokenizer = restore_model(load, ranks)
+            model, tokenizer = restore_model(open_source(load), ranks)
             rows = tokenizer([prompt_text(64), prompt_text(200)])["input_ids"]
             difference = max_relative_difference(model, hf_path, [prompt_batch(rows)])
             figures.append({"load": load, "hf_path": hf_path, "max_rel": difference})

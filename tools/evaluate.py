@@ -14,16 +14,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_mod.config.errors import one_message
-
-if TYPE_CHECKING:
-    from megatron_mod.evaluation.backend import Backend
-    from megatron_mod.evaluation.request import Request
-    from megatron_mod.parallel.topology import Topology
 
 
 def main() -> None:
@@ -47,6 +41,7 @@ def main() -> None:
             from megatron_mod.evaluation.tasks import find_tasks
 
             manager = find_tasks(request)
+        from megatron_mod.evaluation.load import load_backend
         from megatron_mod.evaluation.report import evaluate, table
         from megatron_mod.parallel import topology
 
@@ -56,7 +51,15 @@ def main() -> None:
             world_size=topology.environment_world_size(),
         )
         topology.initialize(ranks)
-        report = evaluate(request, load(request, ranks), manager, is_first_rank=is_first_rank)
+        backend = load_backend(
+            request.load,
+            ranks,
+            dtype=request.dtype,
+            max_length=request.max_length,
+            batch_size=request.batch_size,
+            pooling=request.pooling,
+        )
+        report = evaluate(request, backend, manager, is_first_rank=is_first_rank)
         topology.print_once("\n" + table(report))
         if request.json:
             topology.write_once(
@@ -101,25 +104,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--tensor", type=int, default=1, help="tensor-parallel ranks of a Megatron checkpoint")
     add("--pipeline", type=int, default=1, help="pipeline-parallel ranks of a Megatron checkpoint")
     add("--json", metavar="FILE", help="also write the report to this file")
-
-
-def load(request: Request, ranks: Topology) -> Backend:
-    """The model, ready to be asked on all ranks."""
-    import torch
-    import torch.distributed as dist
-
-    dtype = getattr(torch, request.dtype)
-    settings = {name: getattr(request, name) for name in ("max_length", "batch_size", "pooling")}
-    if request.is_megatron:
-        from megatron_mod.evaluation.megatron_backend import MegatronBackend
-        from megatron_mod.training.restore import restore_model
-
-        return MegatronBackend(*restore_model(request.load, ranks, dtype=dtype), **settings)
-    from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend, load_huggingface
-
-    shared = {"data_rank": dist.get_rank(), "data_ranks": dist.get_world_size()}
-    model, tokenizer = load_huggingface(request.load, dtype=dtype)
-    return HuggingFaceBackend(model, tokenizer, **settings, **shared)
 
 
 if __name__ == "__main__":

@@ -77,14 +77,23 @@ def write_step(
 def write_published(
     folder: Path, routing: RoutingConfig, weights: dict[int, Tensor], hf_config: dict
 ) -> None:
-    """Fill a folder as the published code saves routers: its config fields, and their weights."""
+    """Fill a folder as the published code saves routers: its config fields, and their weights.
+
+    Raises:
+        ValueError: thresholds that differ, which the published code does not know.
+    """
+    if len(set(routing.thresholds)) > 1:
+        raise ValueError(
+            "--routers-only: the layers' thresholds differ, and the published format has one for "
+            "all; calibrate with --scope model, or export the whole model."
+        )
     routed = [layer in routing.layers for layer in range(hf_config["num_hidden_layers"])]
     target = dict(zip(routing.layers, routing.capacity, strict=True))
     config = {
         **hf_config,
         "is_mod": routed,
         "granularity": routing.granularity,
-        "threshold": routing.threshold,
+        "threshold": routing.thresholds[0],
         "mod_capacity": [target.get(layer) for layer in range(len(routed))],
         "gradient_scale": routing.capacity_loss_weight,
     }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -19,13 +20,22 @@ from megatron_mod.evaluation.rows import Row, Score
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Observation:
+    """A row's score, and the logits of its units in each routed layer: ``[1]`` of a sequence,
+    ``[len(ids)]`` of its tokens."""
+
+    score: Score
+    logits: dict[int, Tensor]
+
+
 class Backend(abc.ABC):
     """Scores and continues texts on behalf of all ranks of a job.
 
     Every rank makes the same calls and gets all results: batches are dealt to the data-parallel
     ranks, and what they find is gathered.
 
-    A subclass sets ``layers``, the routed layers' indices.
+    A subclass sets ``layers``, the routed layers' indices, and ``thresholds``, theirs.
 
     Args:
         tokenizer: the model's, fast.
@@ -40,6 +50,7 @@ class Backend(abc.ABC):
     """
 
     layers: Sequence[int]
+    thresholds: Sequence[float]
 
     def __init__(
         self,
@@ -69,17 +80,41 @@ class Backend(abc.ABC):
         self.tokenizer = tokenizer
         self.max_length = max_length or positions
         self.batch_size = batch_size
+        self.by_sequence = by_sequence
         self.pooling = (pooling or "prompt") if by_sequence else None
         self.stop_tokens = stop_tokens(tokenizer)
         self._data_rank, self._data_ranks = data_rank, data_ranks
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
         """Each row's score, in order."""
-        if self.pooling == "all":
-            rows = [replace(row, context=len(row.ids)) for row in rows]
+        rows = self._pooled(rows)
         batches = self._deal([len(row.ids) for row in rows])
         parts = [[rows[index] for index in batch] for batch in batches]
         return self._collect(batches, self._score(self._shown(parts, "scoring")), len(rows))
+
+    def observe(self, rows: Sequence[Row], *, thresholds: Sequence[float]) -> list[Observation]:
+        """Each row's score and router logits, in order, with the routers at ``thresholds``, one
+        per routed layer."""
+        rows = self._pooled(rows)
+        batches = self._deal([len(row.ids) for row in rows])
+        parts = [[rows[index] for index in batch] for batch in batches]
+        self._set_thresholds(thresholds)
+        with self._watching() as watched:
+            scores = self._collect(batches, self._score(parts), len(rows))
+        mine: dict[int, dict[int, Tensor]] = {}
+        for layer, found in watched.items():
+            for part, batch, logits in zip(parts, batches, found, strict=True):
+                sizes = [1 if self.by_sequence else len(row.ids) for row in part]
+                for index, units in zip(batch, logits.cpu().split(sizes), strict=True):
+                    mine.setdefault(index, {})[layer] = units
+        everybody: dict[int, dict[int, Tensor]] = {}
+        for one in _gather(mine):
+            for index, logits in one.items():
+                everybody.setdefault(index, {}).update(logits)
+        return [
+            Observation(score, {layer: everybody[index][layer] for layer in self.layers})
+            for index, score in enumerate(scores)
+        ]
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, until: Sequence[str], max_new_tokens: int
@@ -94,20 +129,24 @@ class Backend(abc.ABC):
     def capacity(self) -> dict[int, float]:
         """Share of the units (sequences or tokens) of all scored texts and prompts so far that
         kept each routed layer; the same on every rank. Generated tokens are not counted."""
-        counts = self._counts()
-        if dist.is_initialized():
-            parts: list = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, counts)
-            counts = sum(parts)
-        pairs = counts.t().tolist()
+        pairs = sum(_gather(self._counts())).t().tolist()
         return {
             layer: kept / units if units else 1.0
             for layer, (kept, units) in zip(self.layers, pairs, strict=True)
         }
 
     @abc.abstractmethod
-    def _counts(self) -> torch.Tensor:
+    def _counts(self) -> Tensor:
         """Kept and counted units ``[2, num_routed]`` of this rank, such that all ranks' add up."""
+
+    @abc.abstractmethod
+    def _set_thresholds(self, thresholds: Sequence[float]) -> None:
+        """Let the routed layers decide by these thresholds, one for each, on all ranks."""
+
+    @abc.abstractmethod
+    def _watching(self) -> AbstractContextManager[dict[int, list[Tensor]]]:
+        """Yields, for each routed layer that this rank holds, a list that each batch run in the
+        block adds its units' logits to, row by row ``[num_units]``."""
 
     @abc.abstractmethod
     def _score(self, batches: Collection[Sequence[Row]]) -> list[list[Score]]:
@@ -148,16 +187,27 @@ class Backend(abc.ABC):
         """Everybody's results in order, from those of this rank's batches (or nothing)."""
         pairs = zip(batches, found, strict=bool(found))
         mine = {index: value for pair in pairs for index, value in zip(*pair, strict=True)}
-        parts = [mine]
-        if dist.is_initialized():
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, mine)
-        results = {index: value for part in parts for index, value in part.items()}
+        results = {index: value for part in _gather(mine) for index, value in part.items()}
         return [results[index] for index in range(total)]
+
+    def _pooled(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows as a decision is to see them."""
+        if self.pooling == "all":
+            return [replace(row, context=len(row.ids)) for row in rows]
+        return rows
 
     def _shown(self, batches: Sequence[T], what: str) -> Collection[T]:
         is_first = not dist.is_initialized() or dist.get_rank() == 0
         return tqdm(batches, desc=what, disable=not is_first)
+
+
+def _gather(mine: T) -> list[T]:
+    """Every rank's, in their order."""
+    if not dist.is_initialized():
+        return [mine]
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts
 
 
 def stop_tokens(tokenizer) -> frozenset[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from transformers import (
 
 from megatron_mod.evaluation.backend import Backend
 from megatron_mod.evaluation.rows import Row, Score, collate_rows, label_places, scores
+from megatron_mod.routing.config import logit_border
 from megatron_mod.routing.masks import TokenRole, valid_tokens
 
 
@@ -47,6 +49,8 @@ class HuggingFaceBackend(Backend):
         )
         self.model = model.eval()
         self.layers = tuple(routing["layers"]) if routing else ()
+        self.thresholds = tuple(model.config.thresholds().values()) if routing else ()
+        self._borders: _WatchedBorders | None = None
         self._kept: Counter[int] = Counter()
         self._units: Counter[int] = Counter()
 
@@ -54,6 +58,19 @@ class HuggingFaceBackend(Backend):
         return torch.tensor(
             [[c[layer] for layer in self.layers] for c in (self._kept, self._units)]
         )
+
+    def _set_thresholds(self, thresholds: Sequence[float]) -> None:
+        self.thresholds = tuple(thresholds)
+        if self.layers:
+            self.model.set_thresholds(list(thresholds))
+
+    @contextmanager
+    def _watching(self) -> Iterator[dict[int, list[Tensor]]]:
+        self._borders = _WatchedBorders(self.layers, self.thresholds)
+        try:
+            yield self._borders.watched
+        finally:
+            self._borders = None
 
     @torch.no_grad()
     def _score(self, batches: Collection[Sequence[Row]]) -> list[list[Score]]:
@@ -63,6 +80,8 @@ class HuggingFaceBackend(Backend):
             extra = {}
             if self.pooling:
                 extra["routing_mask"] = batch.roles == TokenRole.PROMPT
+            if self._borders and self.layers:
+                extra["borders"] = self._borders
             places = label_places(batch)
             first = int(places[1].min()) if len(places[1]) else 0
             output = self.model(
@@ -108,6 +127,19 @@ class HuggingFaceBackend(Backend):
             for layer, report in self.model.routing_report()["layers"].items():
                 self._kept[layer] += report["kept"]
                 self._units[layer] += report["units"]
+
+
+class _WatchedBorders:
+    """Tells an export its borders, as its ``CapacityBorders`` does, and keeps the logits."""
+
+    def __init__(self, layers: Sequence[int], thresholds: Sequence[float]) -> None:
+        pairs = zip(layers, thresholds, strict=True)
+        self.borders = {layer: logit_border(threshold) for layer, threshold in pairs}
+        self.watched: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+
+    def find(self, layer: int, logits: Tensor) -> float:
+        self.watched[layer].append(logits)
+        return self.borders[layer]
 
 
 class _Stop(StoppingCriteria):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -46,6 +47,7 @@ class MegatronBackend(Backend):
         )
         self.model = model.eval()
         self.layers = routing.layers if routing else ()
+        self.thresholds = routing.thresholds if routing else ()
         for layer in model.routed_layers().values():
             # Rows say what a decision sees, whatever the routers were trained with.
             layer.routing = replace(routing, pooling=self.pooling and "prompt")
@@ -55,6 +57,22 @@ class MegatronBackend(Backend):
         """Only the first tensor-parallel rank's: the others hold copies."""
         is_copy = parallel_state.get_tensor_model_parallel_rank() > 0
         return torch.zeros_like(self._counted) if is_copy else self._counted
+
+    def _set_thresholds(self, thresholds: Sequence[float]) -> None:
+        self.thresholds = tuple(thresholds)
+        for layer in self.model.routed_layers().values():
+            layer.routing = replace(layer.routing, threshold=self.thresholds)
+
+    @contextmanager
+    def _watching(self) -> Iterator[dict[int, list[Tensor]]]:
+        routers = self.model.routers()
+        for router in routers.values():
+            router.watched = []
+        try:
+            yield {layer: router.watched for layer, router in routers.items()}
+        finally:
+            for router in routers.values():
+                router.watched = None
 
     def _score(self, batches: Collection[Sequence[Row]]) -> list[list[Score]]:
         return self._run(batches, read=partial(_scores, vocab_size=self.model.unpadded_vocab_size))

@@ -65,25 +65,32 @@ class Request:
             raise ValueError(f"--perplexity {self.perplexity}: no such file.")
         if self.json and not Path(self.json).absolute().parent.is_dir():
             raise ValueError(f"--json {self.json}: its folder does not exist; make it first.")
-        if not self.is_megatron:
-            self._check_huggingface()
-
-    def _check_huggingface(self) -> None:
-        if not Path(self.load, "config.json").is_file():
-            raise ValueError(
-                f"--load {self.load}: neither a Hugging Face folder (config.json) nor a checkpoint "
-                "that tools/convert_hf_to_megatron.py or launch/pretrain_router.py wrote."
-            )
-        if self.tensor * self.pipeline > 1:
-            raise ValueError(
-                f"--tensor {self.tensor} --pipeline {self.pipeline}: a Hugging Face folder is run "
-                "whole on every rank; leave them out, or load the Megatron checkpoint."
-            )
-
-    @property
-    def is_megatron(self) -> bool:
-        """Whether ``load`` is a checkpoint of ours rather than a Hugging Face folder."""
-        return any(Path(self.load, name).is_file() for name in ("megatron_mod.json", "latest"))
+        check_load(self.load, tensor=self.tensor, pipeline=self.pipeline)
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+def is_megatron(load: str | Path) -> bool:
+    """Whether a folder is a checkpoint of ours rather than a Hugging Face folder."""
+    return any(Path(load, name).is_file() for name in ("megatron_mod.json", "latest"))
+
+
+def check_load(load: str, *, tensor: int, pipeline: int) -> None:
+    """Refuse a folder that cannot be run, or not in this way.
+
+    Raises:
+        ValueError: neither kind of folder, or parallel degrees for a Hugging Face one.
+    """
+    if is_megatron(load):
+        return
+    if not Path(load, "config.json").is_file():
+        raise ValueError(
+            f"--load {load}: neither a Hugging Face folder (config.json) nor a checkpoint "
+            "that tools/convert_hf_to_megatron.py or launch/pretrain_router.py wrote."
+        )
+    if tensor * pipeline > 1:
+        raise ValueError(
+            f"--tensor {tensor} --pipeline {pipeline}: a Hugging Face folder is run whole on "
+            "every rank; leave them out, or load the Megatron checkpoint."
+        )

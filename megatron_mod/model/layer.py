@@ -128,14 +128,15 @@ class RoutedTransformerLayer(TransformerLayer):
 
     def _decide_tokens(self, normed: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """Which tokens are kept, bool ``[S, B]``, and the mask with its gradient."""
+        logits = self.router(normed)
         mask = keep_mask(
-            self.router(normed),
+            logits,
             border=self.logit_border,
             penalty_gradient=self.router.penalty_per_unit * layout.valid,
         )
         mask = mask * layout.valid
         kept = mask.detach().bool()
-        self.router.count(kept, layout.valid)
+        self.router.count(logits, kept, layout.valid)
         return kept, mask
 
     def _decide_sequences(self, normed: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
@@ -150,12 +151,13 @@ class RoutedTransformerLayer(TransformerLayer):
             total = reduce_from_tensor_model_parallel_region(total, group=cp)
             counts = reduce_from_tensor_model_parallel_region(counts, group=cp)
         is_valid = counts[1] > 0
+        logits = total / counts[0].clamp(min=1)
         mask = keep_mask(
-            total / counts[0].clamp(min=1),
+            logits,
             border=self.logit_border,
             penalty_gradient=self.router.penalty_per_unit * is_valid,
         )
-        self.router.count(mask.detach().bool(), is_valid)
+        self.router.count(logits, mask.detach().bool(), is_valid)
         if cp.size() > 1:
             # Each rank's use of the mask sees only its tokens: add up what comes back.
             mask = copy_to_tensor_model_parallel_region(mask, group=cp)

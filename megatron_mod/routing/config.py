@@ -72,14 +72,17 @@ class RoutingConfig:
         """One decision per sequence rather than per token."""
         return self.granularity.endswith("_sequence")
 
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """One per routed layer."""
+        if isinstance(self.threshold, tuple):
+            return self.threshold
+        return (self.threshold,) * len(self.layers)
+
     def logit_border(self, layer: int) -> float:
-        """``log(t / (1 - t))`` of a layer: a unit is kept when its logit is at least this."""
-        threshold = self.threshold
-        if isinstance(threshold, tuple):
-            threshold = threshold[self.layers.index(layer)]
-        if threshold in (0.0, 1.0):
-            return math.inf if threshold else -math.inf
-        return math.log(threshold / (1.0 - threshold))
+        """A layer's: a unit is kept when its logit is at least this."""
+        threshold = self.thresholds[self.layers.index(layer)]
+        return logit_border(threshold)
 
     def to_dict(self) -> dict:
         """JSON form; ``from_dict`` reads it back."""
@@ -91,6 +94,13 @@ class RoutingConfig:
         return cls(
             **{k: tuple(v) if k in lists and isinstance(v, list) else v for k, v in values.items()}
         )
+
+
+def logit_border(threshold: float) -> float:
+    """``log(t / (1 - t))``: the logit whose sigmoid is the threshold."""
+    if threshold in (0.0, 1.0):
+        return math.inf if threshold else -math.inf
+    return math.log(threshold / (1.0 - threshold))
 
 
 def resolve_layers(layers: dict[str, int] | list[int], *, num_layers: int) -> tuple[int, ...]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from megatron_mod.conversion.load import load_base
 from megatron_mod.conversion.routers import read_step
-from megatron_mod.conversion.source import open_source
+from megatron_mod.conversion.source import Source
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.architecture import check_parallel
 from megatron_mod.model.builder import ModelChunks, build_model, transformer_config
@@ -17,15 +15,14 @@ from megatron_mod.parallel.topology import Topology
 
 
 def restore_model(
-    load: str | Path, ranks: Topology, *, dtype: torch.dtype = torch.float32
+    source: Source, ranks: Topology, *, dtype: torch.dtype = torch.float32
 ) -> tuple[ModelChunks, object]:
     """This rank's stage of a base checkpoint (dense) or of a training run (with its routers), and
     the tokenizer.
 
     Raises:
-        ValueError: no such checkpoint, or a topology that does not fit it.
+        ValueError: a topology that does not fit it.
     """
-    source = open_source(load)
     base = source.base
     check_parallel(base.arch, tensor=ranks.tensor, pipeline=ranks.pipeline)
     config = transformer_config(

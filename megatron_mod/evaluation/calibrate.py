@@ -1,0 +1,154 @@
+"""One calibration from request to files: observe, find the budget's point, show the curve."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_mod.evaluation import figures
+from megatron_mod.evaluation.budget import BudgetRequest
+from megatron_mod.evaluation.calibration import Calibration
+from megatron_mod.evaluation.curve import Curve, CurvePoint
+from megatron_mod.evaluation.export_timing import ExportTiming
+from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
+from megatron_mod.evaluation.load import Routed, load_routed
+from megatron_mod.evaluation.perplexity import read_rows
+from megatron_mod.evaluation.request import TEXT_LENGTH
+from megatron_mod.evaluation.rows import Row
+from megatron_mod.evaluation.thresholds_file import write_thresholds
+from megatron_mod.parallel.agree import on_first_rank
+from megatron_mod.parallel.topology import Topology, print_once
+
+NEAR = 0.02  # of the curve's capacities
+REPORT, FIGURE = "calibration.json", "calibration.png"
+
+
+def calibrate(request: BudgetRequest, ranks: Topology) -> dict:
+    """Set the thresholds that meet the budget; called by all ranks. Returns ``calibration.json``.
+
+    Raises:
+        ValueError: nothing to calibrate, or a budget that cannot be met; nothing is written.
+    """
+    settings = {name: getattr(request, name) for name in ("max_length", "batch_size", "pooling")}
+    model = load_routed(request.load, ranks, dtype=request.dtype, **settings)
+    rows = calibration_rows(request, model)
+    before = model.backend.thresholds
+    scope = request.scope or model.work.routing.scope
+    timing = None
+    if isinstance(model.backend, HuggingFaceBackend) and ranks.world_size == 1:
+        timing = ExportTiming(model.backend.model, rows)
+    tokens = sum(len(row.ids) for row in rows)
+    print_once(f"{len(rows)} samples, {tokens} tokens of {request.data}; scope {scope}")
+    if timing:
+        print_once(
+            f"prefill and decode: {len(timing.prompts)} prompts of {timing.mean_length:.0f} tokens "
+            "(mean), dense and routed in turn"
+        )
+
+    with tqdm(desc="passes over the samples", unit="") as passes:
+        calibration = Calibration(
+            model.backend, rows, model.work, scope=scope, after_pass=passes.update
+        )
+        chosen = request.find(calibration)
+        curve = Curve(calibration, timing=timing)
+        say(HEADER)
+        say(dense_line(calibration))
+        shown: list[CurvePoint] = []
+        for capacity in request.curve:
+            shown.append(curve.at(calibration.at_capacity(capacity, tolerance=NEAR)))
+            say(line(shown[-1]))
+        for name, point in (("as it was", calibration.at(before)), ("chosen", chosen)):
+            shown.append(curve.at(point))
+            say(line(shown[-1], name))
+    *points, was, met = (point.to_dict() for point in shown)
+    report = {
+        "request": request.to_dict(),
+        "samples": len(rows),
+        "tokens": tokens,
+        "scope": scope,
+        "pooling": model.backend.pooling,
+        "timed_prompts_mean_tokens": timing and timing.mean_length,
+        "dense_perplexity": calibration.dense.perplexity,
+        "curve": points,
+        "before": was,
+        "chosen": met,
+    }
+    save = partial(
+        write_thresholds, model, chosen.thresholds, save=request.save, add=partial(add, report)
+    )
+    folder = on_first_rank(lambda: str(save()))
+    print_once(
+        f"{request.describe()}: capacity {chosen.mean_capacity:.3f}; thresholds, {REPORT} and "
+        f"{FIGURE} are in {folder}"
+    )
+    return report
+
+
+def calibration_rows(request: BudgetRequest, model: Routed) -> list[Row]:
+    """The samples to observe.
+
+    Raises:
+        ValueError: a text, which has no prompts, where decisions are to be made on prompts.
+    """
+    backend = model.backend
+    is_text = Path(request.data).suffix != ".jsonl"
+    if is_text and backend.pooling == "prompt":
+        raise ValueError(
+            f"--data {request.data}: a text has no prompts for a sequence's decision to see; give "
+            "conversations (.jsonl), or --pooling all to decide on whole windows of the text."
+        )
+    length = min(request.max_length or TEXT_LENGTH, backend.max_length)
+    rows = read_rows(request.data, backend.tokenizer, max_length=length)
+    return evenly(rows, request.samples or len(rows))
+
+
+def evenly(rows: Sequence[Row], count: int) -> list[Row]:
+    """At most ``count`` of the rows, from all over."""
+    count = min(count, len(rows))
+    return [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
+
+
+def say(text: str) -> None:
+    """Print on the first rank, above the progress bar."""
+    if dist.get_rank() == 0:
+        tqdm.write(text)
+
+
+def add(report: dict, folder: Path) -> None:
+    """Write report and figure into a folder."""
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    figure = figures.quality_against_work(
+        [*report["curve"], report["chosen"]],
+        dense_perplexity=report["dense_perplexity"],
+        chosen=report["chosen"],
+    )
+    figure.savefig(folder / FIGURE, dpi=150)
+
+
+HEADER = (
+    f"{'':<10} {'capacity':>8} {'perplexity':>10} {'static (layers removed)':>24}"
+    f" {'counted':>8} {'prefill':>8} {'decode':>8}"
+)
+
+
+def dense_line(calibration: Calibration) -> str:
+    return f"{'dense':<10} {1:>8.3f} {calibration.dense.perplexity:>10.3f}"
+
+
+def line(shown: CurvePoint, name: str = "") -> str:
+    """A point of the curve as a row of the table."""
+
+    def ratio(value: float | None) -> str:
+        return f"{'-' if value is None else f'{value:.3f}x':>8}"
+
+    point = shown.point
+    static = f"{shown.static.perplexity:.3f} ({len(shown.removed)})"
+    return (
+        f"{name:<10} {point.mean_capacity:>8.3f} {point.perplexity:>10.3f} {static:>24}"
+        f" {ratio(shown.speedup)} {ratio(shown.prefill)} {ratio(shown.decode)}"
+    )

@@ -1,0 +1,43 @@
+"""Calibrated thresholds, written to where a model keeps its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_mod.evaluation.load import Routed
+from megatron_mod.folders import new_folder, write_durably
+
+
+def write_thresholds(
+    model: Routed,
+    thresholds: Sequence[float],
+    *,
+    save: str | Path | None,
+    add: Callable[[Path], None],
+) -> Path:
+    """Change the thresholds of an export or of a training's step, or of a copy; returns its folder.
+
+    Args:
+        save: new folder for the copy; ``None``: change the model's own by one rename.
+        add: writes further files into the folder.
+
+    Raises:
+        ValueError: ``save`` exists.
+    """
+    settings = json.loads(model.settings.read_text(encoding="utf-8"))
+    settings["routing"]["threshold"] = list(thresholds)
+    if "base" in settings:  # relative for routers that lie in their base
+        settings["base"] = str((model.folder / settings["base"]).resolve())
+    text = json.dumps(settings, indent=2) + "\n"
+    if save is None:
+        add(model.folder)
+        write_durably(model.settings, text)
+        return model.folder
+    with new_folder(save) as folder:
+        shutil.copytree(model.folder, folder, dirs_exist_ok=True)
+        (folder / model.settings.name).write_text(text, encoding="utf-8")
+        add(folder)
+    return Path(save)
