@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -235,12 +236,16 @@ class TokenCacheLayer(RoutedCacheLayer):
             self.keys = keys.new_zeros(batch, keys.shape[1], 0, keys.shape[2])
             self.values = values.new_zeros(self.keys.shape)
             self.slots = kept.index.new_zeros(batch, 0)
+        if batch == 1:
+            self.keys = torch.cat([self.keys, keys.transpose(0, 1)[None]], 2)
+            self.values = torch.cat([self.values, values.transpose(0, 1)[None]], 2)
+            self.slots = torch.cat([self.slots, self.seen + kept.columns[None]], 1)
+            return self.keys, self.values, self.slots
         before = self.slots.shape[1]
         places = (self.slots >= 0).sum(1)[kept.rows] + kept.ranks
-        if batch == 1:
-            grown = before + len(places)
-        else:  # rows differ in length, so the longest is the device's to say
-            grown = max(before, int(places.max()) + 1) if len(places) else before
+        grown = before
+        if len(places):  # rows differ in length, so the longest is the device's to say
+            grown = max(before, int(places.max()) + 1)
         pad = (0, 0, 0, grown - before)
         self.keys, self.values = (nn.functional.pad(t, pad) for t in (self.keys, self.values))
         self.slots = nn.functional.pad(self.slots, pad[2:], value=-1)
@@ -300,21 +305,21 @@ def prepare_cache(cache: Cache, config: RoutedConfig) -> Cache:
             f"past_key_values is a {type(cache).__name__}; what a routed layer stores has no fixed "
             "size and belongs to some sequences or tokens only: pass a DynamicCache, or none."
         )
-    routing = config.routing
+    routing, kind, settings = config.routing, None, {}
     target, unit = routing["granularity"].split("_")
-    layers = DynamicCache(config=config).layers
-    for index in routing["layers"]:
-        if unit == "sequence":
-            everyone = target == "mlp"
-            layers[index] = SequenceCacheLayer(config.window(index), everyone=everyone)
-        elif target != "mlp" and routing.get("keys_values") == "selected":
-            layers[index] = TokenCacheLayer(config.window(index))
+    if unit == "sequence":
+        kind, settings = SequenceCacheLayer, {"everyone": target == "mlp"}
+    elif target != "mlp" and routing.get("keys_values") == "selected":
+        kind = TokenCacheLayer
+    routed = routing["layers"] if kind else []
     if cache.get_seq_length() == 0:
-        cache.layers, cache.layer_class_to_replicate = layers, None
+        cache.layers = DynamicCache(config=config).layers
+        cache.layer_class_to_replicate = None
+        for index in routed:
+            cache.layers[index] = kind(config.window(index), **settings)
         return cache
-    routed = [type(layer) if isinstance(layer, RoutedCacheLayer) else None for layer in layers]
-    found = [type(layer) if isinstance(layer, RoutedCacheLayer) else None for layer in cache.layers]
-    if found != routed:
+    found = {n: type(c) for n, c in enumerate(cache.layers) if isinstance(c, RoutedCacheLayer)}
+    if found != dict.fromkeys(routed, kind) or len(cache.layers) != config.num_hidden_layers:
         raise ValueError(
             "past_key_values is a used cache that this model did not fill: pass an empty "
             "DynamicCache, or none."
@@ -339,24 +344,45 @@ class TokenSelection:
     """The kept tokens of a call, in the order of the text; ``N`` of them, from ``keep`` [B, S]."""
 
     def __init__(self, keep: Tensor) -> None:
-        self.shape = keep.shape
+        self.keep, self.shape = keep, keep.shape
         self.index = keep.flatten().nonzero().squeeze(-1)  # among all B * S
-        self.rows = self.index // keep.shape[1]
-        self.columns = self.index % keep.shape[1]
-        self.ranks = (keep.cumsum(1) - 1).flatten()[self.index]  # among the row's kept tokens
-        self.longest = len(self.index) if len(keep) == 1 else int(keep.sum(1).max())
+
+    @cached_property
+    def rows(self) -> Tensor:
+        return self.index // self.shape[1]
+
+    @cached_property
+    def columns(self) -> Tensor:
+        return self.index if self.shape[0] == 1 else self.index % self.shape[1]
+
+    @cached_property
+    def ranks(self) -> Tensor:
+        """Each token's place among its row's kept ones."""
+        return self.keep.cumsum(1).flatten()[self.index] - 1
+
+    @cached_property
+    def longest(self) -> int:
+        return 1 if self.shape[1] == 1 else int(self.keep.sum(1).max())
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Each token's place among the ``B * longest`` of ``pad``."""
+        return self.index if self.shape[1] == 1 else self.rows * self.longest + self.ranks
+
+    def take(self, values: Tensor) -> Tensor:
+        """``[N, ...]`` of ``[B, S, ...]``, or of ``[1, S, ...]`` if the rows share it."""
+        return values[0, self.columns] if len(values) == 1 else values.flatten(0, 1)[self.index]
 
     def pad(self, values: Tensor) -> Tensor:
         """``[N, ...]`` to ``[B, longest, ...]``, every row's at its start, zeros behind."""
         if self.shape[0] == 1:
             return values[None]
-        padded = values.new_zeros(self.shape[0], self.longest, *values.shape[1:])
-        padded[self.rows, self.ranks] = values
-        return padded
+        padded = values.new_zeros(self.shape[0] * self.longest, *values.shape[1:])
+        return padded.index_copy_(0, self.places, values).unflatten(0, (-1, self.longest))
 
     def unpad(self, padded: Tensor) -> Tensor:
         """The reverse of ``pad``."""
-        return padded[0] if self.shape[0] == 1 else padded[self.rows, self.ranks]
+        return padded[0] if self.shape[0] == 1 else padded.flatten(0, 1)[self.places]
 
 
 class Router(nn.Module):
@@ -431,14 +457,19 @@ class RoutedLayer:
         keep = self._tokens_to_keep(normed, routing)
         routing.decisions[self.layer_idx] = keep
         kept = TokenSelection(keep)
-        if self.target == "mlp":
+        everything = len(kept.index) == keep.numel()
+        if self.target == "mlp" or (everything and not self.stores_selected):
             hidden_states = hidden_states + self.self_attn(hidden_states=normed, **context)[0]
+            if self.target == "attn":
+                return self._mlp(hidden_states)
             return _at(kept.index, hidden_states.flatten(0, 1), self._mlp).view_as(normed)
         update = self._attend_tokens(normed, kept, routing, context)
-        finish = self._mlp if self.target == "block" else nn.Identity()
-        hidden_states = _at(
-            kept.index, hidden_states.flatten(0, 1), lambda tokens: finish(tokens + update)
-        ).view_as(normed)
+
+        def finish(tokens: Tensor) -> Tensor:
+            tokens = tokens + update
+            return self._mlp(tokens) if self.target == "block" else tokens
+
+        hidden_states = _at(kept.index, hidden_states.flatten(0, 1), finish).view_as(normed)
         return self._mlp(hidden_states) if self.target == "attn" else hidden_states
 
     def _mlp(self, hidden_states: Tensor) -> Tensor:
@@ -475,35 +506,36 @@ class RoutedLayer:
         attn, cache = self.self_attn, context["past_key_values"]
         batch, length, _ = normed.shape
         past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
-        rotary = [t.expand(batch, -1, -1).flatten(0, 1) for t in context["position_embeddings"]]
-        every_token = normed.flatten(0, 1)
-        chosen, chosen_rotary = every_token[kept.index], [t[kept.index] for t in rotary]
+        rotary, slots = context["position_embeddings"], None
+        chosen, chosen_rotary = kept.take(normed), [kept.take(t) for t in rotary]
         if self.stores_selected:
-            keys, values = _project(attn, "k", chosen, chosen_rotary), _project(attn, "v", chosen)
             storage = TokenCacheLayer() if cache is None else cache.layers[self.layer_idx]
-            keys, values, slots = storage.store(keys, values, kept)
+            if len(kept.index) or not storage.is_initialized:
+                keys = _project(attn, "k", chosen, chosen_rotary)
+                keys, values, slots = storage.store(keys, _project(attn, "v", chosen), kept)
             storage.advance(length)
+            plain = batch == length == 1 or not (past or self.window)
         else:
-            shape = (batch, length, -1, attn.head_dim)
-            keys = _project(attn, "k", every_token, rotary).view(shape).transpose(1, 2)
-            values = _project(attn, "v", every_token).view(shape).transpose(1, 2)
+            keys = _project(attn, "k", normed, rotary).transpose(1, 2)
+            values = _project(attn, "v", normed).transpose(1, 2)
             if cache is not None:
                 keys, values = cache.update(keys, values, self.layer_idx)
-            slots = torch.arange(past + length, device=normed.device)[-keys.shape[2] :]
-            slots = slots.expand(batch, -1)
+            plain = length == 1 and context["attention_mask"] is None
         if not len(kept.index):
             return chosen
         query = kept.pad(_project(attn, "q", chosen, chosen_rotary)).transpose(1, 2)
-        if attn.config._attn_implementation == "eager":
+        eager, visible = attn.config._attn_implementation == "eager", None
+        if eager or not plain:  # else all keys are seen, or by place all up to the query's own
+            if slots is None:
+                slots = torch.arange(past + length, device=normed.device)[-keys.shape[2] :]
+                slots = slots.expand(batch, -1)
             visible = self._visible(kept.pad(past + kept.columns), slots, routing)
+        if eager:
             hidden = visible.logical_not().to(query.dtype) * torch.finfo(query.dtype).min
             attended, _ = eager_attention_forward(
                 attn, query, keys, values, hidden, scaling=attn.scaling
             )
         else:  # flash attention knows no choice of queries among the keys
-            visible = None  # what is alone selected, in order, is causal as it is
-            if past or self.window or not self.stores_selected:
-                visible = self._visible(kept.pad(past + kept.columns), slots, routing)
             attended, _ = sdpa_attention_forward(
                 attn, query, keys, values, visible, scaling=attn.scaling
             )
@@ -532,16 +564,14 @@ def _at(index: Tensor, values: Tensor, function: Callable[[Tensor], Tensor]) -> 
 def _project(
     attn: nn.Module, name: str, hidden_states: Tensor, rotary: list[Tensor] | None = None
 ) -> Tensor:
-    """Queries, keys or values ``[N, heads, D]`` of hidden states ``[N, H]``, as ``attn`` has them.
-
-    ``rotary`` holds cosine and sine ``[N, D]`` of the tokens' positions.
-    """
+    """Queries, keys or values ``[..., heads, D]`` of hidden states ``[..., H]``, as ``attn`` has
+    them; ``rotary`` holds cosine and sine ``[..., D]`` of the tokens' positions."""
     heads = getattr(attn, f"{name}_proj")(hidden_states).unflatten(-1, (-1, attn.head_dim))
     if norm := getattr(attn, f"{name}_norm", None):
         heads = norm(heads)
     if rotary is None:
         return heads
-    cos, sin = (t[:, None] for t in rotary)
+    cos, sin = (t.unsqueeze(-2) for t in rotary)
     return heads * cos + rotate_half(heads) * sin
 
 
@@ -751,11 +781,10 @@ def _cache_bytes(
     model: RoutedModel, layer: int, storage: DynamicLayer, *, batch: int
 ) -> tuple[int, int]:
     """What a layer's cache holds, and what it would hold were everything stored."""
-    attn, window = model.layers[layer].self_attn, model.config.window(layer)
-    length = storage.get_seq_length()
-    length = min(length, window - 1) if window else length
-    width = model.config.num_attention_heads // attn.num_key_value_groups * attn.head_dim
-    dense = 2 * batch * length * width * model.embed_tokens.weight.element_size()
+    routed, length = model.layers[layer], storage.get_seq_length()
+    length = min(length, routed.window - 1) if routed.window else length
+    token = 2 * routed.self_attn.k_proj.out_features * model.embed_tokens.weight.element_size()
+    dense = batch * length * token
     held = [tensor for tensor in (storage.keys, storage.values) if tensor is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in held), dense
 
