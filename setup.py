@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_mod", "megatron_mod.*"]),
+    package_data={"megatron_mod.report": ["page.html"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_mod.evaluation import figures
 from megatron_mod.evaluation.budget import BudgetRequest
 from megatron_mod.evaluation.calibration import Calibration
-from megatron_mod.evaluation.curve import Curve, CurvePoint
+from megatron_mod.evaluation.curve import NEAR, Curve, CurvePoint
 from megatron_mod.evaluation.export_timing import ExportTiming
 from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.load import Routed, load_routed
 from megatron_mod.evaluation.perplexity import read_rows
 from megatron_mod.evaluation.request import TEXT_LENGTH
-from megatron_mod.evaluation.rows import Row
+from megatron_mod.evaluation.rows import Row, evenly
 from megatron_mod.evaluation.thresholds_file import write_thresholds
 from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.parallel.topology import Topology, print_once
+from megatron_mod.report import figures
 
-NEAR = 0.02  # of the curve's capacities
 REPORT, FIGURE = "calibration.json", "calibration.png"
 
 
@@ -107,12 +105,6 @@ def calibration_rows(request: BudgetRequest, model: Routed) -> list[Row]:
     return evenly(rows, request.samples or len(rows))
 
 
-def evenly(rows: Sequence[Row], count: int) -> list[Row]:
-    """At most ``count`` of the rows, from all over."""
-    count = min(count, len(rows))
-    return [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
-
-
 def say(text: str) -> None:
     """Print on the first rank, above the progress bar."""
     if dist.get_rank() == 0:
@@ -123,7 +115,7 @@ def add(report: dict, folder: Path) -> None:
     """Write report and figure into a folder."""
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     figure = figures.quality_against_work(
-        [*report["curve"], report["chosen"]],
+        report["curve"],
         dense_perplexity=report["dense_perplexity"],
         chosen=report["chosen"],
     )

@@ -9,19 +9,22 @@ from megatron_mod.evaluation.calibration import Calibration, Point
 from megatron_mod.evaluation.static import removed_layers
 
 CAPACITIES = (0.9, 0.75, 0.6, 0.5, 0.4, 0.25)
+NEAR = 0.02  # what a curve's capacity may differ from the one asked for
 
 
 @dataclass(frozen=True)
 class CurvePoint:
     """A point with the static removal of the same capacity, and what was measured on a device.
 
-    ``speedup``: of counted work; ``prefill``, ``decode``: of time, where it was measured.
+    ``speedup``, ``static_speedup``: of counted work; ``prefill``, ``decode``: of time, where it was
+    measured.
     """
 
     point: Point
     speedup: float
     removed: list[int]
     static: Point
+    static_speedup: float
     prefill: float | None = None
     decode: float | None = None
 
@@ -33,6 +36,7 @@ class CurvePoint:
             "perplexity": self.point.perplexity,
             "static_perplexity": self.static.perplexity,
             "static_removed_layers": self.removed,
+            "static_counted_speedup": self.static_speedup,
             "counted_speedup": self.speedup,
             "prefill_speedup": self.prefill,
             "decode_speedup": self.decode,
@@ -65,8 +69,9 @@ class Curve:
         """What belongs to a point of the calibration."""
         removed = removed_layers(self.importance, capacity=point.mean_capacity)
         times = self.timing(point.thresholds) if self.timing else (None, None)
-        speedup = self.calibration.speedup(point)
-        return CurvePoint(point, speedup, removed, self._without(removed), *times)
+        static = self._without(removed)
+        speedup = self.calibration.speedup
+        return CurvePoint(point, speedup(point), removed, static, speedup(static), *times)
 
     def _without(self, removed: Sequence[int]) -> Point:
         layers = self.calibration.backend.layers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_mod.evaluation import speed
-from megatron_mod.evaluation.rows import Row
+from megatron_mod.evaluation.rows import Row, evenly
 
 PROMPTS = 8
 NEW_TOKENS = 8
@@ -54,8 +54,7 @@ class ExportTiming:
         self.model = model
         prompts = [row.ids[: row.context] if row.context > 1 else row.ids for row in rows]
         prompts.sort(key=len)
-        count = min(PROMPTS, len(prompts))
-        chosen = [prompts[(2 * i + 1) * len(prompts) // (2 * count)] for i in range(count)]
+        chosen = evenly(prompts, PROMPTS)
         self.prompts: list[Tensor] = [torch.tensor([list(ids)]) for ids in chosen]
 
     @property

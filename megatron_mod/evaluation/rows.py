@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from megatron_mod.data.batch import MicroBatch
 from megatron_mod.data.chat import IGNORE, Sample
 from megatron_mod.routing.masks import TokenRole
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,12 @@ class Row:
     @property
     def num_labels(self) -> int:
         return len(self.labels) - list(self.labels).count(IGNORE)
+
+
+def evenly(rows: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` of the rows, from all over."""
+    count = min(count, len(rows))
+    return [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
 
 
 @dataclass(frozen=True)

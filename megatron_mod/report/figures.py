@@ -1,0 +1,133 @@
+"""Figures of what was measured, drawn with matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from megatron_mod.report.observed import Decisions
+
+ROUTED, STATIC, DENSE = "tab:blue", "tab:orange", "black"
+SHARE = {"cmap": "viridis", "vmin": 0.0, "vmax": 1.0, "aspect": "auto", "interpolation": "nearest"}
+
+
+def losses(steps: Sequence[dict], validations: Sequence[dict]) -> Figure:
+    """Loss over steps: with the capacity penalty, without it, and on validation data."""
+    figure, axes = _figure(height=3.6)
+    at = [record["step"] for record in steps]
+    axes.plot(at, [r["loss"] for r in steps], color=ROUTED, alpha=0.35, label="loss with penalty")
+    axes.plot(at, [record["task_loss"] for record in steps], color=ROUTED, label="task loss")
+    if validations:
+        at = [record["step"] for record in validations]
+        found = [record["validation_loss"] for record in validations]
+        axes.plot(at, found, "o-", color=STATIC, label="validation")
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats a labelled token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    return figure
+
+
+def capacities(steps: Sequence[dict], layers: Sequence[int], *, target: float) -> Figure:
+    """Mean capacity over steps, and every routed layer's below it."""
+    figure = Figure(figsize=(8, 3 + 0.16 * len(layers)), layout="constrained")
+    mean, by_layer = figure.subplots(
+        2, 1, sharex=True, height_ratios=[2, max(1.5, 0.16 * len(layers))]
+    )
+    at = [record["step"] for record in steps]
+    mean.plot(at, [record["capacity_mean"] for record in steps], color=ROUTED, label="mean")
+    mean.axhline(target, color=DENSE, linestyle=":", label="target")
+    mean.set_ylim(-0.03, 1.03)
+    mean.set_ylabel("capacity")
+    mean.legend()
+    edges = _edges(at)
+    shares = np.array([record["capacity"] for record in steps]).T
+    image = by_layer.pcolormesh(
+        edges, np.arange(len(layers) + 1), shares, cmap="viridis", vmin=0, vmax=1
+    )
+    _name_layers(by_layer, layers, offset=0.5)
+    by_layer.set_xlabel("step")
+    by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=by_layer, label="capacity")
+    return figure
+
+
+def decisions(found: Decisions) -> Figure:
+    """Which document keeps how much of each layer."""
+    figure, axes = _figure(height=1.8 + 0.17 * len(found.layers))
+    image = axes.imshow(found.shares.numpy(), origin="lower", **SHARE)
+    _name_layers(axes, found.layers, offset=0)
+    axes.set_xlabel("document")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=axes, label="kept")
+    return figure
+
+
+def scores(found: Decisions) -> Figure:
+    """Each layer's histogram of logits, and the border from which on a unit is kept."""
+    columns = min(5, len(found.layers))
+    rows = math.ceil(len(found.layers) / columns)
+    figure = Figure(figsize=(8, 1.2 + 1.35 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid[len(found.layers) :]:
+        axes.set_visible(False)
+    for axes, layer in zip(grid, found.layers, strict=False):
+        logits, border = found.logits[layer].numpy(), found.borders[layer]
+        axes.hist(logits, bins=40, color=ROUTED)
+        if math.isfinite(border):
+            axes.axvline(border, color=STATIC)
+        axes.set_title(f"layer {layer}", fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    figure.supxlabel("logit")
+    return figure
+
+
+def quality_against_work(
+    curve: Sequence[dict], *, dense_perplexity: float, chosen: dict, name: str = "chosen"
+) -> Figure:
+    """Perplexity over counted work saved: routers, the best static removal, and the dense model.
+
+    ``curve``, ``chosen``: points as ``CurvePoint.to_dict`` gives them.
+    """
+    figure, axes = _figure(height=4.5)
+    points = [*curve, chosen]
+    for prefix, color, label in (
+        ("", ROUTED, "routers"),
+        ("static_", STATIC, "best static removal"),
+    ):
+        pairs = [(one[f"{prefix}counted_speedup"], one[f"{prefix}perplexity"]) for one in points]
+        axes.plot(*zip(*sorted(pairs), strict=True), "o-", color=color, label=label)
+    axes.axhline(dense_perplexity, color=DENSE, linestyle=":", label="dense")
+    where = (chosen["counted_speedup"], chosen["perplexity"])
+    axes.plot(*where, "*", color=ROUTED, markersize=18, label=name)
+    axes.set_xlabel("speed-up in counted work")
+    axes.set_ylabel("perplexity")
+    if axes.get_ylim()[1] > 5 * dense_perplexity:
+        axes.set_yscale("log")
+    axes.legend()
+    return figure
+
+
+def _figure(*, height: float) -> tuple[Figure, object]:
+    figure = Figure(figsize=(8, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _edges(at: Sequence[int]) -> np.ndarray:
+    """Borders of the cells around steps that need not be evenly spaced."""
+    middles = (np.array(at[:-1]) + np.array(at[1:])) / 2
+    first = at[0] - (middles[0] - at[0] if len(at) > 1 else 0.5)
+    last = at[-1] + (at[-1] - middles[-1] if len(at) > 1 else 0.5)
+    return np.array([first, *middles, last])
+
+
+def _name_layers(axes, layers: Sequence[int], *, offset: float) -> None:
+    every = math.ceil(len(layers) / 20)
+    places = np.arange(0, len(layers), every)
+    axes.set_yticks(places + offset, [str(layers[place]) for place in places])
+    axes.set_ylabel("layer")

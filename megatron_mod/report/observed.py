@@ -1,0 +1,75 @@
+"""What a run's routers decide on documents, as the report shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_mod.evaluation.calibration import Calibration, Point
+from megatron_mod.routing.config import logit_border
+
+TOKENS = 20  # of the most and of the least skipped ones
+OCCURRENCES = 5  # of a token that is shown
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """A point's decisions by layer and document.
+
+    ``shares``: kept share of each document's units, ``[num_routed, documents]`` (0 or 1 where a
+    document decides as one); ``logits`` and ``borders`` by layer.
+    """
+
+    layers: list[int]
+    shares: Tensor
+    logits: dict[int, Tensor]
+    borders: dict[int, float]
+
+    @classmethod
+    def of(cls, calibration: Calibration, point: Point) -> Decisions:
+        layers = list(calibration.backend.layers)
+        borders = dict(zip(layers, map(logit_border, point.thresholds), strict=True))
+        shares = [
+            torch.stack([part.double().mean() for part in _by_document(calibration, kept)])
+            for kept in _kept(point, borders)
+        ]
+        return cls(layers, torch.stack(shares), point.logits, borders)
+
+
+def skipped_tokens(calibration: Calibration, point: Point) -> dict[str, list[dict]] | None:
+    """The ``most`` and ``least`` skipped tokens of the vocabulary, by the mean over the routed
+    layers and their occurrences; nothing where documents decide as one."""
+    backend = calibration.backend
+    if backend.by_sequence:
+        return None
+    borders = dict(zip(backend.layers, map(logit_border, point.thresholds), strict=True))
+    skipped = 1 - torch.stack(_kept(point, borders)).double().mean(0)
+    ids = torch.cat([torch.tensor(list(row.ids)) for row in calibration.rows])
+    tokens, place, counts = ids.unique(return_inverse=True, return_counts=True)
+    shares = torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, place, skipped) / counts
+    often = counts >= min(OCCURRENCES, int(counts.max()))
+    ranked = shares[often].argsort(descending=True, stable=True)
+
+    def entry(index: Tensor) -> dict:
+        token = int(tokens[often][index])
+        return {
+            "text": backend.tokenizer.decode([token]),
+            "id": token,
+            "count": int(counts[often][index]),
+            "skipped": float(shares[often][index]),
+        }
+
+    shown = min(TOKENS, len(ranked) // 2)
+    most, least = ranked[:shown], ranked.flip(0)[:shown]
+    return {"most": list(map(entry, most)), "least": list(map(entry, least))}
+
+
+def _kept(point: Point, borders: dict[int, float]) -> list[Tensor]:
+    return [point.logits[layer] >= border for layer, border in borders.items()]
+
+
+def _by_document(calibration: Calibration, units: Tensor) -> tuple[Tensor, ...]:
+    by_sequence = calibration.backend.by_sequence
+    return units.split([1 if by_sequence else len(row.ids) for row in calibration.rows])

@@ -1,0 +1,72 @@
+"""What a training run wrote: settings, progress lines and summary."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mod.config import cli
+from megatron_mod.config.schema import Config
+from megatron_mod.conversion import checkpoint as layout
+from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.training.run_folder import CONFIG
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's files as they are now, while it goes on or after it.
+
+    ``steps``, ``validations`` and ``skipped`` are the records of ``metrics.jsonl``; ``routing``
+    that of the newest checkpoint, ``None`` before the first; ``summary``: ``None`` until the end.
+    """
+
+    folder: Path
+    config: Config
+    routing: RoutingConfig | None
+    steps: list[dict]
+    validations: list[dict]
+    skipped: list[dict]
+    summary: dict | None
+
+    @property
+    def settings(self) -> str:
+        """``config.yaml``."""
+        return (self.folder / CONFIG).read_text(encoding="utf-8")
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read ``checkpoint.save`` of a training.
+
+    Raises:
+        ValueError: not such a folder.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder}: holds no training run; give the checkpoint.save folder of one (with "
+            f"{CONFIG} and metrics.jsonl)."
+        )
+    routing = None
+    if (folder / layout.LATEST).is_file():
+        manifest = layout.read_manifest(layout.resolve_step(folder))
+        routing = RoutingConfig.from_dict(manifest["routing"])
+    records = _records(folder / "metrics.jsonl")
+    summary = folder / "summary.json"
+    return Run(
+        folder=folder,
+        config=cli.parse(["--config", str(folder / CONFIG)]),
+        routing=routing,
+        steps=[record for record in records if "loss" in record],
+        validations=[record for record in records if "validation_loss" in record],
+        skipped=[record for record in records if "skipped" in record],
+        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
+    )
+
+
+def _records(path: Path) -> list[dict]:
+    """The lines that are whole; a run that goes on may be writing the last."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
