@@ -180,13 +180,10 @@ def test_uneven_steps_have_their_own_widths():
     assert figures._edges([7]).tolist() == [6.5, 7.5]
 
 
-def test_the_command(by_token, tmp_path):
+def test_the_command(by_token):
     done = report(by_token, "--samples", 4, "--curve")
     assert done.returncode == 0, done.stderr
     assert f"Wrote {by_token / 'report.html'}" in done.stdout
-    done = report(tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path}: holds no training run")
     done = report(by_token, "--without-model", "--data", "x")
     assert done.returncode == 2
     assert "--data x: would be ignored" in done.stderr
