@@ -25,7 +25,7 @@ class Point:
     """What a model does at some thresholds, on the calibration text.
 
     ``capacity``: kept share of the units of each routed layer; ``nats``: loss of all labels
-    together; ``flops``: counted work of all forward passes; ``logits``: each layer's, of all
+    together; ``flops``: counted work of a prefill of every row; ``logits``: each layer's, of all
     units (``[num_units]``).
     """
 
@@ -64,7 +64,7 @@ class Calibration:
         self._known: dict[tuple[float, ...], Point] = {}
         self.labels = sum(row.num_labels for row in rows)
         self.dense = self.at([0.0] * len(backend.layers))
-        self.dense_flops = sum(work.prefill(len(row.ids), {}, logits=_logits(row)) for row in rows)
+        self.dense_flops = sum(work.prefill(len(row.ids), {}) for row in rows)
         self.points = [self.dense]
 
     def at(self, thresholds: Sequence[float]) -> Point:
@@ -84,7 +84,7 @@ class Calibration:
                 layer: (observed.logits[layer] >= border).expand(len(row.ids))
                 for layer, border in borders.items()
             }
-            flops += self.work.prefill(len(row.ids), kept, logits=_logits(row))
+            flops += self.work.prefill(len(row.ids), kept)
         logits = {
             layer: torch.cat([observed.logits[layer] for observed in found]) for layer in borders
         }
@@ -185,8 +185,3 @@ class Calibration:
         above = min((p for p in self.points if not holds(p)), key=capacity)
         below = [p for p in self.points if holds(p) and capacity(p) < capacity(above)]
         return max(below, key=capacity, default=None), above
-
-
-def _logits(row: Row) -> int:
-    """Positions whose logits scoring a row needs."""
-    return max(row.num_labels, 1)

@@ -39,13 +39,12 @@ class Work:
         arch = family_of(dense).architecture_of(dense)
         return cls(arch, RoutingConfig.from_dict(routing) if routing else None)
 
-    def prefill(self, length: int, kept: Mapping[int, Tensor], *, logits: int = 1) -> int:
-        """Floating-point operations of one sequence's forward pass.
+    def prefill(self, length: int, kept: Mapping[int, Tensor]) -> int:
+        """Floating-point operations of one sequence's forward pass, up to its last token's logits.
 
         Args:
             length: tokens of the sequence, S.
             kept: each routed layer's decisions ``[S]``.
-            logits: positions whose logits are computed.
         """
         arch = self.arch
         dense = self._layer(torch.ones(length, dtype=torch.bool), target="")
@@ -53,7 +52,7 @@ class Work:
         for decisions in kept.values():
             layers += self._layer(decisions, target=self.routing.target)
             layers += 2 * arch.hidden_size * length  # the router
-        return layers + 2 * arch.hidden_size * arch.vocab_size * logits
+        return layers + 2 * arch.hidden_size * arch.vocab_size
 
     def decode_bytes(
         self,
