@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Point:
 
     @property
     def mean_capacity(self) -> float:
-        return sum(self.capacity) / len(self.capacity)
+        return fmean(self.capacity)
 
 
 class Calibration:

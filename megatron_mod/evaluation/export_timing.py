@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class ExportTiming:
     @property
     def mean_length(self) -> float:
         """Tokens of a prompt."""
-        return sum(prompt.shape[1] for prompt in self.prompts) / len(self.prompts)
+        return fmean(prompt.shape[1] for prompt in self.prompts)
 
     def __call__(self, thresholds: Sequence[float]) -> tuple[float, float]:
         """Speed-up of all prompts' prefills together, and of all decode steps together."""

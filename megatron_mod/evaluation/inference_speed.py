@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import transformers
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from megatron_mod.conversion.export import portable_config
 from megatron_mod.conversion.hf_reader import read_config
 from megatron_mod.evaluation import speed
-from megatron_mod.evaluation.quickstart import load_model, long_prompts, mean
+from megatron_mod.evaluation.quickstart import load_model, long_prompts
 from megatron_mod.evaluation.work import Work
 from megatron_mod.hf.modeling_mod import MoDLlamaConfig, MoDLlamaForCausalLM
 from megatron_mod.parallel import device
@@ -188,7 +189,7 @@ def decisions_of(routed) -> Iterator[list[Decisions]]:
 
 def kept_share(calls: Sequence[Decisions]) -> float:
     """Share of all units that were kept."""
-    return mean([float(kept.float().mean()) for made in calls for kept in made.values()])
+    return fmean([float(kept.float().mean()) for made in calls for kept in made.values()])
 
 
 def prefill_flops(work: Work, made: Decisions, *, length: int) -> int:

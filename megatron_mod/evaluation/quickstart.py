@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_mod.data.chat import Sample
 from megatron_mod.data.dataset import load_samples
 from megatron_mod.data.python_docs import topic_text
 from megatron_mod.evaluation import speed, static
+from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.perplexity import perplexity
+from megatron_mod.evaluation.rows import Row
 from megatron_mod.routing.config import RoutingConfig
 
 CONTEXT = 1000  # tokens of a prompt whose prefill and decode are timed, if the model has room
@@ -44,24 +46,23 @@ def build_report(
         for name, path in (("ranking", ranking), ("held_out", held_out))
     }
 
-    def shown(samples: Sequence[Sample], what: str) -> Iterable[Sample]:
-        return tqdm(samples, desc=what, unit="sample")
-
-    held_out_text = text["held_out"]
-    with_dense = perplexity(dense, held_out_text, progress=shown(held_out_text, "dense"))
-    with_routers = perplexity(routed, held_out_text, progress=shown(held_out_text, "routed"))
+    held_out_rows = [Row.labelled(sample) for sample in text["held_out"]]
+    dense_backend = HuggingFaceBackend(dense, tokenizer)
+    routed_backend = HuggingFaceBackend(routed, tokenizer, pooling=routing["pooling"])
+    with_dense = perplexity(dense_backend, held_out_rows)
+    with_routers = perplexity(routed_backend, held_out_rows)
     target = RoutingConfig.from_dict(routing).target
     importance = static.rank_layers(
         dense,
         text["ranking"],
         routing["layers"],
         target=target,
-        progress=shown(text["ranking"], "ranking layers"),
+        progress=tqdm(text["ranking"], desc="ranking layers", unit="sample"),
     )
-    capacity = mean(with_routers.capacity)
+    capacity = fmean(with_routers.capacity)
     removed = static.removed_layers(importance, capacity=capacity)
     with static.without(dense, removed, target=target):
-        with_static = perplexity(dense, held_out_text, progress=shown(held_out_text, "static"))
+        with_static = perplexity(dense_backend, held_out_rows)
 
     context = min(CONTEXT, dense.config.max_position_embeddings - speed.NEW_TOKENS)
     prompts = long_prompts(tokenizer, length=context)
@@ -87,7 +88,7 @@ def build_report(
             "pooling": routing["pooling"],
         },
         "capacity": {
-            "target": mean(routing["capacity"]),
+            "target": fmean(routing["capacity"]),
             "mean": capacity,
             "per_layer": dict(zip(map(str, routing["layers"]), with_routers.capacity, strict=True)),
         },
@@ -138,11 +139,7 @@ def prompt_capacity(routed, prompts: Sequence[torch.Tensor]) -> float:
     for prompt in prompts:
         routed(prompt.to(routed.device), use_cache=False, logits_to_keep=1)
         kept.append(routed.routing_report()["capacity"])
-    return mean(kept)
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return fmean(kept)
 
 
 def read(path: str | Path) -> str:

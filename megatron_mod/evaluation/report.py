@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from megatron_mod.evaluation.backend import Backend
-from megatron_mod.evaluation.perplexity import perplexity_of_rows, read_rows
+from megatron_mod.evaluation.perplexity import perplexity, read_rows
 from megatron_mod.evaluation.request import TEXT_LENGTH, Request
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def evaluate(
     if request.perplexity:
         length = min(request.max_length or TEXT_LENGTH, backend.max_length)
         rows = read_rows(request.perplexity, backend.tokenizer, max_length=length)
-        quality = perplexity_of_rows(backend, rows)
+        quality = perplexity(backend, rows)
         report.update(perplexity=quality.perplexity, perplexity_tokens=quality.tokens)
     if request.tasks:
         from megatron_mod.evaluation.tasks import evaluate_tasks
@@ -46,7 +47,7 @@ def summary(capacity: dict[int, float]) -> dict | None:
     if not capacity:
         return None
     return {
-        "mean": sum(capacity.values()) / len(capacity),
+        "mean": fmean(capacity.values()),
         "per_layer": {str(layer): share for layer, share in capacity.items()},
     }
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from megatron_mod.data.chat import Sample
-from megatron_mod.evaluation.perplexity import cross_entropy, label_positions
 
 
 @contextlib.contextmanager
@@ -63,7 +63,7 @@ def rank_layers(
     tokens = 0
     for sample in progress or samples:
         ids = torch.tensor([sample.ids], device=model.device)
-        targets = label_positions(sample)
+        targets = _label_positions(sample)
         inputs, context = _inputs_of_layers(model, ids)
         last = len(inputs) - 1
         dense = _loss_from(model, last, inputs[last], context, ids[0], targets)
@@ -82,7 +82,7 @@ def _loss_from(
     for layer in model.model.layers[start:]:
         hidden = layer(hidden, **context)
     logits = model.lm_head(model.model.norm(hidden)[0, targets - 1])
-    return float(cross_entropy(logits, ids[targets]))
+    return float(cross_entropy(logits.float(), ids[targets], reduction="sum"))
 
 
 def _inputs_of_layers(model, ids: Tensor) -> tuple[list[Tensor], dict]:
@@ -103,3 +103,8 @@ def _inputs_of_layers(model, ids: Tensor) -> tuple[list[Tensor], dict]:
         for hook in hooks:
             hook.remove()
     return inputs, contexts[0]
+
+
+def _label_positions(sample: Sample) -> Tensor:
+    """Positions of the labelled tokens that have a token before them."""
+    return torch.tensor([i for i, is_label in enumerate(sample.labelled) if is_label and i])

@@ -7,6 +7,7 @@ import io
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 
 from jinja2 import Environment
 from matplotlib.figure import Figure
@@ -42,7 +43,7 @@ def draw(run: Run, measured: Measured | None) -> dict[str, Figure]:
     if run.steps:
         found["loss"] = figures.losses(run.steps, run.validations)
     if run.steps and routing:
-        target = sum(routing.capacity) / len(routing.capacity)
+        target = fmean(routing.capacity)
         found["capacity"] = figures.capacities(run.steps, routing.layers, target=target)
     if measured:
         found["decisions"] = figures.decisions(measured.decisions)

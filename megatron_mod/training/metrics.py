@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from statistics import fmean
 
 import torch.distributed as dist
 
@@ -45,7 +46,7 @@ class Metrics:
         ``learning_rate``, ``grad_norm``, ``data_position`` (sequences taken so far).
         """
         now = time.perf_counter()
-        capacity = _mean(values["capacity"])
+        capacity = fmean(values["capacity"])
         record = {
             "step": step,
             **values,
@@ -66,7 +67,7 @@ class Metrics:
 
     def log_validation(self, step: int, *, loss: float, capacity: list[float]) -> None:
         """Record a measurement on the validation data, with real skipping."""
-        mean, pooling = _mean(capacity), self.routing.pooling
+        mean, pooling = fmean(capacity), self.routing.pooling
         measured = {"validation_loss": loss, "validation_capacity": capacity}
         self._write({"step": step, **measured, "validation_capacity_mean": mean})
         self._print(
@@ -129,7 +130,3 @@ class Metrics:
     def _print(self, line: str) -> None:
         if dist.get_rank() == 0:
             print(line, flush=True)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

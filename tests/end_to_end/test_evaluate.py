@@ -150,7 +150,7 @@ def asked_about(lm, kind, requests):
 
 
 def test_perplexity_of_conversations_equals_hugging_faces_loss(case, tmp_path):
-    from megatron_mod.evaluation.perplexity import perplexity_of_rows, read_rows
+    from megatron_mod.evaluation.perplexity import perplexity, read_rows
 
     hf, tokenizer, _, _ = case
     path = tmp_path / "two.jsonl"
@@ -166,7 +166,7 @@ def test_perplexity_of_conversations_equals_hugging_faces_loss(case, tmp_path):
         nats += float(model(ids, labels=labels).loss.detach()) * len(answer)
         tokens += len(answer)
     rows = read_rows(path, tokenizer, max_length=90)
-    found = perplexity_of_rows(HuggingFaceBackend(model, tokenizer, batch_size=2), rows)
+    found = perplexity(HuggingFaceBackend(model, tokenizer, batch_size=2), rows)
     assert found.tokens == tokens
     assert math.isclose(found.perplexity, math.exp(nats / tokens), rel_tol=1e-4)
 

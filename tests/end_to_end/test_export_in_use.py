@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -341,7 +342,9 @@ def test_an_empty_cache_of_any_making_is_taken(case):
 @pytest.mark.parametrize("name", ["attn_sequence", "block_token_selected"])
 def test_perplexity_and_capacity_of_an_export_equal_the_formula(case, name):
     from megatron_mod.data.chat import Sample
+    from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
     from megatron_mod.evaluation.perplexity import perplexity
+    from megatron_mod.evaluation.rows import Row
 
     samples = [
         Sample(ids=p, labelled=[i >= len(p) // 2 for i in range(len(p))], source=str(p))
@@ -361,7 +364,9 @@ def test_perplexity_and_capacity_of_an_export_equal_the_formula(case, name):
         count += len(targets)
         for layer, mask in masks.items():
             decided[layer].append(mask[:1] if "sequence" in name else mask)
-    quality = perplexity(case.model(name), samples)
+    tokenizer = SimpleNamespace(eos_token_id=2, name_or_path="")
+    backend = HuggingFaceBackend(case.model(name), tokenizer)
+    quality = perplexity(backend, [Row.labelled(sample) for sample in samples])
     assert quality.perplexity == pytest.approx(math.exp(nll / count), rel=1e-4)
     assert quality.tokens == count
     assert quality.capacity == pytest.approx([float(torch.cat(m).mean()) for m in decided.values()])

@@ -14,14 +14,17 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_mod.data.dataset import load_samples
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.evaluation import static
+from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.perplexity import perplexity
 from megatron_mod.evaluation.quickstart import load_model
+from megatron_mod.evaluation.rows import Row
 from megatron_mod.routing.config import GRANULARITIES, resolve_layers
 
 CAPACITY, MAX_LENGTH, DEEPEST = 0.75, 160, 15
@@ -34,6 +37,7 @@ class Static:
         self.model = load_model(args.hf_path)
         vocab = self.model.config.vocab_size
         tokenizer = load_tokenizer(args.hf_path, vocab_size=vocab)
+        self.backend = HuggingFaceBackend(self.model, tokenizer)
         self.samples = {
             name: load_samples(args.data / f"{name}.jsonl", tokenizer, max_length=MAX_LENGTH)
             for name in ("ranking", "validation")
@@ -60,7 +64,8 @@ class Static:
 
         def measure() -> float:
             with static.without(self.model, removed, target=target):
-                return math.log(perplexity(self.model, self.samples["validation"]).perplexity)
+                rows = [Row.labelled(sample) for sample in self.samples["validation"]]
+                return math.log(perplexity(self.backend, rows).perplexity)
 
         return self._once(f"loss {target} {removed}", measure), removed
 
@@ -141,7 +146,7 @@ def main() -> None:
             weight = max(weight_of(granularity, baseline.importance(target)), 0.01)
             record = train(args, overrides, f"{granularity}-{scope}", weight)
             kept = record["validation_capacity"]
-            capacity = sum(kept) / len(kept)
+            capacity = fmean(kept)
             fixed, removed = baseline.loss(target, capacity)
             rows.append(
                 {
