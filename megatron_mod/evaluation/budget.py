@@ -19,7 +19,7 @@ class BudgetRequest:
 
     Args:
         load: an export, or a training run (``capacity`` only).
-        data: conversations (``.jsonl``) or a text, of the kind the model will see.
+        data: conversations (``.jsonl``, ...) or a text, of the kind the model will see.
         capacity: share of the routed units to keep, from 0 to 1.
         speedup: of the counted work, above 1.
         max_perplexity_increase: over the dense model, such as ``1%``.
@@ -52,7 +52,7 @@ class BudgetRequest:
 
     def __post_init__(self) -> None:
         if not Path(self.data).is_file():
-            raise ValueError(f"--data {self.data}: no such file; give JSON lines or a text.")
+            raise ValueError(f"--data {self.data}: no such file; give conversations or a text.")
         for name, values in (("capacity", [self.capacity]), ("curve", self.curve)):
             for value in values:
                 if value is not None and not 0 <= value <= 1:

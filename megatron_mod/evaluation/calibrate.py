@@ -15,7 +15,7 @@ from megatron_mod.evaluation.curve import NEAR, Curve, CurvePoint
 from megatron_mod.evaluation.export_timing import ExportTiming
 from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.load import Routed, load_routed
-from megatron_mod.evaluation.perplexity import read_rows
+from megatron_mod.evaluation.perplexity import holds_conversations, read_rows
 from megatron_mod.evaluation.request import TEXT_LENGTH
 from megatron_mod.evaluation.rows import Row, evenly
 from megatron_mod.evaluation.thresholds_file import write_thresholds
@@ -94,11 +94,11 @@ def calibration_rows(request: BudgetRequest, model: Routed) -> list[Row]:
         ValueError: a text, which has no prompts, where decisions are to be made on prompts.
     """
     backend = model.backend
-    is_text = Path(request.data).suffix != ".jsonl"
-    if is_text and backend.pooling == "prompt":
+    if backend.pooling == "prompt" and not holds_conversations(request.data):
         raise ValueError(
             f"--data {request.data}: a text has no prompts for a sequence's decision to see; give "
-            "conversations (.jsonl), or --pooling all to decide on whole windows of the text."
+            "conversations (.jsonl, .json, .parquet), or --pooling all to decide on whole windows "
+            "of the text."
         )
     length = min(request.max_length or TEXT_LENGTH, backend.max_length)
     rows = read_rows(request.data, backend.tokenizer, max_length=length)

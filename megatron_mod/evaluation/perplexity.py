@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mod.data.dataset import load_samples
+from megatron_mod.data.sources import SUFFIXES
 from megatron_mod.evaluation.backend import Backend
 from megatron_mod.evaluation.rows import Row
 
@@ -29,8 +30,13 @@ def perplexity(backend: Backend, rows: Sequence[Row]) -> Quality:
     return Quality(math.exp(nats / tokens), tokens, list(backend.capacity().values()))
 
 
+def holds_conversations(path: str | Path) -> bool:
+    """Whether a file holds records, as in training, rather than a text."""
+    return Path(path).suffix in SUFFIXES
+
+
 def read_rows(path: str | Path, tokenizer, *, max_length: int) -> list[Row]:
-    """What to score in a file: the answers of conversations (``.jsonl``), or all of a text.
+    """What to score in a file: the answers of conversations (a data file), or all of a text.
 
     A text is cut into windows of ``max_length`` tokens, each after the last token before it
     (the first after the beginning- or end-of-text token), which is all of its context.
@@ -39,11 +45,11 @@ def read_rows(path: str | Path, tokenizer, *, max_length: int) -> list[Row]:
         ValueError: no such file, or nothing in it to score.
     """
     path = Path(path)
-    if path.suffix == ".jsonl":
+    if holds_conversations(path):
         samples = load_samples(path, tokenizer, max_length=max_length)
         return [Row.labelled(sample) for sample in samples]
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; give JSON lines (.jsonl) or a text.")
+        raise ValueError(f"{path}: no such file; give {', '.join(SUFFIXES)} or a text.")
     try:
         ids = tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False)
     except UnicodeDecodeError as error:

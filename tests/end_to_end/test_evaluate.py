@@ -166,6 +166,10 @@ def test_perplexity_of_conversations_equals_hugging_faces_loss(case, tmp_path):
         nats += float(model(ids, labels=labels).loss.detach()) * len(answer)
         tokens += len(answer)
     rows = read_rows(path, tokenizer, max_length=90)
+    (tmp_path / "two.json").write_text(
+        json.dumps([{"prompt": p, "completion": c} for p, c in records])
+    )
+    assert read_rows(tmp_path / "two.json", tokenizer, max_length=90) == rows
     found = perplexity(HuggingFaceBackend(model, tokenizer, batch_size=2), rows)
     assert found.tokens == tokens
     assert math.isclose(found.perplexity, math.exp(nats / tokens), rel_tol=1e-4)
