@@ -17,7 +17,7 @@ from tests.helpers import formula, tiny
 from tests.helpers.ranks import meet, run_ranks
 from tests.helpers.text import write_lines
 
-TOPOLOGIES = [{"tensor": 2, "pipeline": 2}, {"pipeline": 2}, {"tensor": 2}]  # the rest: data
+TOPOLOGIES = [{"tensor": 2, "pipeline": 2}, {"pipeline": 2}]  # the rest: data
 SCHEMES = ("attn_sequence", "block_token_all")
 
 

@@ -141,6 +141,7 @@ def read_metrics(folder: Path) -> list[dict]:
     return [line for line in map(json.loads, lines) if "loss" in line]
 
 
+@pytest.mark.slow  # in one process, test_granularities and test_resume_topologies hold the same
 def test_steps_are_the_same_at_every_topology(base_settings, tmp_path):
     """Three optimizer steps: data 2 with a distributed optimizer, and pipeline 2 whose first
     stage owns no router at all."""
