@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from megatron_mod.data.dataset import load_data
+from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.evaluation.backend import Backend
 from megatron_mod.evaluation.calibration import Calibration
 from megatron_mod.evaluation.curve import NEAR, Curve
@@ -65,6 +66,8 @@ def measure(
         run.folder, ranks, pooling=run.routing.pooling, max_length=None, **settings
     )
     backend = routed.backend
+    if own := run.config.data.tokenizer:
+        backend.tokenizer = load_tokenizer(own, vocab_size=routed.work.arch.vocab_size)
     rows, source = _rows(run, backend, data)
     rows = evenly(rows, samples or len(rows))
     say(f"{len(rows)} documents, {sum(len(row.ids) for row in rows)} tokens of {source}")
