@@ -30,7 +30,7 @@ def main() -> None:
     if int(os.environ.get("RANK", 0)):
         os.environ["TQDM_DISABLE"] = "1"
     with one_message():
-        check(args)
+        check(args, parser)
         from megatron_mod.parallel import topology
         from megatron_mod.parallel.agree import on_first_rank
         from megatron_mod.report.page import FIGURES, write_page
@@ -82,14 +82,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--pipeline", type=int, default=1, help="pipeline-parallel ranks")
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse values out of range before anything is read."""
     if args.samples < 0:
         raise ValueError(f"--samples {args.samples}: must be at least 1, or 0 for all.")
     if any(not 0 <= capacity <= 1 for capacity in args.curve):
         raise ValueError(f"--curve {args.curve}: capacities are from 0 (skip all) to 1.")
-    if args.data and args.without_model:
-        raise ValueError(f"--data {args.data}: would be ignored by --without-model; drop one.")
+    for name in ("data", "samples", "curve", "batch_size", "dtype") if args.without_model else ():
+        if (value := getattr(args, name)) != parser.get_default(name):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {value}: would be ignored by --without-model; drop one.")
 
 
 if __name__ == "__main__":
