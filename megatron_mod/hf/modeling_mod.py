@@ -20,6 +20,7 @@ From top to bottom: configuration, caches, the routed layer, model, generation, 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,10 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+# What a forward's cache is called: since Transformers 5.24 by the first name.
+_PARAMETERS = inspect.signature(LlamaModel.forward).parameters
+CACHE = next(name for name in ("cache", "past_key_values") if name in _PARAMETERS)
 
 # ---------------------------------------------------------------- configuration
 
@@ -423,7 +428,7 @@ class RoutedLayer:
         return route(hidden_states, routing, context)
 
     def _by_sequence(self, hidden_states: Tensor, routing: RoutingCall, context: dict) -> Tensor:
-        cache = context["past_key_values"]
+        cache = context[CACHE]
         storage = SequenceCacheLayer() if cache is None else cache.layers[self.layer_idx]
         batch, length, _ = hidden_states.shape
         normed = None
@@ -503,7 +508,7 @@ class RoutedLayer:
         self, normed: Tensor, kept: TokenSelection, routing: RoutingCall, context: dict
     ) -> Tensor:
         """The attention's update ``[N, H]`` of the kept tokens, from all normed ones."""
-        attn, cache = self.self_attn, context["past_key_values"]
+        attn, cache = self.self_attn, context[CACHE]
         batch, length, _ = normed.shape
         past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         rotary, slots = context["position_embeddings"], None
@@ -822,17 +827,23 @@ class RoutedModel(RoutingControls):
         use_cache: bool | None = None,
         routing_mask: Tensor | None = None,
         borders: CapacityBorders | None = None,
+        *,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the family's model; ``routing_mask`` ``[B, S]`` names the tokens that a sequence's
-        decision may see (default: those ``attention_mask`` does not call padding)."""
+        """As the family's model, whose cache is ``past_key_values`` or ``cache``; ``routing_mask``
+        ``[B, S]`` names the tokens that a sequence's decision may see (default: those that
+        ``attention_mask`` does not call padding)."""
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one thing: pass one.")
         if use_cache is None:
             use_cache = self.config.use_cache
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            past_key_values = prepare_cache(past_key_values, self.config)
-        self._refuse(attention_mask, position_ids, past_key_values, routing_mask, kwargs)
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            cache = prepare_cache(cache, self.config)
+        self._refuse(attention_mask, position_ids, cache, routing_mask, kwargs)
         length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
         tokens = None if attention_mask is None else attention_mask.bool()
         pooled = routing_mask
@@ -843,14 +854,14 @@ class RoutedModel(RoutingControls):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             routing=routing,
+            **{CACHE: cache},
             **kwargs,
         )
         self.record = self.recording or RoutingRecord()
-        self.record.add(self, routing, past_key_values)
+        self.record.add(self, routing, cache)
         return output
 
     def _refuse(
@@ -924,7 +935,7 @@ class RoutedCausalLM(RoutingControls):
         """Without a cache each step runs the whole text: let the prompt alone decide again."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         by_sequence = self.config.routing["granularity"].endswith("sequence")
-        if by_sequence and self.model.recording and inputs.get("past_key_values") is None:
+        if by_sequence and self.model.recording and inputs.get(CACHE) is None:
             text = inputs.get("input_ids")
             text = text if text is not None else inputs["inputs_embeds"]
             if self.prompt_mask is None:
