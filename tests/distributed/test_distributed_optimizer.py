@@ -37,7 +37,7 @@ def trainer(tmp_path_factory, single_process):
 
 
 def job(trainer: Trainer, run: Path, settings: dict, *, after: Path | None = None, **degrees: int):
-    """What ``resume_cases.trainings`` takes: a run, in one go or going on from step 1 of another."""
+    """For ``resume_cases.trainings``: a run, in one go or going on from step 1 of another."""
     parallel = {f"parallel__{name}_model_parallel_size": size for name, size in degrees.items()}
     return after, degrees, trainer.arguments(run, **settings, **parallel)
 
