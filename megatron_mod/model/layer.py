@@ -203,8 +203,10 @@ class RoutedTransformerLayer(TransformerLayer):
         return layout.attention
 
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:
-        """The MLP's update of a grid ``[S, B, H]`` or a stream ``[N, 1, H]``, entered with no tokens
-        too: other ranks may wait in it."""
+        """The MLP's update of a grid ``[S, B, H]`` or a stream ``[N, 1, H]``.
+
+        It is entered with no tokens too, because other ranks may wait in it.
+        """
         if len(hidden_states):
             hidden_states = self.pre_mlp_layernorm(hidden_states)
         output, bias = self.mlp(hidden_states)
