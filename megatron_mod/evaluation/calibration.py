@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -13,15 +13,14 @@ from torch import Tensor
 from megatron_mod.evaluation.backend import Backend
 from megatron_mod.evaluation.rows import Row
 from megatron_mod.evaluation.work import Work
+from megatron_mod.hf.modeling_mod import border_at, common_border, settled_border, threshold_at
 from megatron_mod.routing.config import logit_border
-from megatron_mod.routing.thresholds import border_at, threshold_at
 
-TOLERANCE = 0.005  # of a capacity that is asked for
-ROUNDS = 14  # observations that one capacity may take
+TOLERANCE = 0.005  # between capacities that are told apart
 HALVINGS = 6  # of the capacities between which a speed-up or a perplexity lies
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Point:
     """What a model does at some thresholds, on the calibration text.
 
@@ -40,6 +39,20 @@ class Point:
     @property
     def mean_capacity(self) -> float:
         return fmean(self.capacity)
+
+    @property
+    def all_logits(self) -> Tensor:
+        """Of all units in all layers."""
+        return torch.cat(list(self.logits.values()))
+
+    def moved(self, thresholds: Sequence[float]) -> Point | None:
+        """The point at other thresholds, if every unit is decided there as it is here."""
+        for now, then, logits in zip(
+            self.thresholds, thresholds, self.logits.values(), strict=True
+        ):
+            if not torch.equal(logits >= logit_border(now), logits >= logit_border(then)):
+                return None
+        return replace(self, thresholds=tuple(thresholds))
 
 
 class Calibration:
@@ -69,11 +82,15 @@ class Calibration:
         self.points = [self.dense]
 
     def at(self, thresholds: Sequence[float]) -> Point:
-        """The model at these thresholds, one per routed layer; each is run once."""
+        """The model at these thresholds, one per routed layer; equal decisions are run once."""
         thresholds = tuple(thresholds)
         if thresholds not in self._known:
-            self._known[thresholds] = self._run(thresholds)
-            self.after_pass()
+            alike = (point.moved(thresholds) for point in self._known.values())
+            point = next(filter(None, alike), None)
+            if point is None:
+                point = self._run(thresholds)
+                self.after_pass()
+            self._known[thresholds] = point
         return self._known[thresholds]
 
     def _run(self, thresholds: tuple[float, ...]) -> Point:
@@ -113,38 +130,55 @@ class Calibration:
             return 1 / sum(map(len, self.dense.logits.values()))
         return 1 / min(map(len, self.dense.logits.values()))
 
-    def at_capacity(self, capacity: float, *, tolerance: float = TOLERANCE) -> Point:
-        """The point whose mean capacity is nearest; the search ends within ``tolerance``.
+    def at_capacity(self, capacity: float, *, tolerance: float | None = None) -> Point:
+        """The point at which every layer, or with scope ``model`` their mean, has a capacity.
 
         Thresholds move what later layers see, and with it their logits, so they are found by
-        repetition: each round places them by the logits of the round before. With one threshold
-        for all, a round that leaves what earlier ones have narrowed down is replaced by halving.
+        repetition: each round places them by the logits of the round before, until they stay.
+        Then the export's ``set_capacity`` finds the same ones on the same text. With a
+        ``tolerance`` a round that comes that near is the last, unless a logit is at its borders.
         """
-        near = min(self.points, key=lambda point: abs(point.mean_capacity - capacity))
-        tried = [near]
-        while self._miss(tried[-1], capacity) > max(tolerance, self.unit) and len(tried) <= ROUNDS:
-            borders = self._propose(tried[-1], capacity)
-            if tuple(map(threshold_at, borders)) == tried[-1].thresholds:
+        tolerance = tolerance and max(tolerance, self.unit)
+        if self.scope == "model":
+            known = {logit_border(p.thresholds[0]): p.all_logits for p in self.points}
+            border = common_border(
+                lambda border: self._try([border] * len(self.backend.layers)).all_logits,
+                capacity,
+                known=known,
+                tolerance=tolerance,
+            )
+            return self._try([border] * len(self.backend.layers))
+        point = min(self.points, key=lambda point: abs(point.mean_capacity - capacity))
+        for _ in self.backend.layers:  # a round settles at least one more of them, from the top
+            near = tolerance is not None and self._miss(point, capacity) <= tolerance
+            if near and point in self.points:
                 break
-            tried.append(self.at([threshold_at(border) for border in borders]))
-            self.points.append(tried[-1])
-        return min(tried, key=lambda point: self._miss(point, capacity))
+            point = self._try([border_at(logits, capacity) for logits in point.logits.values()])
+        return point
+
+    def _try(self, borders: Sequence[float]) -> Point:
+        """The model at these borders, each in the middle of its gap; among the points that are
+        chosen from and that later searches begin with, unless a logit is too near one of them."""
+        point = self.at(list(map(threshold_at, borders)))
+        settled = self._settled(point)
+        if None in settled:
+            return point
+        point = self.at(list(map(threshold_at, settled)))
+        if point not in self.points:
+            self.points.append(point)
+        return point
+
+    def _settled(self, point: Point) -> list[float | None]:
+        borders = map(logit_border, point.thresholds)
+        if self.scope == "model":
+            return [settled_border(point.all_logits, next(borders))] * len(point.logits)
+        return [
+            settled_border(logits, border)
+            for logits, border in zip(point.logits.values(), borders, strict=True)
+        ]
 
     def _miss(self, point: Point, capacity: float) -> float:
-        if self.scope == "model":
-            return abs(point.mean_capacity - capacity)
         return max(abs(one - capacity) for one in point.capacity)
-
-    def _propose(self, point: Point, capacity: float) -> list[float]:
-        if self.scope == "layer":
-            return [border_at(logits, capacity) for logits in point.logits.values()]
-        found = border_at(torch.cat(list(point.logits.values())), capacity)
-        borders = [(logit_border(p.thresholds[0]), p.mean_capacity) for p in self.points]
-        low = max((b for b, reached in borders if reached >= capacity), default=-math.inf)
-        high = min((b for b, reached in borders if reached < capacity), default=math.inf)
-        if not low < found < high and math.isfinite(high - low) and low < high:
-            found = (low + high) / 2
-        return [found] * len(point.logits)
 
     def at_speedup(self, speedup: float) -> Point:
         """The point of largest capacity whose counted work is that many times less than dense.

@@ -15,7 +15,8 @@ not computed.
   that skips an attention stores nothing there either; with ``all`` it still offers its key
   and value to others.
 
-From top to bottom: configuration, caches, the routed layer, model, generation, families.
+From top to bottom: configuration, thresholds, caches, the routed layer, model, generation,
+families.
 """
 
 from __future__ import annotations
@@ -122,8 +123,142 @@ def logit_border(threshold: float) -> float:
     return math.log(threshold / (1.0 - threshold))
 
 
-def sigmoid(logit: float) -> float:
-    return 1.0 / (1.0 + math.exp(-logit))
+# -------------------------------------------------------------------- thresholds
+
+MOST = 30.0  # the largest logit whose sigmoid is told apart from 1
+SLACK = 0.002  # of the units, given up for a border that no score is near
+ROUNDING = 1e-5  # relative; scores closer than this may be the same, computed twice
+PASSES = 20  # over a text, to find one border for all layers
+
+
+def threshold_at(border: float) -> float:
+    """The sigmoid of a logit, of which ``logit_border`` is the inverse.
+
+    Raises:
+        ValueError: a logit that no threshold between 0 and 1 can express.
+    """
+    if math.isinf(border):
+        return 1.0 if border > 0 else 0.0
+    if abs(border) > MOST:
+        raise ValueError(
+            f"the routers' scores lie around the logit {border:.0f}, which no threshold between 0 "
+            "and 1 can express; train them with a smaller optimizer.lr."
+        )
+    return 1.0 / (1.0 + math.exp(-border))
+
+
+def border_at(scores: Tensor, capacity: float) -> float:
+    """The logit from which on about ``capacity`` of the units with these ``[N]`` is kept; infinite
+    where all or none are.
+
+    Units with one score (a token that a text repeats, the beginning that all samples share) are
+    kept or skipped together, however often it was computed. The border lies in the middle of the
+    widest gap between two scores within ``SLACK`` of the wanted share, or, if rounding would decide
+    about more than ``SLACK`` of the units there, as near to that share as it does not.
+
+    Raises:
+        ValueError: a score that is no finite number.
+    """
+    ranked = _ranked(scores)
+    if not len(ranked):
+        return -math.inf
+    wanted = capacity * len(ranked)
+    middles = (ranked[:-1] + ranked[1:]) / 2  # behind the first, the second, ...
+    miss = (torch.arange(1, len(ranked)) - wanted).abs()
+    miss = miss.masked_fill(~_is_sound(middles, ranked), math.inf)
+    nearest = float(miss.min()) if len(miss) else math.inf
+    if min(wanted, len(ranked) - wanted) < nearest:
+        return math.inf if wanted < len(ranked) / 2 else -math.inf
+    within = miss <= max(nearest, SLACK * len(ranked))
+    gaps = ranked[:-1] - ranked[1:]
+    return float(middles[gaps.masked_fill(~within, -1).argmax()])
+
+
+def settled_border(scores: Tensor, border: float) -> float | None:
+    """The border in the middle of its gap, which keeps the same of the units with these scores
+    ``[N]``; None where rounding decides about more than ``SLACK`` of them, here or there."""
+    ranked = _ranked(scores)
+    kept = int((ranked >= border).sum())
+    middle = math.inf
+    if kept == len(ranked):
+        middle = -math.inf
+    elif kept:
+        middle = float(ranked[kept - 1 : kept + 1].mean())
+    finite = [b for b in (border, middle) if math.isfinite(b)]
+    return middle if _is_sound(torch.tensor(finite, dtype=ranked.dtype), ranked).all() else None
+
+
+def common_border(
+    scores_at: Callable[[float], Tensor],
+    capacity: float,
+    *,
+    known: dict[float, Tensor] | None = None,
+    tolerance: float | None = None,
+) -> float:
+    """The border of all layers at which about ``capacity`` of their units is kept.
+
+    A border moves what later layers see, and with it their scores, so it is found by repetition:
+    each pass places it by the scores of the pass before (``border_at``), or halves what earlier
+    ones leave if that leads out of them. The search ends where scores put the border that made
+    them.
+
+    Args:
+        scores_at: all layers' scores ``[N]`` at a border.
+        known: what that is known to answer.
+        tolerance: a capacity this near is near enough, if no score is near its border.
+    """
+    known = dict(known) if known else {-math.inf: scores_at(-math.inf)}
+
+    def kept(border: float) -> float:
+        return float((known[border] >= border).double().mean())
+
+    def miss(border: float) -> float:
+        return abs(kept(border) - capacity)
+
+    border = min(known, key=miss)
+    for _ in range(PASSES):
+        scores = known[border]
+        settled = settled_border(scores, border)
+        if tolerance is not None and settled is not None and miss(border) <= tolerance:
+            return settled
+        found = border_at(scores, capacity)
+        if found == settled:
+            return found
+        low = max((b for b in known if kept(b) >= capacity), default=-math.inf)
+        high = min((b for b in known if kept(b) < capacity), default=math.inf)
+        if not low < found < high and low < high and math.isfinite(high - low):
+            found = (low + high) / 2
+        if found in known:
+            break
+        border = found
+        known[border] = scores_at(border)
+    sound = {b: s for b in known if (s := settled_border(known[b], b)) is not None}
+    return sound[min(sound, key=miss)]
+
+
+def _ranked(scores: Tensor) -> Tensor:
+    """The scores in descending order, in double precision on the CPU."""
+    ranked = scores.detach().cpu().double().sort(descending=True).values
+    if not ranked.isfinite().all():
+        raise ValueError(
+            "the routers' scores are not all finite numbers; the weights of the model or of its "
+            "routers hold inf or NaN."
+        )
+    return ranked
+
+
+def _is_sound(borders: Tensor, ranked: Tensor) -> Tensor:
+    """Whether rounding decides about at most ``SLACK`` of the ranked scores at each border, and
+    about none that are equal."""
+    if not len(ranked):
+        return torch.ones_like(borders, dtype=torch.bool)
+    reach = ROUNDING * borders.abs().clamp(min=float(ranked.abs().median()))
+    ascending = ranked.flip(0)
+    near = torch.searchsorted(ascending, borders + reach, right=True)
+    near -= torch.searchsorted(ascending, borders - reach)
+    above = torch.searchsorted(ascending, borders)
+    between = above == torch.searchsorted(ascending, borders, right=True)
+    return between & (near <= SLACK * len(ranked))
 
 
 # ------------------------------------------------------------------------ caches
@@ -341,7 +476,7 @@ class RoutingCall:
 
     pooled: Tensor | None  # [B, S]: tokens a sequence's decision may see; None: all
     tokens: Tensor | None  # [B, past + S]: tokens that are no padding; None: all
-    borders: CapacityBorders | None = None  # finds the layers' borders on the way
+    borders: CapacityBorders | WatchedBorders | None = None  # found, or given, on the way
     decisions: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B] or [B, S] bool
 
 
@@ -647,12 +782,15 @@ class RoutingControls:
             input_ids, attention_mask: ``[B, S]``, a text of the kind the model will see. For
                 a sequence granularity: prompts, and enough of them.
             scope: ``layer`` holds every layer to its capacity (in one pass, each layer sees what
-                the ones before it leave); ``model`` moves all thresholds by one logit until
-                their mean is right (in 20 passes). None: as the routers were trained.
+                the ones before it leave); ``model`` gives all one threshold, at which their mean
+                has it (in at most 20 passes). None: as the routers were trained.
+
+        Units with one score are kept or skipped together, so a capacity may be met only nearly;
+        ``routing_report`` tells of the next call.
 
         Raises:
-            ValueError: a capacity or scope out of range, or another number of capacities than
-                routed layers.
+            ValueError: a capacity or scope out of range, another number of capacities than routed
+                layers, or scores that no threshold can tell apart.
         """
         routed = self.config.routing["layers"]
         several = isinstance(capacity, (list, tuple))
@@ -667,36 +805,20 @@ class RoutingControls:
             raise ValueError(
                 f"scope = {scope!r}: must be 'layer', or 'model' with one capacity for all."
             )
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if scope == "layer":
             borders = CapacityBorders(dict(zip(routed, targets, strict=True)))
-            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-            self._decoder(**inputs, use_cache=False, borders=borders)
-            self.set_thresholds([borders.thresholds[index] for index in routed])
-        elif capacity in (0.0, 1.0):
-            self.set_thresholds(1.0 - capacity)
-        else:
-            self._shift_thresholds(capacity, input_ids, attention_mask)
+            self._decoder(**inputs, borders=borders)
+            self.set_thresholds([threshold_at(borders.found[index]) for index in routed])
+            return
 
-    def _shift_thresholds(
-        self, capacity: float, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> None:
-        """Bisect for the number added to all borders at which their mean capacity is reached."""
-        borders = [layer.logit_border for layer in self._routed_layers().values()]
-        if any(math.isinf(border) for border in borders):
-            raise ValueError(
-                "scope 'model' moves all thresholds together, but one of them is 0 or 1; set it "
-                "to another value first, or use scope 'layer'."
-            )
-        few, many = 30.0 - max(borders), -30.0 - min(borders)
-        for _ in range(20):
-            shift = (few + many) / 2
-            self.set_thresholds([sigmoid(border + shift) for border in borders])
-            self._decoder(input_ids, attention_mask=attention_mask, use_cache=False)
-            if self.routing_report()["capacity"] >= capacity:
-                many = shift
-            else:
-                few = shift
-        self.set_thresholds([sigmoid(border + many) for border in borders])
+        def scores_at(border: float) -> Tensor:
+            watched = WatchedBorders(border)
+            self._decoder(**inputs, borders=watched)
+            return torch.cat(watched.scores)
+
+        border = common_border(scores_at, targets[0])
+        self.set_thresholds([threshold_at(border)] * len(routed))
 
     def routing_report(self) -> dict[str, Any]:
         """What the last call skipped and what it saved; after ``generate``, the whole of it.
@@ -715,31 +837,28 @@ class RoutingControls:
 
 
 class CapacityBorders:
-    """Finds each routed layer's border from the logits of one pass."""
+    """Finds each routed layer's border, from the top down, in one pass."""
 
     def __init__(self, capacity: dict[int, float]) -> None:
         self.capacity = capacity
-        self.thresholds: dict[int, float] = {}
+        self.found: dict[int, float] = {}
 
     def find(self, layer: int, logits: Tensor) -> float:
-        """The border at which ``capacity`` of the units with ``logits`` ``[N]`` is kept.
+        """The border at which the layer's capacity of the units with ``logits`` ``[N]`` is kept."""
+        self.found[layer] = border_at(logits, self.capacity[layer])
+        return self.found[layer]
 
-        Raises:
-            ValueError: the scores are too far out for a threshold to tell them apart.
-        """
-        ranked = logits.sort(descending=True).values.tolist()
-        kept = math.floor(self.capacity[layer] * len(ranked) + 0.5)
-        if kept in (0, len(ranked)):
-            self.thresholds[layer] = 0.0 if kept else 1.0
-            return logit_border(self.thresholds[layer])
-        border = (ranked[kept - 1] + ranked[kept]) / 2
-        if abs(border) > 30.0:
-            raise ValueError(
-                f"layer {layer}: its scores lie around the logit {border:.0f}, which no threshold "
-                "between 0 and 1 can express."
-            )
-        self.thresholds[layer] = sigmoid(border)
-        return logit_border(self.thresholds[layer])
+
+class WatchedBorders:
+    """Gives all layers one border, and keeps their scores."""
+
+    def __init__(self, border: float) -> None:
+        self.border = border
+        self.scores: list[Tensor] = []
+
+    def find(self, layer: int, logits: Tensor) -> float:
+        self.scores.append(logits)
+        return self.border
 
 
 class RoutingRecord:
@@ -826,7 +945,7 @@ class RoutedModel(RoutingControls):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         routing_mask: Tensor | None = None,
-        borders: CapacityBorders | None = None,
+        borders: CapacityBorders | WatchedBorders | None = None,
         *,
         cache: Cache | None = None,
         **kwargs: Any,

@@ -145,10 +145,15 @@ class RoutedSelfAttention(SelfAttention):
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None = None, **kwargs: object
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As Megatron's; with ``key_value_states`` ``[T, B, H]`` keys and values are theirs and
-        queries those of ``hidden_states``, with no more than either's projection computed."""
+        """As Megatron's, of no tokens too; with ``key_value_states`` ``[T, B, H]`` keys and values
+        are theirs and queries those of ``hidden_states``, with no more than either's projection
+        computed."""
         if key_value_states is None:
-            return super().get_query_key_value_tensors(hidden_states, **kwargs)
+            if len(hidden_states):
+                return super().get_query_key_value_tensors(hidden_states, **kwargs)
+            # Megatron's reshapes infer sizes, which no tokens do not tell: project one and drop it.
+            one = F.pad(hidden_states, (0, 0, 0, 0, 0, 1))
+            return tuple(t[:0] for t in super().get_query_key_value_tensors(one, **kwargs))
         groups, dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         heads = self.num_attention_heads_per_partition // groups
         query = self._project(hidden_states, slice(0, heads * dim))

@@ -203,10 +203,13 @@ class RoutedTransformerLayer(TransformerLayer):
         return layout.attention
 
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:
-        """The MLP's update of a grid ``[S, B, H]`` or a stream ``[N, 1, H]``."""
-        if not len(hidden_states):
-            return hidden_states
-        output, bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        """The MLP's update of a grid ``[S, B, H]`` or a stream ``[N, 1, H]``.
+
+        It is entered with no tokens too, because other ranks may wait in it.
+        """
+        if len(hidden_states):
+            hidden_states = self.pre_mlp_layernorm(hidden_states)
+        output, bias = self.mlp(hidden_states)
         return output if bias is None else output + bias
 
     def _require_equal_decisions(self, kept: Tensor) -> None:

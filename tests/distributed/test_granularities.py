@@ -59,6 +59,18 @@ VARIANTS = [
 ALL = [*EVERY, *SELECTED, *SPARSE, *VARIANTS]
 DEEP = [EVERY[0], SELECTED[0], SPARSE[-2]]  # attn_sequence; attn_token selected, dense and sparse
 assert [r.granularity for r in DEEP] == ["attn_sequence", "attn_token", "attn_token"]
+# So few tokens that some context-parallel ranks have none, with every treatment of keys.
+FEW = [
+    scheme(
+        r.granularity,
+        keys_values=r.keys_values,
+        training_compute=r.training_compute,
+        threshold=0.99,
+    )
+    for r in [*EVERY, *SELECTED, *SPARSE]
+    if r.granularity.endswith("token")
+]
+SELECTED_FEW = [routing for routing in FEW if routing.keys_values == "selected"]
 TENSOR = {"tensor": 2, "sequence_parallel": True}
 PIPELINE = {"pipeline": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True}
@@ -117,6 +129,8 @@ def test_the_batch_skips_some_units_in_every_scheme(case):
         capacity = expected_of(case, routing)["capacity"]
         assert min(capacity) < 1, routing
         assert max(capacity) > 0, routing
+    for routing in FEW:
+        assert 0 < max(expected_of(case, routing)["capacity"]) < 0.1, routing
     assert expected_of(case, VARIANTS[3])["capacity"] == [1.0, 1.0]
     for routing in VARIANTS[-2:]:
         assert expected_of(case, routing)["capacity"] == [0.0, 0.0]
@@ -141,8 +155,23 @@ def test_the_batch_skips_some_units_in_every_scheme(case):
             ],
         ),
         (DEEP, 4, [{"tensor": 2, "pipeline": 2}, {"context": 2, "pipeline": 2}, {"tensor": 2}]),
+        (FEW, 2, [{"context": 2, "rows": 1}]),
+        pytest.param(
+            SELECTED_FEW,
+            4,
+            [{**TENSOR, "context": 2, "rows": 1}, {"context": 4, "rows": 1}],
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["one_rank", "one_row", "two_ranks", "two_ranks_deep", "four_ranks"],
+    ids=[
+        "one_rank",
+        "one_row",
+        "two_ranks",
+        "two_ranks_deep",
+        "four_ranks",
+        "two_ranks_few",
+        "four_ranks_few",
+    ],
 )
 def test_loss_and_gradients_equal_the_formula(case, routings, world, topologies, tmp_path):
     check(case, routings, world, topologies, tmp_path)

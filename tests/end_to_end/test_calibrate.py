@@ -139,6 +139,28 @@ def test_a_capacity_is_met(case, scheme, scope, tmp_path):
     assert (tmp_path / "new" / "calibration.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize(("scope", "capacity"), [("layer", 0.35), ("model", 0.7)])
+@pytest.mark.parametrize("scheme", ["attn_sequence", "mlp_token", "block_token_selected"])
+def test_an_export_sets_the_same_thresholds_on_the_same_text(
+    case, scheme, capacity, scope, tmp_path
+):
+    """``set_capacity`` on one batch of what the command reads row by row."""
+    _, data, exports = case
+    report = run(case, scheme, tmp_path / "new", capacity=capacity, scope=scope)
+    backend = load_backend(exports[scheme], ONE, dtype="float32")
+    rows = read_rows(data, backend.tokenizer, max_length=128)
+    texts = [row.ids[: row.context] if scheme.endswith("sequence") else row.ids for row in rows]
+    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
+    backend.model.set_capacity(capacity, ids, mask, scope=scope)
+    borders = [logit_border(t) for t in backend.model.config.routing["threshold"]]
+    wanted = [logit_border(t) for t in report["chosen"]["thresholds"]]
+    assert borders == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+    assert 0 < report["chosen"]["capacity"] < 1
+
+
 def test_static_removal_takes_the_layers_that_cost_least(case, tmp_path):
     report = run(case, "mlp_token", tmp_path / "new", capacity=0.65)
     cost = {

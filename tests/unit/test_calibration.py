@@ -11,9 +11,9 @@ from megatron_mod.evaluation.backend import Observation
 from megatron_mod.evaluation.calibration import Calibration
 from megatron_mod.evaluation.rows import Row, Score
 from megatron_mod.evaluation.work import Work
+from megatron_mod.hf.modeling_mod import border_at, common_border, settled_border, threshold_at
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig, logit_border
-from megatron_mod.routing.thresholds import border_at, threshold_at
 
 ROWS, LENGTH, LAYERS = 10, 20, (0, 2)
 ARCH = Architecture(
@@ -38,6 +38,88 @@ def test_a_border_is_near_no_logit():
     assert int((logits >= border).sum()) in (300, 400)
     assert border_at(torch.zeros(5), 0.5) == -math.inf
     assert border_at(torch.zeros(5), 0.4) == math.inf
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+def test_many_scores_that_differ_reach_the_share_at_any_scale(scale):
+    """Half a million, of which most lie nearer to each other than rounding tells apart."""
+    logits = scale * torch.randn(500_000, generator=torch.Generator().manual_seed(0))
+    for capacity in (0.25, 0.5, 0.9):
+        kept = (logits >= border_at(logits, capacity)).double().mean()
+        assert float(kept) == pytest.approx(capacity, abs=0.0021)
+
+
+@pytest.mark.parametrize("capacity", [0.2, 0.3, 0.35, 0.5, 0.59, 0.61])
+def test_a_large_group_of_equal_scores_stays_together(capacity):
+    """A third of the units, equal but for rounding, among many that differ."""
+    generator = torch.Generator().manual_seed(0)
+    equal = 0.3 * (1 + 1e-6 * torch.rand(1000, generator=generator))
+    logits = torch.cat((equal, torch.randn(2000, generator=generator)))
+    kept = logits >= border_at(logits, capacity)
+    assert len(kept[:1000].unique()) == 1
+    above = float((logits > 0.31).double().mean())
+    nearest = min((above, above + 1 / 3), key=lambda share: abs(share - capacity))
+    if above < capacity < above + 1 / 3:
+        assert float(kept.double().mean()) == pytest.approx(nearest, abs=0.005)
+    else:
+        assert float(kept.double().mean()) == pytest.approx(capacity, abs=0.0021)
+
+
+def test_settling_keeps_the_same_units_and_leaves_no_group_divided():
+    logits = torch.tensor([3.0, 2.0, 2.0, -1.0])
+    assert settled_border(logits, 2.9) == 2.5
+    assert settled_border(logits, 1.9) == 0.5
+    assert settled_border(logits, 2.0) is None, "rounding may have decided otherwise"
+    assert settled_border(logits, 4.0) == math.inf
+    assert settled_border(logits, -1.5) == -math.inf
+    near = torch.tensor([3.0, 2.0 + 1e-6, 2.0, -1.0])
+    assert settled_border(near, 2.0 + 5e-7) is None
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="scores are not all finite"):
+            border_at(torch.tensor([0.0, bad, 1.0]), 0.5)
+
+
+def test_no_units_at_all_leave_a_layer_on():
+    assert border_at(torch.zeros(0), 0.5) == -math.inf
+    assert settled_border(torch.zeros(0), 1.0) == -math.inf
+
+
+def falling(border: float) -> torch.Tensor:
+    """Scores of two layers of which the second's fall by what the first one skips."""
+    first = torch.linspace(-1, 1, 101)
+    return torch.cat((first, first - (first < border).float().mean()))
+
+
+def test_a_common_border_is_where_its_own_scores_put_it():
+    seen = []
+
+    def scores_at(border: float) -> torch.Tensor:
+        seen.append(border)
+        return falling(border)
+
+    for capacity in (0.2, 0.5, 0.8):
+        border = common_border(scores_at, capacity)
+        assert border == settled_border(falling(border), border)
+        assert float((falling(border) >= border).double().mean()) == pytest.approx(
+            capacity, abs=0.01
+        )
+    assert len(seen) < 3 * 20
+
+
+def test_a_common_border_that_cannot_settle_divides_no_group():
+    """Keeping the group makes it too many, skipping it too few: the share lies between."""
+
+    def scores_at(border: float) -> torch.Tensor:
+        group = torch.full((50,), 0.5 if border > 0 else -0.5)
+        return torch.cat((torch.linspace(1, 2, 10), group, torch.linspace(-2, -1, 40)))
+
+    border = common_border(scores_at, 0.3)
+    scores = scores_at(border)
+    assert settled_border(scores, border) == border
+    assert int((scores >= border).sum()) in (10, 60)
 
 
 @pytest.mark.parametrize("border", [-math.inf, -29.0, -1e-3, 0.0, 12.5, math.inf])
@@ -110,6 +192,23 @@ def test_the_smallest_capacity_with_a_perplexity_is_found(scope):
     assert 1.08 * math.exp(2) <= point.perplexity <= 1.1 * math.exp(2)
     assert found.at_perplexity(math.exp(2)).capacity == (1.0, 1.0)
     assert found.at_perplexity(math.exp(3.01)).mean_capacity == 0.0
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_every_budgets_borders_lie_in_the_middle_of_gaps(scope):
+    found = calibration(scope)
+    for point in (found.at_capacity(0.6), found.at_speedup(1.2), found.at_perplexity(7.6)):
+        groups = [torch.cat(list(point.logits.values()))] if scope == "model" else (
+            point.logits.values())  # fmt: skip
+        for logits, threshold in zip(groups, point.thresholds, strict=scope == "layer"):
+            border = logit_border(threshold)
+            assert settled_border(logits, border) == pytest.approx(border, rel=1e-9)
+
+
+def test_a_capacity_of_layers_is_where_their_own_scores_put_it():
+    point = calibration("layer").at_capacity(0.4)
+    borders = list(map(logit_border, point.thresholds))
+    assert borders == pytest.approx([border_at(s, 0.4) for s in point.logits.values()], rel=1e-9)
 
 
 def test_no_thresholds_are_run_twice():

@@ -82,3 +82,17 @@ def test_what_would_be_ignored_is_refused(own_model):
         TokenLayout(
             roles=ids.to(torch.uint8), position_ids=ids, documents=((2, 2),), context_ranks=2
         )
+
+
+@pytest.mark.parametrize("granularity", ["mlp_token", "block_token", "mlp_sequence"])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_mlp_is_entered_with_no_tokens_too(own_model, granularity, training):
+    """Experts exchange tokens in it: ranks that keep some would wait for those that keep none."""
+    routing = RoutingConfig(granularity, (1,), (0.5,), threshold=1.0, training_compute="sparse")
+    model = own_model(routing).train(training)
+    rows = []
+    model.decoder.layers[1].mlp.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0]))
+    ids = torch.randint(64, (2, 12))
+    loss = model(ids, torch.arange(12).expand(2, 12), None, labels=ids)
+    assert [tuple(row.shape) for row in rows] == [(0, 1, 32)]
+    loss.mean().backward()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_mod.hf.modeling_mod import border_at, threshold_at
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.builder import build_model, transformer_config
 from megatron_mod.model.specs import choose_implementation
@@ -93,11 +93,9 @@ class Timed:
             logits = layer.router(layer.input_layernorm(self.hidden))
             if layer.routing.per_sequence:
                 logits = logits.mean(0)
-            ordered = logits.flatten().sort(descending=True).values.tolist()
-        kept = round(capacity * len(ordered))
-        border = (ordered[kept - 1] + ordered[min(kept, len(ordered) - 1)]) / 2
-        layer.routing = replace(layer.routing, threshold=1 / (1 + math.exp(-border)))
-        return kept / len(ordered)
+        border = border_at(logits.flatten(), capacity)
+        layer.routing = replace(layer.routing, threshold=threshold_at(border))
+        return float((logits >= border).double().mean())
 
     @torch.no_grad()
     def work(self) -> int:
