@@ -135,7 +135,7 @@ def is_full(error: BaseException, path: Path) -> bool:
 
     Libraries pass it on as what they made of it: as text, or, as torch does, not at all.
     """
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno in _FULL:
             return True
         if any(os.strerror(code) in str(cause) for code in _FULL):
@@ -149,13 +149,13 @@ def reason(error: BaseException, path: Path) -> str:
     """What went wrong while ``path`` was written, in one line."""
     if is_full(error, path):
         return f"the disk is full ({free_bytes(path)} bytes are free)"
-    first = list(_causes(error))[-1]
+    first = list(causes(error))[-1]
     text = first.strerror if isinstance(first, OSError) and first.strerror else str(first)
     return (text.splitlines() or [type(first).__name__])[0]
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what led to it, on any rank of a distributed checkpoint's."""
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what led to it, on any rank of a distributed checkpoint's; itself first."""
     seen: list[BaseException] = []
     queue = [error]
     while queue:

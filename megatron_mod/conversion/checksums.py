@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import xxhash
+from torch import Tensor
 
 BLOCK = 64 * 2**20
 _PIECE = 2**20
@@ -75,3 +77,9 @@ def fingerprint(table: dict[str, dict]) -> str:
     for name in sorted(table):
         digest.update(f"{name} {table[name]['bytes']} {table[name]['xxh3_128']}\n".encode())
     return digest.hexdigest()
+
+
+def digest_of(tensor: Tensor) -> str:
+    """The checksum of a tensor's bytes, row by row."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return xxhash.xxh3_128(flat.numpy()).hexdigest()

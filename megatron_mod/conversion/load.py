@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -21,6 +21,7 @@ from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.megatron_lm import LayerReader, has_stacked_layers
 from megatron_mod.conversion.routers import ROUTER
 from megatron_mod.conversion.source import Base, open_base
+from megatron_mod.conversion.state import load_state
 from megatron_mod.model.builder import ModelChunks
 
 NOT_IN_BASE = (ROUTER, "_extra_state")
@@ -46,10 +47,9 @@ def load_base(model: ModelChunks, base: Base | str | Path) -> None:
     with _stacked_layers(model) if stacked else contextlib.nullcontext():
         wanted = _base_part(model)
     try:
-        loaded = dist_checkpointing.load(wanted, str(base.state), strict=strict)
-    except dist_checkpointing.core.CheckpointingException as error:
+        loaded = load_state(wanted, base.state, strict=strict)
+    except CheckpointingException as error:
         raise ValueError(f"{base.state}: does not fit its own config.json: {error}") from error
-    loaded = {key: loaded[key] for key in wanted}  # without what is common to the checkpoint
     missing, unexpected = model.load_state_dict(loaded, strict=False)
     assert not unexpected, unexpected
     assert all(key.endswith(NOT_IN_BASE) for key in missing), missing
