@@ -76,7 +76,7 @@ class LayerReader:
         index = int(_LAYER.match(name).group(1))
         layer = torch.empty((1, *shape), dtype=like.dtype)
         state = {"layer": ShardedTensor.from_rank_offsets(stacked, layer, (0, index, layers))}
-        return load_state(state, self.state, parts=True)["layer"][0]
+        return load_state(state, self.state)["layer"][0]
 
     def _unpadded(self, name: str, tensor: Tensor) -> Tensor:
         is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")

@@ -11,16 +11,21 @@ from typing import IO
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
     MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
+    _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
+    _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -33,33 +38,42 @@ from megatron_mod.conversion.checkpoint import CONTENT
 from megatron_mod.conversion.checksums import digest_of
 from megatron_mod.conversion.state_index import (
     IndexReader,
-    check_backend,
-    read_index,
     require_tensors,
 )
 from megatron_mod.folders import ChunkedFile, causes
+from megatron_mod.parallel.agree import on_first_rank
 
 
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """Megatron's checkpoint format, written by this process tensor by tensor.
+def save_state(
+    state: dict, folder: Path, *, read: Mapping[str, Callable[[], Tensor]] | None = None
+) -> None:
+    """Write a (sharded) state of tensors as a distributed checkpoint, in Megatron's format, in a
+    folder that exists; called by all ranks alike.
 
-    Megatron's own strategy copies everything aside first and leaves the writing to processes it
-    starts, which outlive a killed job. ``read``, by key, makes a tensor when its turn to be written
-    has come; the state then holds a meta tensor in its place.
+    Megatron's own way copies everything aside first and leaves the writing to processes it starts,
+    which outlive a killed job; and it keeps pickled objects beside the tensors.
+
+    Args:
+        read: makes a tensor, by key, when its turn to be written has come; the state then holds a
+            meta tensor in its place.
     """
+    tensors, others = save_preprocess(state, False)
+    assert not list(nested_values(others)), others
+    by_key, *_ = _replace_state_dict_keys_with_sharded_keys(tensors, True)
+    dcp.save(
+        mcore_to_pyt_state_dict(by_key, False),
+        # torch keeps every tensor of a file until the file is written: one tensor, one file.
+        storage_writer=_Writer(folder, single_file_per_rank=not read),
+        planner=_ReadingPlanner(read or {}),
+    )
+    on_first_rank(lambda: _complete(folder))
 
-    def __init__(self, read: Mapping[str, Callable[[], Tensor]] | None = None) -> None:
-        super().__init__("torch_dist", 1, thread_count=1)
-        self.read = read or {}
 
-    def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
-        state, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        dcp.save(
-            mcore_to_pyt_state_dict(state, False),
-            # torch keeps every tensor of a file until the file is written: one tensor, one file.
-            storage_writer=_Writer(checkpoint_dir, single_file_per_rank=not self.read),
-            planner=_ReadingPlanner(self.read),
-        )
+def _complete(folder: Path) -> None:
+    """What Megatron expects of its format: its description, and a common state, here empty."""
+    save_config(CheckpointingConfig("torch_dist"), str(folder))
+    with ChunkedFile(folder / COMMON_STATE_FNAME) as file:
+        torch.save({}, file)
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -99,50 +113,48 @@ class _ReadingPlanner(MCoreSavePlanner):
         return read() if read else super().lookup_object(index)
 
 
-def save_state(
-    state: dict, folder: Path, *, read: Mapping[str, Callable[[], Tensor]] | None = None
-) -> None:
-    """Write a (sharded) state as a distributed checkpoint in a folder that exists; all ranks."""
-    dist_checkpointing.save(
-        state, str(folder), sharded_strategy=InProcessSave(read), validate_access_integrity=False
-    )
-
-
-def load_state(
-    wanted: dict,
-    folder: Path,
-    *,
-    strict: StrictHandling = StrictHandling.ASSUME_OK_UNEXPECTED,
-    parts: bool = False,
-) -> dict:
+def load_state(wanted: dict, folder: Path) -> dict:
     """Read tensors of a distributed checkpoint into a (sharded) state; called by all ranks alike.
 
-    What the checkpoint keeps beside its tensors are pickles, and stay unread.
-
-    Args:
-        parts: the ranks together do not read every part of each tensor.
+    It may hold more. What it keeps beside its tensors are pickles, and stay unread: Megatron's own
+    way loads them.
 
     Raises:
-        ValueError: as ``read_index``, and a tensor that is damaged or has another shape.
-        CheckpointingException: names that ``strict`` does not allow.
+        ValueError: as ``read_index``, and a tensor that is missing, damaged or of another shape.
     """
-    check_backend(folder)
-    read_index(folder)  # before Megatron reads it, which would run what is in there
+    reader = IndexReader(folder)
+    state, local, factories = load_preprocess(wanted)
+    tensors, others = extract_sharded_base(state)
+    assert not list(nested_values(others)), others
+    _check_shapes(reader, folder, tensors)
+    padded = {t.key: t for t in nested_values(tensors) if t.allow_shape_mismatch}
+    planner = MCoreLoadPlanner(
+        flatten_state_dict=False,
+        flatten_sharded_tensors=False,
+        allow_shape_mismatch_sharded_tensors=padded,
+    )
+    by_key, places, names = _replace_state_dict_keys_with_sharded_keys(tensors)
+    found = mcore_to_pyt_state_dict(by_key, True)
     try:
-        return dist_checkpointing.load(
-            wanted,
-            str(folder),
-            common_strategy=_NoCommonState(),
-            strict=strict,
-            validate_access_integrity=not parts,
-        )
+        dcp.load(found, storage_reader=reader, planner=planner)
     except CheckpointException as error:
         raise _unreadable(folder, error) from error
+    found = {key: _unwrap_pyt_sharded_tensor(tensor) for key, tensor in found.items()}
+    loaded = _replace_sharded_keys_with_state_dict_keys(found, places, names)
+    return apply_factory_merges(merge(local, loaded), factories)
 
 
-class _NoCommonState(TorchCommonLoadStrategy):
-    def load_common(self, checkpoint_dir: str | Path) -> dict:
-        return {}
+def _check_shapes(reader: IndexReader, folder: Path, tensors: dict) -> None:
+    held = reader.read_metadata().state_dict_metadata
+    for tensor in nested_values(tensors):
+        shape = tuple(getattr(held.get(tensor.key), "size", ()))
+        if tensor.key not in held:
+            raise ValueError(f"{folder}: has no {tensor.key}.")
+        if shape != tensor.global_shape and not tensor.allow_shape_mismatch:
+            raise ValueError(
+                f"{folder}: {tensor.key} has shape {shape} where {tuple(tensor.global_shape)} is "
+                "needed."
+            )
 
 
 def _unreadable(folder: Path, error: CheckpointException) -> ValueError:

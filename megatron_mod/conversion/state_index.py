@@ -108,7 +108,7 @@ def read_index(folder: Path) -> Metadata:
     return index
 
 
-def check_backend(folder: Path) -> None:
+def _check_backend(folder: Path) -> None:
     """Refuse a distributed checkpoint of another kind than ``torch_dist``.
 
     Raises:
@@ -158,8 +158,9 @@ class IndexReader(FileSystemReader):
     """Reads a distributed checkpoint by an index that has been checked, however many loads."""
 
     def __init__(self, folder: Path) -> None:
-        """As ``read_index``."""
+        """Raises as ``read_index``, and for another kind of distributed checkpoint."""
         super().__init__(folder)
+        _check_backend(folder)
         self._index = read_index(folder)
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
