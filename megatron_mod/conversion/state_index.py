@@ -32,7 +32,10 @@ _MADE = {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
         "TensorProperties", "TensorStorageMetadata",
     ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch.distributed.checkpoint.planner": (  # Megatron keeps the plan it was written by
+        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem",
+    ),
     # What releases of torch before 2.3 put in the place of the first.
     "torch.distributed._shard.sharded_tensor.metadata": ("TensorProperties",),
     "collections": ("OrderedDict",),
@@ -40,6 +43,7 @@ _MADE = {
 _CALLED = {
     "torch.distributed.checkpoint.metadata": ("_MEM_FORMAT_ENCODING",),
     "torch.distributed._shard.sharded_tensor.metadata": ("MEM_FORMAT_ENCODING",),
+    "torch.distributed.checkpoint.planner": ("WriteItemType",),
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),  # by name, from a table
     **dict.fromkeys(("pathlib", "pathlib._local"), ("PosixPath", "WindowsPath")),
