@@ -100,12 +100,34 @@ def require_room(folder: Path, size: int, *, what: str) -> None:
         )
 
 
+def require_writable(folder: Path, *, what: str) -> None:
+    """Refuse an output folder that cannot be written, or made, before any work is done for it.
+
+    Args:
+        what: the setting that names it, for the message.
+
+    Raises:
+        ValueError: it is, or lies below, a file or a folder that this user cannot write.
+    """
+    there = _existing(folder)
+    if not there.is_dir():
+        raise ValueError(f"{what} = {folder}: {there} is no folder; give another output folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{what} = {folder}: {there} cannot be written; give another output folder."
+        )
+
+
 def free_bytes(path: Path) -> int:
     """What can still be written below a path, which need not exist yet."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
     path = Path(path).absolute()
     while not path.exists():
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path
 
 
 @contextlib.contextmanager

@@ -69,6 +69,8 @@ def read_manifest(folder: str | Path, *, kind: str | None = None) -> dict:
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
+        if _STEP.fullmatch(folder.name) or (folder / STATE).is_dir():
+            raise ValueError(f"{path}: is missing; the checkpoint is damaged.")
         state = "has no " + MANIFEST if folder.is_dir() else "does not exist"
         if (folder / CONFIG).is_file():
             raise ValueError(

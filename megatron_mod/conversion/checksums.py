@@ -20,21 +20,34 @@ _PIECE = 2**20
 
 def file_table(folder: Path, names: Iterable[str], *, together: bool = True) -> dict[str, dict]:
     """``{name: {"bytes": size, "xxh3_128": checksum}}``; called by all ranks alike, or by one that
-    does not work ``together`` with the others."""
+    does not work ``together`` with the others.
+
+    Raises:
+        ValueError: a file cannot be read; on all ranks, whichever met it.
+    """
     names = sorted(names)
     sizes = {name: (folder / name).stat().st_size for name in names}
     blocks = [(n, start) for n in names for start in range(0, sizes[n], BLOCK)]
     together = together and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-    mine = {block: _block_digest(folder, *block) for block in blocks[rank::world]}
+    mine = {block: _digest_or_problem(folder, *block) for block in blocks[rank::world]}
     if world > 1:
         parts: list = [None] * world
         dist.all_gather_object(parts, mine)
         mine = {block: digest for part in parts for block, digest in part.items()}
     whole = {name: xxhash.xxh3_128() for name in names}
     for block in blocks:
+        if isinstance(mine[block], str):
+            raise ValueError(f"{folder / block[0]}: cannot be read: {mine[block]}")
         whole[block[0]].update(mine[block])
     return {n: {"bytes": sizes[n], "xxh3_128": whole[n].hexdigest()} for n in names}
+
+
+def _digest_or_problem(folder: Path, name: str, start: int) -> bytes | str:
+    try:
+        return _block_digest(folder, name, start)
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _block_digest(folder: Path, name: str, start: int) -> bytes:

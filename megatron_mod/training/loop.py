@@ -17,6 +17,7 @@ from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.dataset import Samples, load_data, write_rejects
 from megatron_mod.data.loader import Loader
 from megatron_mod.data.tokenizer import load_tokenizer
+from megatron_mod.folders import writing
 from megatron_mod.model.architecture import check_parallel
 from megatron_mod.model.builder import ModelChunks, build_model, transformer_config
 from megatron_mod.model.specs import choose_implementation
@@ -144,7 +145,8 @@ def _train(config: Config, plan: Plan, run: Run) -> dict:
     state = checkpoint.RunState(model, optimizer, scheduler, controller, average, metrics, faults)
     start = run.resume(state)
     rejects = run.folder.path / "rejects.jsonl"
-    on_first_rank(lambda: write_rejects(rejects, plan.train, plan.validation))
+    with writing(rejects):
+        on_first_rank(lambda: write_rejects(rejects, plan.train, plan.validation))
 
     for step in range(start + 1, config.train.steps + 1):
         batch = loaders["train"].step(step - 1)

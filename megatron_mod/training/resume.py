@@ -13,6 +13,7 @@ from megatron_mod.config.cli import to_yaml
 from megatron_mod.config.schema import Config
 from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.conversion.source import Base, check_base
+from megatron_mod.folders import require_writable
 from megatron_mod.parallel.topology import print_once
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import checkpoint
@@ -33,9 +34,11 @@ def check_settings(config: Config) -> None:
     A run without a checkpoint binds its folder to nothing; a damaged checkpoint is found later.
 
     Raises:
-        ValueError: ``checkpoint.save`` is something else than a run, or a setting differs.
+        ValueError: ``checkpoint.save`` is something else than a run or cannot be written, or a
+            setting differs.
     """
     run = Path(config.checkpoint.save)
+    require_writable(run, what="checkpoint.save")
     if is_new(run):
         return
     if not holds_run(run):
@@ -117,9 +120,9 @@ class Run:
         found = self.folder.newest_good()
         step = self._load(*found, state) if found else 0
         state.metrics.continue_after(step, found and found[1]["progress"]["metrics"])
-        self.folder.write_settings(self._manifest["run"], to_yaml(self.config))
         if not found or step < self.config.train.steps:
             self.folder.require_room(self._size)
+        self.folder.write_settings(self._manifest["run"], to_yaml(self.config))
         return step
 
     def _load(self, path: Path, manifest: dict, state: RunState) -> int:

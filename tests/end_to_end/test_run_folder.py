@@ -13,7 +13,7 @@ import pytest
 
 from megatron_mod import folders
 from megatron_mod.conversion import checkpoint as layout
-from megatron_mod.conversion import convert, state
+from megatron_mod.conversion import checksums, convert, state
 from megatron_mod.conversion.routers import read_step
 from megatron_mod.conversion.source import open_base, open_source
 from megatron_mod.evaluation.request import is_megatron
@@ -164,6 +164,20 @@ def test_an_edited_manifest_is_refused_and_blamed(trainer, run, before, after):
     assert before in text
     path.write_text(text.replace(before, after, 1))
     refused(trainer, run, f"{path}: its content is not what was written")
+
+
+def test_a_lost_manifest_is_damage(trainer, run):
+    (run / "step_00000004" / "megatron_mod.json").unlink()
+    refused(trainer, run, r"step_00000004/megatron_mod.json: is missing; the checkpoint is damaged")
+
+
+def test_a_file_that_cannot_be_read_is_named(trainer, run, monkeypatch):
+    def refuse(folder, name, start):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checksums, "_block_digest", refuse)
+    with pytest.raises(ValueError, match=r"state/.*: cannot be read: Input/output error"):
+        open_source(run)
 
 
 def test_checkpoints_of_an_earlier_format_are_refused(trainer, run):

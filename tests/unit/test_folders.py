@@ -9,7 +9,14 @@ import pickle
 import pytest
 
 from megatron_mod import folders
-from megatron_mod.folders import is_full, new_folder, only_writer, require_room, write_durably
+from megatron_mod.folders import (
+    is_full,
+    new_folder,
+    only_writer,
+    require_room,
+    require_writable,
+    write_durably,
+)
 
 
 @pytest.fixture
@@ -137,3 +144,14 @@ def test_a_second_writer_is_refused(tmp_path):
     refused = pytest.raises(ValueError, match="the second: another process is writing")
     with only_writer(tmp_path, what="the first"), refused, only_writer(tmp_path, what="the second"):
         raise AssertionError("two writers")
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=f"save = {path}: {tmp_path}/file is no folder"):
+            require_writable(path, what="save")
+    require_writable(tmp_path / "not" / "there", what="save")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be written"):
+        require_writable(tmp_path / "run", what="save")
