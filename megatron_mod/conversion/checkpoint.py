@@ -85,7 +85,7 @@ def read_manifest(folder: str | Path, *, kind: str | None = None) -> dict:
         text = path.read_text(encoding="utf-8")
         manifest = json.loads(text)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ValueError(f"{path}: cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise ValueError(f"{path}: is not valid JSON; the checkpoint is damaged.") from error
     manifest = manifest if isinstance(manifest, dict) else {}

@@ -38,7 +38,7 @@ def file_table(folder: Path, names: Iterable[str], *, together: bool = True) -> 
     whole = {name: xxhash.xxh3_128() for name in names}
     for block in blocks:
         if isinstance(mine[block], str):
-            raise ValueError(f"{folder / block[0]}: cannot be read: {mine[block]}")
+            raise ValueError(f"{folder / block[0]}: cannot be read: {mine[block]}.")
         whole[block[0]].update(mine[block])
     return {n: {"bytes": sizes[n], "xxh3_128": whole[n].hexdigest()} for n in names}
 
@@ -65,10 +65,13 @@ def verify(folder: Path, table: dict[str, dict]) -> None:
     """Check a folder's files against the table written with them; called by all ranks alike.
 
     Raises:
-        ValueError: a file is missing, has another size, or other content; it is named.
+        ValueError: a file is missing, has another size, or other content, or is none of the
+            folder's; it is named.
     """
     for name, entry in table.items():
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{folder}: lists {name}, which is not a file of this folder.")
         if not path.is_file():
             raise ValueError(f"{path}: is missing; the checkpoint is damaged.")
         if path.stat().st_size != entry["bytes"]:

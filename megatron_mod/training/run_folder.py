@@ -29,12 +29,7 @@ from megatron_mod.parallel.topology import print_once
 from megatron_mod.training.metrics import LOG
 
 SUMMARY = "summary.json"
-_REPLACED = (
-    layout.CONFIG,
-    layout.LATEST,
-    LOG,
-    SUMMARY,
-)  # files that are written anew, by one rename
+_WRITTEN_ANEW = (layout.CONFIG, layout.LATEST, LOG, SUMMARY)
 
 
 def is_new(folder: Path) -> bool:
@@ -51,7 +46,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    half_written = [folder / partial_name(name) for name in _REPLACED]
+    half_written = [folder / partial_name(name) for name in _WRITTEN_ANEW]
     return [*folder.glob(".step_*"), *(path for path in half_written if os.path.lexists(path))]
 
 

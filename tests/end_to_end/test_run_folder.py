@@ -190,6 +190,15 @@ def test_checkpoints_of_an_earlier_format_are_refused(trainer, run):
     )
 
 
+@pytest.mark.parametrize("name", ["../step_00000002/megatron_mod.json", "/etc/hostname"])
+def test_a_manifest_lists_files_of_its_folder(trainer, run, name):
+    path = run / "step_00000004" / "megatron_mod.json"
+    values = layout.read_manifest(path.parent)
+    values["files"][name] = {"bytes": 1, "xxh3_128": ""}
+    path.write_text(layout.manifest_text(values))
+    refused(trainer, run, f"lists {name}, which is not a file of this folder")
+
+
 # Steps in the wrong place.
 
 
