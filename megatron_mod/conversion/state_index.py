@@ -95,7 +95,7 @@ def read_index(folder: Path) -> Metadata:
         ) from error
     except Exception as error:  # whatever a damaged pickle leads to
         raise ValueError(f"{path}: is damaged: {error!r}") from error
-    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
+    if not _is_index(index):
         raise ValueError(f"{path}: is not the index of a distributed checkpoint.")
     for entry in index.storage_data.values():
         name = getattr(entry, "relative_path", None)
@@ -110,6 +110,25 @@ def read_index(folder: Path) -> Metadata:
     if index.storage_meta is None:
         index.storage_meta = StorageMeta()
     return index
+
+
+def _is_index(value: object) -> bool:
+    """Whether an unpickled value has the parts of an index; a damaged one may lack any."""
+    entries, places = (
+        getattr(value, name, None) for name in ("state_dict_metadata", "storage_data")
+    )
+    return (
+        isinstance(value, Metadata)
+        and isinstance(places, dict)
+        and isinstance(entries, dict)
+        and all(_is_tensor(e) or isinstance(e, BytesStorageMetadata) for e in entries.values())
+    )
+
+
+def _is_tensor(entry: object) -> bool:
+    dtype = getattr(getattr(entry, "properties", None), "dtype", None)
+    shape = getattr(entry, "size", None)
+    return isinstance(dtype, torch.dtype) and isinstance(shape, torch.Size)
 
 
 def _check_backend(folder: Path) -> None:

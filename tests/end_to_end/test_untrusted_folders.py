@@ -247,6 +247,19 @@ def test_a_damaged_index_is_named(run, content):
         load_tensors(state)
 
 
+def lose(index: Metadata, name: str) -> None:
+    entry = next(iter(index.state_dict_metadata.values()))
+    del vars(index if hasattr(index, name) else entry)[name]
+
+
+@pytest.mark.parametrize("name", ["state_dict_metadata", "storage_data", "size", "properties"])
+def test_an_index_that_lacks_a_part_is_named(run, name):
+    state = run / "step_00000002" / "state"
+    rewrite_index(state, lambda index: lose(index, name))
+    with pytest.raises(ValueError, match=r"state/\.metadata: is not the index"):
+        load_tensors(state)
+
+
 @pytest.mark.parametrize("content", [b"../../other", b"/etc", b"\xff\xfe", b"", b"1\n2"])
 def test_their_newest_iteration_is_a_number(trainer, theirs, content):
     (theirs / "latest_checkpointed_iteration.txt").write_bytes(content)
