@@ -2,41 +2,61 @@
 
 A base checkpoint (what ``convert_hf_to_megatron`` writes)::
 
-    DIR/megatron_mod.json   kind, format, family, checksum of every file
+    DIR/megatron_mod.json   kind, format, family, checksum of every file, checksum of itself
     DIR/huggingface/        config.json and tokenizer, as the original had them
-    DIR/state/              Megatron distributed checkpoint of the weights
+    DIR/state/              Megatron distributed checkpoint of the weights; content.json
     DIR/routers/            with ``--routers``: a step folder with the imported routers
 
-A training step (what ``pretrain_router`` writes, under ``checkpoint.save``)::
+A training run (what ``pretrain_router`` writes, under ``checkpoint.save``)::
 
-    RUN/step_00000100/megatron_mod.json   kind, step, base and its fingerprint, routing, checksums
-    RUN/step_00000100/state/              routers, their average, optimizer, schedule, run state
-    RUN/latest                            the name of the newest step folder
+    RUN/config.yaml         its settings, and in the first line who it is
+    RUN/step_00000100/megatron_mod.json   kind, step, run, base and its fingerprint, routing,
+                            settings, counts and state of the run, checksums
+    RUN/step_00000100/state/              routers, their average, optimizer, random states
+    RUN/latest              the name of the newest step folder, for people and scripts
+
+A manifest has a checksum of itself, so all that a checkpoint holds is covered; a step names its
+run and its number, so it is taken for no other.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+
+import xxhash
 
 from megatron_mod.conversion import checksums
 from megatron_mod.folders import files_below
 
 MANIFEST = "megatron_mod.json"
 STATE = "state"
+CONTENT = "content.json"  # in a base's state: what its tensors hold, however they are stored
 HUGGINGFACE = "huggingface"
 ROUTERS = "routers"
+CONFIG = "config.yaml"
 LATEST = "latest"
-FORMAT = 2
+FORMAT = 3
+
+_STEP = re.compile(r"step_(\d{8,})")
+_RUN = re.compile(r"# run ([0-9a-f]{32}) checksum ([0-9a-f]{32})\n")
 
 
-def write_manifest(folder: Path, values: dict) -> None:
+def write_manifest(folder: Path, values: Mapping) -> None:
     """Describe a folder that is otherwise complete, with the checksum of each of its files;
     called by one rank."""
     names = [name for name in files_below(folder) if name != MANIFEST]
     table = checksums.file_table(folder, names, together=False)
-    text = json.dumps({"format": FORMAT, **values, "files": table}, indent=2)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    text = manifest_text({"format": FORMAT, **values, "files": table})
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def manifest_text(values: Mapping) -> str:
+    """A manifest's values, with a checksum of them, as its file holds them."""
+    values = {key: value for key, value in values.items() if key != "checksum"}
+    return json.dumps({**values, "checksum": _checksum(json.dumps(values))}, indent=2) + "\n"
 
 
 def read_manifest(folder: str | Path, *, kind: str | None = None) -> dict:
@@ -49,16 +69,33 @@ def read_manifest(folder: str | Path, *, kind: str | None = None) -> dict:
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
+        if _STEP.fullmatch(folder.name) or (folder / STATE).is_dir():
+            raise ValueError(f"{path}: is missing; the checkpoint is damaged.")
         state = "has no " + MANIFEST if folder.is_dir() else "does not exist"
+        if (folder / CONFIG).is_file():
+            raise ValueError(
+                f"{folder}: the training run in it has no checkpoint yet; train until it has saved "
+                "one (checkpoint.interval)."
+            )
         raise ValueError(
             f"{folder}: {state}; give a folder that tools/convert_hf_to_megatron.py or "
             "launch/pretrain_router.py wrote."
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise ValueError(f"{path}: is not valid JSON; the checkpoint is damaged.") from error
-    if manifest.get("format") != FORMAT:
+    manifest = manifest if isinstance(manifest, dict) else {}
+    other = manifest.get("format") != FORMAT
+    if not (other and "checksum" not in manifest) and text != manifest_text(manifest):
+        raise ValueError(
+            f"{path}: its content is not what was written (its checksum differs); the checkpoint "
+            "is damaged."
+        )
+    if other:
         raise ValueError(
             f"{path}: format {manifest.get('format')} is not {FORMAT}, the one this release reads; "
             "convert or train again."
@@ -71,18 +108,94 @@ def read_manifest(folder: str | Path, *, kind: str | None = None) -> dict:
 
 
 def verify(folder: str | Path) -> dict:
-    """The manifest, once every file has the checksum it lists; called by all ranks alike.
+    """The manifest, once the folder is where it belongs and every file has the checksum it lists;
+    called by all ranks alike.
 
     Raises:
-        ValueError: naming the first file that is damaged.
+        ValueError: naming the first file that is damaged, or the folder.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
-    checksums.verify(Path(folder), manifest["files"])
+    if manifest["kind"] == "routers":
+        _check_place(folder, manifest)
+    checksums.verify(folder, manifest["files"])
     return manifest
+
+
+def _check_place(step: Path, manifest: dict) -> None:
+    named = _STEP.fullmatch(step.name)
+    if named and int(named[1]) != manifest["step"]:
+        raise ValueError(
+            f"{step}: holds step {manifest['step']}; the folder has another step's name."
+        )
+    run = run_of(step.parent)
+    if run and manifest.get("run") != run:
+        raise ValueError(f"{step}: was written by another run than the one in {step.parent}.")
+
+
+def fingerprint(manifest: dict) -> str:
+    """A name for the content of a base: its tensors, config and tokenizer. How the tensors lie in
+    files is no part of it, so that the same conversion gives the same name wherever it is made."""
+    files = manifest["files"]
+    stored = {name for name in files if name.startswith(f"{STATE}/")} - {f"{STATE}/{CONTENT}"}
+    return checksums.fingerprint({name: files[name] for name in files.keys() - stored})
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / f"step_{step:08d}"
+
+
+def steps(run: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    found = [path for path in run.glob("step_*") if _STEP.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
 def resolve_step(folder: str | Path) -> Path:
     """The folder itself, or the newest step of a training run's folder."""
     folder = Path(folder)
-    latest = folder / LATEST
-    return folder / latest.read_text(encoding="utf-8").strip() if latest.is_file() else folder
+    return folder if (folder / MANIFEST).is_file() else next(iter(steps(folder)), folder)
+
+
+def settings_text(run: str, settings: str) -> str:
+    """``config.yaml`` of a run: its identity and a checksum in a comment, then the settings."""
+    return f"# run {run} checksum {_checksum(run + settings)}\n{settings}"
+
+
+def settings_run(run: Path) -> str | None:
+    """The identity in a run's ``config.yaml``; ``None`` if the file is not what was written."""
+    try:
+        text = (run / CONFIG).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    first = _RUN.match(text)
+    return first[1] if first and text == settings_text(first[1], text[first.end() :]) else None
+
+
+def run_of(folder: Path) -> str | None:
+    """The identity of the run in a folder, which all its checkpoints have.
+
+    ``config.yaml`` says it; if that is lost, the checkpoints do. ``None``: it has neither.
+
+    Raises:
+        ValueError: without ``config.yaml``, checkpoints of several runs.
+    """
+    if run := settings_run(folder):
+        return run
+    found: dict[str | None, str] = {}
+    for step in steps(folder):
+        try:
+            found.setdefault(read_manifest(step).get("run"), step.name)
+        except ValueError:
+            continue  # a damaged one says nothing
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder / CONFIG}: is missing or damaged, and the checkpoints beside it are of "
+            f"{len(found)} runs (for example {' and '.join(found.values())}); remove those that "
+            "do not belong here."
+        )
+    return next(iter(found), None)
+
+
+def _checksum(text: str) -> str:
+    return xxhash.xxh3_128(text.encode()).hexdigest()

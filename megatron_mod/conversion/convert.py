@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron_mod.conversion import checkpoint, mappings, routers
 from megatron_mod.conversion.check import check_hf_names, megatron_shapes
-from megatron_mod.conversion.checksums import fingerprint
 from megatron_mod.conversion.export import add_routing, make_portable
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import COMPANION_FILES, HFReader, read_config
@@ -72,9 +71,9 @@ def hf_to_megatron(
         copy_companions(hf_path, folder / checkpoint.HUGGINGFACE, dtype=dtype)
         checkpoint.write_manifest(folder, {"kind": "base", "family": family.model_type})
         if found:
-            files = checkpoint.read_manifest(folder)["files"]
+            fingerprint = checkpoint.fingerprint(checkpoint.read_manifest(folder))
             routers.write_step(
-                folder / checkpoint.ROUTERS, *found, base="..", fingerprint=fingerprint(files)
+                folder / checkpoint.ROUTERS, *found, base="..", fingerprint=fingerprint
             )
 
 

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch import Tensor
 
 from megatron_mod.conversion import mappings
@@ -21,6 +19,7 @@ from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.megatron_lm import LayerReader, has_stacked_layers
 from megatron_mod.conversion.routers import ROUTER
 from megatron_mod.conversion.source import Base, open_base
+from megatron_mod.conversion.state import load_state
 from megatron_mod.model.builder import ModelChunks
 
 NOT_IN_BASE = (ROUTER, "_extra_state")
@@ -38,18 +37,12 @@ def load_base(model: ModelChunks, base: Base | str | Path) -> None:
     if base.kind == "huggingface":
         _load_hf(model, base)
         return
-    strict, stacked = StrictHandling.RAISE_ALL, False
-    if base.kind == "megatron_lm":  # its optimizer is in there too, so compare names ourselves
-        names = LayerReader(base.state, vocab_size=base.arch.vocab_size).names()
-        check_megatron_names(base.family, base.arch, names, base.path)
-        strict, stacked = StrictHandling.RAISE_UNEXPECTED, has_stacked_layers(base.state)
+    names = LayerReader(base.state, vocab_size=base.arch.vocab_size).names()
+    check_megatron_names(base.family, base.arch, names, base.path)
+    stacked = has_stacked_layers(base.state)
     with _stacked_layers(model) if stacked else contextlib.nullcontext():
         wanted = _base_part(model)
-    try:
-        loaded = dist_checkpointing.load(wanted, str(base.state), strict=strict)
-    except dist_checkpointing.core.CheckpointingException as error:
-        raise ValueError(f"{base.state}: does not fit its own config.json: {error}") from error
-    loaded = {key: loaded[key] for key in wanted}  # without what is common to the checkpoint
+    loaded = load_state(wanted, base.state)
     missing, unexpected = model.load_state_dict(loaded, strict=False)
     assert not unexpected, unexpected
     assert all(key.endswith(NOT_IN_BASE) for key in missing), missing

@@ -10,22 +10,27 @@ import re
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from megatron_mod.conversion.state import StateReader
+from megatron_mod.conversion.state import StateReader, load_state
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 def find_iteration(path: Path) -> Path | None:
-    """The distributed checkpoint in a folder of theirs (its newest iteration), or ``None``."""
+    """The distributed checkpoint in a folder of theirs (its newest iteration), or ``None``.
+
+    Raises:
+        ValueError: their file that names the newest names none.
+    """
     tracker = path / _TRACKER
     if tracker.is_file():
-        name = tracker.read_text(encoding="utf-8").strip()
-        path = path / (f"iter_{int(name):07d}" if name.isdigit() else name)
+        name = tracker.read_bytes().strip()
+        if not re.fullmatch(rb"[0-9]{1,9}|release", name):
+            raise ValueError(f"{tracker}: holds {name[:40]!r} and no iteration's number.")
+        path = path / (f"iter_{int(name):07d}" if name.isdigit() else name.decode())
     return path if (path / "metadata.json").is_file() and (path / ".metadata").is_file() else None
 
 
@@ -71,9 +76,7 @@ class LayerReader:
         index = int(_LAYER.match(name).group(1))
         layer = torch.empty((1, *shape), dtype=like.dtype)
         state = {"layer": ShardedTensor.from_rank_offsets(stacked, layer, (0, index, layers))}
-        # Reading one layer is no access to all of the tensor, which Megatron would insist on.
-        loaded = dist_checkpointing.load(state, str(self.state), validate_access_integrity=False)
-        return loaded["layer"][0]
+        return load_state(state, self.state)["layer"][0]
 
     def _unpadded(self, name: str, tensor: Tensor) -> Tensor:
         is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")

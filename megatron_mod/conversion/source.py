@@ -14,6 +14,8 @@ from megatron_mod.conversion.hf_reader import COMPANION_FILES, read_config
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
 
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+
 
 @dataclass(frozen=True)
 class Base:
@@ -36,17 +38,25 @@ class Base:
         return self.path / layout.STATE if self.kind == "checkpoint" else self.path
 
     def fingerprint(self) -> str:
-        """A name for the content of all its files, read and checked; called by all ranks alike.
+        """A name for the content of all that is read of it, checked; called by all ranks alike.
 
         Raises:
             ValueError: a file of our checkpoint is damaged.
         """
         if self.kind == "checkpoint":
-            return checksums.fingerprint(layout.verify(self.path)["files"])
+            return layout.fingerprint(layout.verify(self.path))
         names = [p.name for p in self.path.iterdir() if p.is_file()]
         if self.kind == "huggingface":
-            names = [n for n in names if n in COMPANION_FILES or n.endswith(".safetensors")]
-        return checksums.fingerprint(checksums.file_table(self.path, names))
+            names = [n for n in names if n in COMPANION_FILES or n.endswith(_WEIGHTS)]
+            return checksums.fingerprint(checksums.file_table(self.path, names))
+        beside = [name for name in COMPANION_FILES if (self.huggingface / name).is_file()]
+        return checksums.fingerprint(
+            checksums.file_table(self.path, names)
+            | {
+                f"{layout.HUGGINGFACE}/{name}": entry
+                for name, entry in checksums.file_table(self.huggingface, beside).items()
+            }
+        )
 
 
 def open_base(path: str | Path, *, hf_path: str | Path | None = None) -> Base:

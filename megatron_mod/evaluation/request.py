@@ -73,7 +73,9 @@ class Request:
 
 def is_megatron(load: str | Path) -> bool:
     """Whether a folder is a checkpoint of ours rather than a Hugging Face folder."""
-    return any(Path(load, name).is_file() for name in ("megatron_mod.json", "latest"))
+    folder = Path(load)
+    named = any((folder / name).is_file() for name in ("megatron_mod.json", "latest"))
+    return named or any(folder.glob("step_*/megatron_mod.json"))
 
 
 def check_load(load: str, *, tensor: int, pipeline: int) -> None:

@@ -10,7 +10,7 @@ from megatron_mod.config import cli
 from megatron_mod.config.schema import Config
 from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.training.run_folder import CONFIG
+from megatron_mod.training.metrics import LOG, read_log
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Run:
     @property
     def settings(self) -> str:
         """``config.yaml``."""
-        return (self.folder / CONFIG).read_text(encoding="utf-8")
+        return (self.folder / layout.CONFIG).read_text(encoding="utf-8")
 
 
 def read_run(folder: str | Path) -> Run:
@@ -42,31 +42,22 @@ def read_run(folder: str | Path) -> Run:
         ValueError: not such a folder.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
+    if not (folder / layout.CONFIG).is_file():
         raise ValueError(
             f"{folder}: holds no training run; give the checkpoint.save folder of one (with "
-            f"{CONFIG} and metrics.jsonl)."
+            f"{layout.CONFIG} and metrics.jsonl)."
         )
     routing = None
-    if (folder / layout.LATEST).is_file():
-        manifest = layout.read_manifest(layout.resolve_step(folder))
-        routing = RoutingConfig.from_dict(manifest["routing"])
-    records = _records(folder / "metrics.jsonl")
+    if (step := layout.resolve_step(folder)) != folder:
+        routing = RoutingConfig.from_dict(layout.read_manifest(step)["routing"])
+    records = [record for _, record in read_log(folder / LOG)[0]]
     summary = folder / "summary.json"
     return Run(
         folder=folder,
-        config=cli.parse(["--config", str(folder / CONFIG)]),
+        config=cli.parse(["--config", str(folder / layout.CONFIG)]),
         routing=routing,
         steps=[record for record in records if "loss" in record],
         validations=[record for record in records if "validation_loss" in record],
         skipped=[record for record in records if "skipped" in record],
         summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
     )
-
-
-def _records(path: Path) -> list[dict]:
-    """The lines that are whole; a run that goes on may be writing the last."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch import Tensor
 from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.conversion.load import load_base as load_base
 from megatron_mod.conversion.routers import AVERAGE, ROUTER
-from megatron_mod.conversion.state import save_state
+from megatron_mod.conversion.state import load_state, save_state
+from megatron_mod.folders import write_durably
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.parallel import device
 from megatron_mod.parallel.agree import on_first_rank
@@ -28,6 +29,9 @@ from megatron_mod.training.average import RouterAverage
 from megatron_mod.training.faults import FaultCounter, require_finite
 from megatron_mod.training.metrics import Metrics
 from megatron_mod.training.optimizer_state import OptimizerState
+
+RANDOM = "random."  # before the key of a random state
+_TRACKED = "megatron."
 
 
 @dataclass
@@ -53,22 +57,22 @@ def save_step(folder: Path, state: RunState, *, step: int, manifest: dict) -> No
         "model": routers,
         "average": _average(routers, state.average, state.average.mean),
         "optimizer": optimizer.tensors() if steps else {},
-        "random": _random_state(_read_random()),
-        "common": {
-            "step": step,
-            "optimizer_steps": steps,
-            "scheduler_steps": state.scheduler.num_steps,
-            "averaged_steps": state.average.count,
-            "controller": state.controller.state_dict(),
-            "metrics": state.metrics.state_dict(),
-            "faults": state.faults.state_dict(),
-        },
+        "random": _random_states(),
     }
     target = folder / layout.STATE
     on_first_rank(target.mkdir)
     save_state(content, target)
     averaged = manifest["averaged"] and state.average.count > 0
-    values = {"kind": "routers", "step": step, **manifest, "averaged": averaged}
+    progress = {
+        "optimizer_steps": steps,
+        "scheduler_steps": state.scheduler.num_steps,
+        "averaged_steps": state.average.count,
+        "controller": state.controller.state_dict(),
+        "metrics": state.metrics.state_dict(),
+        "faults": state.faults.state_dict(),
+    }
+    own = {"averaged": averaged, "progress": progress}
+    values = {"kind": "routers", "step": step, **manifest, **own}
     on_first_rank(lambda: layout.write_manifest(folder, values))
 
 
@@ -77,35 +81,35 @@ def load_step(folder: Path, state: RunState, *, same_topology: bool) -> int:
 
     Random states belong to ranks and are read only if every rank is what it was.
     """
-    target = str(folder / layout.STATE)
-    common = dist_checkpointing.load_common_state_dict(target)["common"]
+    manifest = layout.read_manifest(folder)
+    progress = manifest["progress"]
     routers = _routers(state.models)
     optimizer = OptimizerState(state.optimizer, state.models, loading=True)
     wanted = {"model": routers}
-    if common["averaged_steps"]:
+    if progress["averaged_steps"]:
         empty = {layer: torch.empty_like(r.weight) for layer, r in state.average.routers.items()}
         wanted["average"] = _average(routers, state.average, empty)
-    if common["optimizer_steps"]:
+    if progress["optimizer_steps"]:
         wanted["optimizer"] = optimizer.tensors()
     if same_topology:
-        wanted["random"] = _random_state(None)
-    loaded = dist_checkpointing.load(wanted, target)
+        wanted["random"] = _random_states()
+    loaded = load_state(wanted, folder / layout.STATE)
 
     by_layer = {_layer_of(key): tensor for key, tensor in loaded.get("model", {}).items()}
     for layer, router in state.average.routers.items():
         router.weight.data.copy_(by_layer[layer])
-    if common["optimizer_steps"]:
+    if progress["optimizer_steps"]:
         tensors = {**loaded.get("optimizer", {}), **loaded.get("model", {})}
-        optimizer.load(tensors, steps=common["optimizer_steps"])
-    state.scheduler.step(increment=common["scheduler_steps"] - state.scheduler.num_steps)
-    state.average.count = common["averaged_steps"]
+        optimizer.load(tensors, steps=progress["optimizer_steps"])
+    state.scheduler.step(increment=progress["scheduler_steps"] - state.scheduler.num_steps)
+    state.average.count = progress["averaged_steps"]
     state.average.mean = {_layer_of(key): t for key, t in loaded.get("average", {}).items()}
-    state.controller.load_state_dict(common["controller"])
-    state.metrics.load_state_dict(common["metrics"])
-    state.faults.load_state_dict(common["faults"])
+    state.controller.load_state_dict(progress["controller"])
+    state.metrics.load_state_dict(progress["metrics"])
+    state.faults.load_state_dict(progress["faults"])
     if same_topology:
         _write_random(loaded["random"])
-    return common["step"]
+    return manifest["step"]
 
 
 def _routers(models: ModelChunks) -> dict[str, ShardedTensor]:
@@ -132,18 +136,33 @@ def _layer_of(key: str) -> int:
     return int(re.search(r"decoder\.layers\.(\d+)\.", key)[1])
 
 
-def _random_state(data: object) -> ShardedObject:
-    return ShardedObject("random", data, (dist.get_world_size(),), (dist.get_rank(),))
+def random_sizes() -> dict[str, int]:
+    """Bytes of each random state a rank has; those of a GPU are other ones than a CPU's."""
+    return {key: len(state) for key, state in _read_random().items()}
 
 
-def _read_random() -> dict:
+def _random_states() -> dict[str, ShardedTensor]:
+    """This rank's random states, each row ``rank`` of a tensor ``[world_size, bytes]``."""
+    row = (0, dist.get_rank(), dist.get_world_size())
+    return {
+        key: ShardedTensor.from_rank_offsets(RANDOM + key, state.clone()[None], row)
+        for key, state in _read_random().items()
+    }
+
+
+def _read_random() -> dict[str, Tensor]:
     tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
-    found = {"torch": torch.get_rng_state(), "megatron": dict(tracker)}
-    return {**found, "cuda": torch.cuda.get_rng_state()} if device.HAS_GPU else found
+    found = {_TRACKED + name: state for name, state in tracker.items()}
+    found["torch"] = torch.get_rng_state()
+    if device.HAS_GPU:
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
 
 
-def _write_random(states: dict) -> None:
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["megatron"])
+def _write_random(states: dict[str, Tensor]) -> None:
+    states = {key: state[0].clone() for key, state in states.items()}
+    tracked = {k.removeprefix(_TRACKED): s for k, s in states.items() if k.startswith(_TRACKED)}
+    tensor_parallel.get_cuda_rng_tracker().set_states(tracked)
     torch.set_rng_state(states["torch"])
     if device.HAS_GPU:
         torch.cuda.set_rng_state(states["cuda"])
@@ -169,4 +188,4 @@ def count_changed(before: dict[str, str], after: dict[str, str]) -> int:
 
 
 def write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_durably(path, json.dumps(values, indent=2) + "\n")

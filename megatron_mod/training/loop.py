@@ -11,14 +11,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_mod.config.cli import to_yaml
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
 from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.dataset import Samples, load_data, write_rejects
 from megatron_mod.data.loader import Loader
 from megatron_mod.data.tokenizer import load_tokenizer
-from megatron_mod.folders import write_durably
+from megatron_mod.folders import writing
 from megatron_mod.model.architecture import check_parallel
 from megatron_mod.model.builder import ModelChunks, build_model, transformer_config
 from megatron_mod.model.specs import choose_implementation
@@ -32,7 +31,7 @@ from megatron_mod.training.faults import FaultCounter
 from megatron_mod.training.metrics import Metrics
 from megatron_mod.training.optimizer import build_optimizer, wrap_ddp
 from megatron_mod.training.resume import Run, check_settings
-from megatron_mod.training.run_folder import CONFIG, RunFolder
+from megatron_mod.training.run_folder import SUMMARY, RunFolder
 from megatron_mod.training.start import start_routers
 from megatron_mod.training.step import StepResult, run_schedule
 
@@ -124,7 +123,7 @@ def train(config: Config, plan: Plan) -> dict:
     with folder.held():
         run = Run(config, folder, plan.base, plan.routing, data=plan.train.identity)
         summary = _train(config, plan, run)
-        on_first_rank(lambda: checkpoint.write_json(folder.path / "summary.json", summary))
+        on_first_rank(lambda: checkpoint.write_json(folder.path / SUMMARY, summary))
     return summary
 
 
@@ -145,9 +144,9 @@ def _train(config: Config, plan: Plan, run: Run) -> dict:
     faults = FaultCounter(most_in_a_row=config.train.max_skipped_steps)
     state = checkpoint.RunState(model, optimizer, scheduler, controller, average, metrics, faults)
     start = run.resume(state)
-    on_first_rank(lambda: write_durably(run.folder.path / CONFIG, to_yaml(config)))
     rejects = run.folder.path / "rejects.jsonl"
-    on_first_rank(lambda: write_rejects(rejects, plan.train, plan.validation))
+    with writing(rejects):
+        on_first_rank(lambda: write_rejects(rejects, plan.train, plan.validation))
 
     for step in range(start + 1, config.train.steps + 1):
         batch = loaders["train"].step(step - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -9,10 +10,33 @@ from pathlib import Path
 from statistics import fmean
 
 import torch.distributed as dist
+import xxhash
 
-from megatron_mod.folders import write_durably
+from megatron_mod.folders import remove, write_durably, writing
 from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.routing.config import RoutingConfig
+
+LOG = "metrics.jsonl"
+
+
+def read_log(path: Path) -> tuple[list[tuple[str, dict]], str | None]:
+    """The lines of a run's log that are whole, each with its record, and what kept it from being
+    read whole, if anything did. A run that goes on may be writing the last line."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], "is missing"
+    except OSError as error:
+        return [], f"cannot be read ({error.strerror})"
+    found, bad = [], []
+    for number, raw in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            line = raw.decode("utf-8")
+            record = json.loads(line)
+            found.append((line + "\n", {**record, "step": int(record["step"])}))
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            bad.append(number)
+    return found, f"line {bad[0]} is no record" if bad else None
 
 
 class Metrics:
@@ -22,7 +46,7 @@ class Metrics:
         self, run: str | Path, routing: RoutingConfig, *, steps: int, on_error: str = "stop"
     ) -> None:
         """``on_error``: ``stop``, or ``continue`` without the lines that cannot be written."""
-        self.path = Path(run) / "metrics.jsonl"
+        self.path = Path(run) / LOG
         self.routing = routing
         self.steps = steps
         self.on_error = on_error
@@ -31,6 +55,7 @@ class Metrics:
         self.first: dict | None = None
         self.last: dict | None = None
         self._tokens_since = 0
+        self._lines, self._written = 0, xxhash.xxh3_128()
         self._started = self._since = time.perf_counter()
 
     def add_tokens(self, count: int, *, positions: int) -> None:
@@ -82,26 +107,60 @@ class Metrics:
 
     def state_dict(self) -> dict:
         elapsed = time.perf_counter() - self._started
-        counts = {"tokens": self.tokens, "positions": self.positions}
-        return {**counts, "first": self.first, "last": self.last, "elapsed": elapsed}
+        return {
+            "tokens": self.tokens,
+            "positions": self.positions,
+            "first": self.first,
+            "last": self.last,
+            "elapsed": elapsed,
+            "lines": self._lines,
+            "lines_xxh3_128": self._written.hexdigest(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.tokens, self.positions = state["tokens"], state["positions"]
         self.first, self.last = state["first"], state["last"]
         self._started = time.perf_counter() - state["elapsed"]
 
-    def continue_after(self, step: int) -> None:
-        """Drop the lines of later steps, which will be taken again, and one that was cut short."""
-        on_first_rank(lambda: self._keep_until(step))
+    def continue_after(self, step: int, state: dict | None = None) -> None:
+        """Drop the lines of later steps, which will be taken again, and one that was cut short.
 
-    def _keep_until(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        write_durably(self.path, "".join(kept))
+        No line is needed to go on, so what has become of them is said and stops nothing; a file
+        that is not what was written is kept under another name.
+
+        Args:
+            state: the ``state_dict`` of that step; ``None`` at the start of a run.
+        """
+        if warning := on_first_rank(lambda: self._keep_until(step, state)):
+            self._print(warning)
+
+    def _keep_until(self, step: int, state: dict | None) -> str | None:
+        lines, problem = read_log(self.path)
+        kept = [line for line, record in lines if record["step"] <= step]
+        text = "".join(kept)
+        self._lines, self._written = len(kept), xxhash.xxh3_128(text.encode())
+        is_file = self.path.is_file()
+        if state is None and (is_file or not os.path.lexists(self.path)):
+            as_written = True  # what an attempt without a checkpoint leaves is dropped
+        else:
+            as_written = state is not None and self._written.hexdigest() == state["lines_xxh3_128"]
+        aside = None
+        if not as_written and os.path.lexists(self.path):
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            if os.path.lexists(aside):
+                remove(aside)
+            self.path.replace(aside)
+        if text or is_file:
+            write_durably(self.path, text)
+        if as_written:
+            return None
+        expected = state["lines"] if state else 0
+        gap = f"a gap of {expected - len(kept)} lines" if expected > len(kept) else "changed lines"
+        return (
+            f"warning: {self.path}: {problem or 'is not what the run wrote'}: {gap} up to step "
+            f"{step}, of {expected}. Going on with the {len(kept)} that can be read"
+            + (f"; the file as it was is {aside.name}." if aside else ".")
+        )
 
     def tokens_per_second(self) -> float:
         """Over the whole run so far, validation and checkpoints included."""
@@ -114,18 +173,20 @@ class Metrics:
     def _write(self, record: dict) -> None:
         if dist.get_rank() != 0:
             return
+        line = json.dumps(record) + "\n"
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
-            with self.path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(record) + "\n")
-        except OSError as error:
-            os.truncate(self.path, size)
+            with writing(self.path), self.path.open("a", encoding="utf-8") as lines:
+                lines.write(line)
+        except ValueError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
             if self.on_error == "stop":
-                raise ValueError(
-                    f"{self.path}: cannot be written: {error.strerror}; make room and run the same "
-                    "command again."
-                ) from error
-            self._print(f"warning: {self.path}: step {record['step']} not recorded: {error}")
+                raise
+            self._print(f"warning: step {record['step']} is not recorded: {error}")
+        else:
+            self._lines += 1
+            self._written.update(line.encode())
 
     def _print(self, line: str) -> None:
         if dist.get_rank() == 0:

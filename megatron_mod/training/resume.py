@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 from pathlib import Path
 
 import torch.distributed as dist
-import yaml
 
+from megatron_mod.config.cli import to_yaml
 from megatron_mod.config.schema import Config
+from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.conversion.source import Base, check_base
+from megatron_mod.folders import require_writable
 from megatron_mod.parallel.topology import print_once
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import checkpoint
 from megatron_mod.training.checkpoint import RunState
-from megatron_mod.training.run_folder import CONFIG, RunFolder
+from megatron_mod.training.run_folder import RunFolder, holds_run, is_new
 
 # Everything else says what is computed. The base may have moved: its fingerprint is compared.
 _MAY_CHANGE = {
@@ -27,20 +31,32 @@ _SECTIONS_THAT_MAY_CHANGE = {"checkpoint", "logging", "parallel"}
 def check_settings(config: Config) -> None:
     """Refuse to go on with a run under other settings, before anything is loaded.
 
+    A run without a checkpoint binds its folder to nothing; a damaged checkpoint is found later.
+
     Raises:
-        ValueError: ``checkpoint.save`` is something else than a run, or a setting differs.
+        ValueError: ``checkpoint.save`` is something else than a run or cannot be written, or a
+            setting differs.
     """
     run = Path(config.checkpoint.save)
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+    require_writable(run, what="checkpoint.save")
+    if is_new(run):
         return
-    path = run / CONFIG
-    if not path.is_file():
+    if not holds_run(run):
         raise ValueError(
             f"checkpoint.save = {run}: already exists and holds no training run; remove it or give "
             "another output folder."
         )
-    before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
-    now = _flat(yaml.safe_load(yaml.safe_dump(dataclasses.asdict(config))))
+    for step in layout.steps(run):
+        with contextlib.suppress(ValueError):
+            manifest = layout.read_manifest(step)
+            break
+    else:
+        return
+    _check_same(config, manifest, run)
+
+
+def _check_same(config: Config, manifest: dict, run: Path) -> None:
+    before, now = _flat(manifest["settings"]), _flat(_settings(config))
     for name in sorted(before.keys() & now.keys()):
         free = name in _MAY_CHANGE or name.split(".")[0] in _SECTIONS_THAT_MAY_CHANGE
         if before[name] != now[name] and not free:
@@ -48,6 +64,11 @@ def check_settings(config: Config) -> None:
                 f"{name} = {now[name]!r}: the run in {run} was started with {before[name]!r}; "
                 "set that to go on with it, or give another checkpoint.save."
             )
+
+
+def _settings(config: Config) -> dict:
+    """The settings as a manifest gives them back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _flat(values: dict) -> dict[str, object]:
@@ -70,9 +91,13 @@ class Run:
         self.config = config
         self.folder = folder
         self.base = base
-        # Routers, their average and Adam's two moments in float32, and as much again to spare.
-        self._size = 2**20 + 2 * 4 * 4 * len(routing.layers) * base.arch.hidden_size
+        # Routers, their average and Adam's two moments in float32, each rank's random states, and
+        # as much again to spare.
+        random = dist.get_world_size() * sum(checkpoint.random_sizes().values())
+        routers = 4 * 4 * len(routing.layers) * base.arch.hidden_size
+        self._size = 2**20 + 2 * (routers + random)
         self._manifest = {
+            "run": folder.identity(),
             "base": str(base.path.resolve()),
             "base_config": (
                 str(base.huggingface.resolve()) if base.kind == "megatron_lm" else None
@@ -82,19 +107,26 @@ class Run:
             "data": data,
             "topology": _topology(config),
             "steps": config.train.steps,
+            "settings": _settings(config),
         }
 
     def resume(self, state: RunState) -> int:
         """Load the newest good checkpoint; returns its step, or 0 at the start of a run.
 
         Raises:
-            ValueError: damaged checkpoints, another base, or other data.
+            ValueError: damaged checkpoints, another base, other data or other settings, or a disk
+                without room for another checkpoint.
         """
         found = self.folder.newest_good()
-        if found is None:
-            state.metrics.continue_after(0)
-            return 0
-        path, manifest = found
+        step = self._load(*found, state) if found else 0
+        state.metrics.continue_after(step, found and found[1]["progress"]["metrics"])
+        if not found or step < self.config.train.steps:
+            self.folder.require_room(self._size)
+        self.folder.write_settings(self._manifest["run"], to_yaml(self.config))
+        return step
+
+    def _load(self, path: Path, manifest: dict, state: RunState) -> int:
+        _check_same(self.config, manifest, path.parent)
         check_base(self._manifest["base_fingerprint"], manifest, step=path, base=self.base.path)
         if manifest["data"] != self._manifest["data"]:
             raise ValueError(
@@ -110,9 +142,14 @@ class Run:
         step = checkpoint.load_step(path, state, same_topology=same)
         if manifest["steps"] != self._manifest["steps"]:
             state.average.forget()  # its steps are the last no more
-        state.metrics.continue_after(step)
-        how = "" if same else " (on another topology: equal to rounding)"
-        print_once(f"Going on after step {step} of {self.config.train.steps}{how}")
+        if step == self.config.train.steps:
+            print_once(
+                f"The run in {path.parent} is finished: all {step} steps are done. Raise "
+                "train.steps to go on with it."
+            )
+        else:
+            how = "" if same else " (on another topology: equal to rounding)"
+            print_once(f"Going on after step {step} of {self.config.train.steps}{how}")
         return step
 
     def save(self, step: int, state: RunState) -> None:
@@ -128,4 +165,5 @@ class Run:
 
 
 def _topology(config: Config) -> dict:
-    return {**dataclasses.asdict(config.parallel), "world_size": dist.get_world_size()}
+    ranks = {**dataclasses.asdict(config.parallel), "world_size": dist.get_world_size()}
+    return {**ranks, "random": checkpoint.random_sizes()}

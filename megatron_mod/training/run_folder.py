@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,11 +13,41 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mod.config.schema import CheckpointConfig
 from megatron_mod.conversion import checkpoint as layout
-from megatron_mod.folders import only_writer, publish, remove, write_durably
+from megatron_mod.folders import (
+    only_writer,
+    partial_name,
+    publish,
+    reason,
+    remove,
+    require_room,
+    sync_folder,
+    write_durably,
+    writing,
+)
 from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.parallel.topology import print_once
+from megatron_mod.training.metrics import LOG
 
-CONFIG = "config.yaml"
+SUMMARY = "summary.json"
+_WRITTEN_ANEW = (layout.CONFIG, layout.LATEST, LOG, SUMMARY)
+
+
+def is_new(folder: Path) -> bool:
+    """Whether a run can start in a folder: it is not there, or holds no more than what a job that
+    was killed as it began left half written."""
+    if not os.path.lexists(folder):
+        return True
+    return folder.is_dir() and set(folder.iterdir()) <= set(_leftovers(folder))
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has started in a folder, with or without a checkpoint so far."""
+    return (folder / layout.CONFIG).is_file() or bool(layout.steps(folder))
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    half_written = [folder / partial_name(name) for name in _WRITTEN_ANEW]
+    return [*folder.glob(".step_*"), *(path for path in half_written if os.path.lexists(path))]
 
 
 class RunFolder:
@@ -32,17 +62,41 @@ class RunFolder:
         """Own the folder, which is made if need be, and clear what a killed job left half done.
 
         Raises:
-            ValueError: another job owns it.
+            ValueError: another job owns it, or it cannot be made.
         """
         with contextlib.ExitStack() as stack:
             on_first_rank(lambda: self._hold(stack))
             yield
 
     def _hold(self, stack: contextlib.ExitStack) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(only_writer(self.path, what=f"checkpoint.save = {self.path}"))
-        for left in (*self.path.glob(".step_*"), *self.path.glob(".*.new")):
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(only_writer(self.path.resolve(), what=f"checkpoint.save = {self.path}"))
+        for left in _leftovers(self.path):
             remove(left)
+
+    def identity(self) -> str:
+        """The name that all checkpoints of the run in this folder have; a new run gets a new one.
+
+        Raises:
+            ValueError: checkpoints of several runs, and nothing that says which are its own.
+        """
+        return on_first_rank(lambda: layout.run_of(self.path) or uuid.uuid4().hex)
+
+    def write_settings(self, run: str, settings: str) -> None:
+        """Record the settings, as ``--config`` takes them, for people and for the report: a run
+        goes on by those in its checkpoints."""
+        path = self.path / layout.CONFIG
+        if on_first_rank(lambda: path.exists() and layout.settings_run(self.path) is None):
+            print_once(
+                f"warning: {path}: is not what the run wrote, and is written anew; the settings "
+                "in its checkpoints hold."
+            )
+        on_first_rank(lambda: write_durably(path, layout.settings_text(run, settings)))
+
+    def require_room(self, size: int) -> None:
+        """Refuse to begin when a checkpoint of ``size`` bytes would not fit."""
+        on_first_rank(lambda: require_room(self.path, size, what="a checkpoint"))
 
     def newest_good(self) -> tuple[Path, dict] | None:
         """The newest step whose files are as they were written, and its manifest, if any.
@@ -51,7 +105,7 @@ class RunFolder:
             ValueError: a damaged file, unless ``checkpoint.on_corrupt`` is ``previous`` and an
                 earlier step is whole.
         """
-        steps = on_first_rank(lambda: sorted(self.path.glob("step_*[0-9]"), reverse=True))
+        steps = on_first_rank(lambda: layout.steps(self.path))
         for step in steps:
             try:
                 manifest = layout.verify(step)
@@ -68,7 +122,7 @@ class RunFolder:
                 print_once(f"{error} Going back to the step before (checkpoint.on_corrupt).")
                 on_first_rank(lambda step=step: self._put_aside(step))
             else:
-                on_first_rank(lambda step=step: self._point_to(step))
+                on_first_rank(lambda step=step: self._point_to(step, keep=0))
                 return step, manifest
         return None
 
@@ -78,8 +132,18 @@ class RunFolder:
             remove(aside)
         step.rename(aside)
 
-    def _point_to(self, step: Path) -> None:
-        write_durably(self.path / layout.LATEST, step.name + "\n")
+    def _point_to(self, step: Path, *, keep: int) -> None:
+        """Drop all but the newest ``keep`` steps (0: none), and have ``latest`` name this one.
+
+        Neither is needed to go on: what stands against it is said, and does not stop the run.
+        """
+        try:
+            for old in layout.steps(self.path)[keep:] if keep else ():
+                with writing(old):
+                    remove(old)
+            write_durably(self.path / layout.LATEST, step.name + "\n")
+        except ValueError as error:
+            print_once(f"warning: {step.name} is saved, but {error}")
 
     def save(self, step: int, fill: Callable[[Path], None], *, size: int, last: bool) -> None:
         """Have ``fill`` write a step's folder aside, publish it by one rename, and drop old steps.
@@ -91,22 +155,24 @@ class RunFolder:
             ValueError: it cannot be written; with ``checkpoint.on_save_error: continue`` only if
                 it is the run's last.
         """
-        folder = self.path / f"step_{step:08d}"
+        folder = layout.step_folder(self.path, step)
         partial = folder.with_name(f".{folder.name}.incomplete")
         try:
             on_first_rank(lambda: self._make_room(partial, size))
             fill(partial)
-            on_first_rank(lambda: self._publish(partial, folder))
+            on_first_rank(lambda: _publish(partial, folder))
         except (OSError, RuntimeError, CheckpointException) as error:
+            why = reason(error, self.path)
             on_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True))
             message = (
-                f"checkpoint.save = {self.path}: step {step} could not be saved: {_cause(error)} "
-                f"({shutil.disk_usage(self.path).free} bytes are free); earlier checkpoints are "
-                "untouched."
+                f"checkpoint.save = {self.path}: step {step} could not be saved: {why}; earlier "
+                "checkpoints are untouched."
             )
             if last or self.settings.on_save_error == "stop":
                 raise ValueError(f"{message} Make room and run the same command again.") from error
             print_once(f"warning: {message} Going on (checkpoint.on_save_error).")
+        else:
+            on_first_rank(lambda: self._point_to(folder, keep=self.settings.keep))
 
     def _make_room(self, partial: Path, size: int) -> None:
         """Make the folder, and make sure that what comes will fit.
@@ -124,21 +190,9 @@ class RunFolder:
             os.fsync(file.fileno())
         probe.unlink()
 
-    def _publish(self, partial: Path, folder: Path) -> None:
-        if folder.exists():  # a finished step of a run that is done over
-            remove(folder)
-        publish(partial, folder)
-        self._point_to(folder)
-        if self.settings.keep:
-            for old in sorted(self.path.glob("step_*[0-9]"))[: -self.settings.keep]:
-                remove(old)
 
-
-def _cause(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full"
-    return str(error).splitlines()[0]
+def _publish(partial: Path, folder: Path) -> None:
+    if folder.exists():  # a finished step of a run that is done over
+        sync_folder(partial)
+        remove(folder)
+    publish(partial, folder)
