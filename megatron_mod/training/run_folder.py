@@ -40,7 +40,7 @@ class RunFolder:
 
     def _hold(self, stack: contextlib.ExitStack) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(only_writer(self.path, what=f"checkpoint.save = {self.path}"))
+        stack.enter_context(only_writer(self.path.resolve(), what=f"checkpoint.save = {self.path}"))
         for left in (*self.path.glob(".step_*"), *self.path.glob(".*.new")):
             remove(left)
 
