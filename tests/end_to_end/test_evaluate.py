@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 pytest.importorskip("lm_eval", reason="needs the 'eval' extra")
 
-from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend, load_huggingface
+from megatron_mod.evaluation.huggingface import load_huggingface
+from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.lm_eval_model import BackendLM
 from megatron_mod.evaluation.request import Request
 from megatron_mod.evaluation.tasks import find_tasks
