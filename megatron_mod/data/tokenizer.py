@@ -95,6 +95,12 @@ def _from_folder(folder: Path, trust_remote_code: bool):
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken tokenizer.json raises whatever it broke
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{folder}: its tokenizer is code of the folder's own, which is not run unasked; "
+                "put a tokenizer.json beside it, or set data.tokenizer (where a tool judges the "
+                "model: --trust-remote-code)."
+            ) from error
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{folder}: no tokenizer that Transformers can load ({type(error).__name__}: {reason})"
