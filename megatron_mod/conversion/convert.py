@@ -29,8 +29,8 @@ from megatron_mod.conversion.weights import Weight, hf_weights
 from megatron_mod.folders import new_folder, require_room
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_OVERHEAD = 2**20  # bytes beside tensors and companions: indices, headers, manifest, modelling file
-_PER_FILE = 2**13  # and with each tensor that has a file of its own: its frame, a started block
+_OVERHEAD = 2**17  # bytes beside tensors and companions: manifest, metadata, modelling file
+_PER_TENSOR = 2**12  # and with each tensor: its entry, or a file's frame and half a block
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS.update({"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40})
 
@@ -71,8 +71,8 @@ def hf_to_megatron(
             for row in table
         }
         total = _size(tensors.values())
-        size = total + beside + _OVERHEAD + _PER_FILE * len(tensors)
-        require_room(folder, size, what="the checkpoint")
+        size = total + beside + _OVERHEAD + _PER_TENSOR * len(tensors)
+        require_room(Path(save), size, what="the checkpoint")
         with byte_progress(f"Writing {save}", total=total) as advance:
             read = {
                 row.megatron: partial(_merge, row, reader, tensors[row.megatron], advance)
@@ -144,7 +144,8 @@ def megatron_to_hf(
     with new_folder(save) as folder, hf_weights(source.base) as weights:
         writer = HFWriter(folder, max_shard_bytes=max_shard_bytes)
         total = _size(_as(weight.like, dtype) for weight in weights)
-        require_room(folder, total + beside + _OVERHEAD, what="the export")
+        size = total + beside + _OVERHEAD + _PER_TENSOR * len(weights)
+        require_room(Path(save), size, what="the export")
         with byte_progress(f"Writing {save}", total=total) as advance:
             for weight in weights:
                 like = _as(weight.like, dtype)

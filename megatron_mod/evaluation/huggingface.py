@@ -52,7 +52,10 @@ def load_model(
     config = read_config(folder)
     check_companions(folder)
     routing_of(config, folder / "config.json")
-    model_class = AutoModelForCausalLM if trust_remote_code else _class_of(folder, config)
+    model_class = AutoModelForCausalLM
+    if not trust_remote_code:
+        _refuse_generation_code(folder)
+        model_class = _class_of(folder, config)
     with HFReader(folder) as reader:
         check_tied(reader, tied=bool(config.get("tie_word_embeddings")))
         try:
@@ -75,6 +78,16 @@ def load_model(
         for name, tensor in model.state_dict().items():
             require_finite(tensor, name, where=reader.file(name))
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _refuse_generation_code(folder: Path) -> None:
+    """Transformers 4.57 runs it as soon as the model is loaded, trusted or not."""
+    code = folder / "custom_generate" / "generate.py"
+    if code.exists():
+        raise ValueError(
+            f"{code}: is code of the folder's own, which is not run unasked; take it out, or read "
+            f"it and give {TRUST} (tools/evaluate.py, tools/compare_logits.py)."
+        )
 
 
 def _class_of(folder: Path, config: Mapping[str, object]) -> type:

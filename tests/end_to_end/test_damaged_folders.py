@@ -79,7 +79,7 @@ def test_it_is_not_judged(trainer, export, copy, case, which):
 
 def test_tools_say_so_in_one_message(trainer, export, copy, tmp_path, monkeypatch, capsys):
     edit_tensors(folder := copy(export), ROUTER)
-    expected = f"\nerror: {folder}: 1 tensors are missing: {ROUTER}.\n"
+    expected = f"error: {folder}: 1 tensors are missing: {ROUTER}.\n"
     asked = ("--load", folder, "--perplexity", trainer.text)
     assert run_tool(monkeypatch, "evaluate.py", *asked) == 2
     assert capsys.readouterr().err.endswith(expected)

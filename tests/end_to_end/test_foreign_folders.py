@@ -93,6 +93,9 @@ def test_code_of_a_tokenizer_or_of_generation_is_not_run(models, tmp_path):
     path = folder / "tokenizer_config.json"
     settings = {**json.loads(path.read_text()), "tokenizer_class": "Theirs"}
     path.write_text(json.dumps({**settings, "auto_map": {"AutoTokenizer": [None, "theirs.T"]}}))
+    with pytest.raises(ValueError, match="generate.py: is code of the folder's own"):
+        load_model(folder)
+    shutil.rmtree(folder / "custom_generate")
     load_model(folder)
     with pytest.raises(ValueError, match="its tokenizer is code of the folder's own"):
         open_tokenizer(folder)
