@@ -58,6 +58,7 @@ def main() -> None:
             max_length=request.max_length,
             batch_size=request.batch_size,
             pooling=request.pooling,
+            trust_remote_code=request.trust_remote_code,
         )
         report = evaluate(request, backend, manager, is_first_rank=is_first_rank)
         topology.print_once("\n" + table(report))
@@ -96,13 +97,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--pooling",
         choices=("prompt", "all"),
         help="what a sequence's decision sees of a scored text: its context (default), as in "
-        "generation, or all of it",
+        "generation, or all of it (default for windows of a running text)",
     )
     add("--batch_size", "--batch-size", type=int, default=1, help="texts run together (1)")
     add("--max_length", "--max-length", type=int, help="most tokens of a text")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--tensor", type=int, default=1, help="tensor-parallel ranks of a Megatron checkpoint")
     add("--pipeline", type=int, default=1, help="pipeline-parallel ranks of a Megatron checkpoint")
+    add(
+        "--trust-remote-code",
+        "--trust_remote_code",
+        action="store_true",
+        help="run the code that a Hugging Face folder brings (an export's needs no trust)",
+    )
     add("--json", metavar="FILE", help="also write the report to this file")
 
 

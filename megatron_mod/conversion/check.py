@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_mod.conversion.families.base import Family
+from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.model.architecture import Architecture
 
 
@@ -38,6 +40,39 @@ def check_megatron_names(
         whose=f"the {family.model_type} table",
         folder=folder,
     )
+
+
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS = 8192  # compared at a time
+
+
+def check_tied(reader: HFReader, *, tied: bool, part: int = 0, parts: int = 1) -> None:
+    """Refuse an output layer in the files of a model whose config.json ties it to the embedding.
+
+    Transformers 4.57 drops it, and 5 uses it unless it equals the embedding.
+
+    Args:
+        tied: whether config.json does.
+        part, parts: compare this part of so many.
+
+    Raises:
+        ValueError: there is one, and it is another tensor.
+    """
+    if not tied or not {EMBEDDING, OUTPUT} <= reader.names():
+        return
+    shapes = [tuple(reader.like(name).shape) for name in (EMBEDDING, OUTPUT)]
+    starts = range(part * _ROWS, shapes[0][0] if shapes[0] else 0, parts * _ROWS)
+    if shapes[0] != shapes[1] or not all(_same_rows(reader, start) for start in starts):
+        raise ValueError(
+            f"{reader.file(OUTPUT)}: {OUTPUT} is not {EMBEDDING}, but config.json has "
+            "tie_word_embeddings = true; set that to false if the model has an output layer of its "
+            f"own, or take {OUTPUT} out of the file."
+        )
+
+
+def _same_rows(reader: HFReader, start: int) -> bool:
+    first, second = (reader.rows(name, start, start + _ROWS) for name in (EMBEDDING, OUTPUT))
+    return torch.equal(first.float(), second.float())
 
 
 def megatron_shapes(

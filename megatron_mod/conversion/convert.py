@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mod.conversion import checkpoint, mappings, routers
-from megatron_mod.conversion.check import check_hf_names, megatron_shapes
+from megatron_mod.conversion.check import check_hf_names, check_tied, megatron_shapes
+from megatron_mod.conversion.companions import check_companions, copy_companions
 from megatron_mod.conversion.export import add_routing, make_portable
 from megatron_mod.conversion.families import family_of
-from megatron_mod.conversion.hf_reader import COMPANION_FILES, HFReader, read_config
+from megatron_mod.conversion.finite import cast
+from megatron_mod.conversion.hf_reader import HFReader, read_config
 from megatron_mod.conversion.hf_writer import MAX_SHARD_BYTES, HFWriter
 from megatron_mod.conversion.progress import byte_progress
 from megatron_mod.conversion.routers import HF_ROUTER_KEY
 from megatron_mod.conversion.source import open_source
 from megatron_mod.conversion.state import save_tensors
-from megatron_mod.conversion.weights import hf_weights
-from megatron_mod.folders import new_folder
+from megatron_mod.conversion.weights import Weight, hf_weights
+from megatron_mod.folders import new_folder, require_room
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OVERHEAD = 2**17  # bytes beside tensors and companions: manifest, metadata, modelling file
+_PER_TENSOR = 2**12  # and with each tensor: its entry, or a file's frame and half a block
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS.update({"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40})
 
@@ -44,15 +48,18 @@ def hf_to_megatron(
         routers_path: routers to put beside the base, of a run of ours or of the published code.
 
     Raises:
-        ValueError: anything wrong with the folders, or ``save`` exists; nothing is left behind.
+        ValueError: anything wrong with the folders, weights that are not finite, too little room,
+            or ``save`` exists; nothing is left behind.
     """
     hf_path = Path(hf_path)
     hf_config = read_config(hf_path)
     family = family_of(hf_config)
     arch = family.architecture_of(hf_config)
+    beside = check_companions(hf_path)
     found = routers.read_routers(routers_path, arch) if routers_path else None
     with new_folder(save) as folder, HFReader(hf_path) as reader:
         check_hf_names(family, arch, reader.names(), hf_path)
+        check_tied(reader, tied=arch.tied_embeddings)
         table = family.table(arch)
         like = {name: _as(reader.like(name), dtype) for row in table for name in row.hf}
         shapes = megatron_shapes(family, arch, like, hf_path)
@@ -62,12 +69,16 @@ def hf_to_megatron(
             )
             for row in table
         }
-        with byte_progress(f"Writing {save}", total=_size(tensors.values())) as advance:
+        total = _size(tensors.values())
+        size = total + beside + _OVERHEAD + _PER_TENSOR * len(tensors)
+        require_room(Path(save), size, what="the checkpoint")
+        with byte_progress(f"Writing {save}", total=total) as advance:
             read = {
                 row.megatron: partial(_merge, row, reader, tensors[row.megatron], advance)
                 for row in table
             }
-            save_tensors(tensors, folder / checkpoint.STATE, read=read)
+            with _plain_errors():
+                save_tensors(tensors, folder / checkpoint.STATE, read=read)
         copy_companions(hf_path, folder / checkpoint.HUGGINGFACE, dtype=dtype)
         checkpoint.write_manifest(folder, {"kind": "base", "family": family.model_type})
         if found:
@@ -77,12 +88,24 @@ def hf_to_megatron(
             )
 
 
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Take a ``ValueError`` of reading out of what torch makes of it while it writes."""
+    try:
+        yield
+    except CheckpointException as error:
+        for cause, _ in error.failures.values():
+            if isinstance(cause, ValueError):
+                raise ValueError(str(cause)) from error
+        raise
+
+
 def _merge(
     row: mappings.Mapping, reader: HFReader, like: Tensor, advance: Callable[[int], None]
 ) -> Tensor:
     tensor = mappings.to_megatron(row, reader.rows, len(like), 0, len(like))
     advance(like.nbytes)
-    return tensor.to(like.dtype)
+    return cast(tensor, like.dtype, row.megatron)
 
 
 def megatron_to_hf(
@@ -102,8 +125,9 @@ def megatron_to_hf(
         routers_path: export the base with these routers.
 
     Raises:
-        ValueError: ``load`` is no checkpoint of ours, is damaged or does not match its base, or
-            ``save`` exists; nothing is left behind.
+        ValueError: ``load`` is no checkpoint of ours, is damaged or does not match its base, its
+            weights are not finite, there is too little room, or ``save`` exists; nothing is left
+            behind.
     """
     source = open_source(load, base=base)
     chosen = None
@@ -115,13 +139,16 @@ def megatron_to_hf(
         chosen = routers.read_routers(routers_path, source.base.arch)
     elif source.routing:
         chosen = source.routing, routers.read_step(source.step, source.routing)
+    beside = check_companions(source.base.huggingface)
     with new_folder(save) as folder, hf_weights(source.base) as weights:
         writer = HFWriter(folder, max_shard_bytes=max_shard_bytes)
         total = _size(_as(weight.like, dtype) for weight in weights)
+        size = total + beside + _OVERHEAD + _PER_TENSOR * len(weights)
+        require_room(Path(save), size, what="the export")
         with byte_progress(f"Writing {save}", total=total) as advance:
             for weight in weights:
                 like = _as(weight.like, dtype)
-                writer.add(weight.name, like, partial(_read, weight.read, like, advance))
+                writer.add(weight.name, like, partial(_read, weight, like, advance))
             for layer, weight in chosen[1].items() if chosen else ():
                 writer.add(HF_ROUTER_KEY.format(layer), weight)
             writer.close()
@@ -131,8 +158,8 @@ def megatron_to_hf(
             add_routing(folder, chosen[0])
 
 
-def _read(read: Callable[[], Tensor], like: Tensor, advance: Callable[[int], None]) -> Tensor:
-    tensor = read().to(like.dtype)
+def _read(weight: Weight, like: Tensor, advance: Callable[[int], None]) -> Tensor:
+    tensor = cast(weight.read(), like.dtype, weight.name)
     advance(like.nbytes)
     return tensor
 
@@ -152,19 +179,6 @@ def export_routers(load: str | Path, save: str | Path, *, base: str | Path | Non
         routers.write_published(
             folder, source.routing, weights, read_config(source.base.huggingface)
         )
-
-
-def copy_companions(source: Path, target: Path, *, dtype: str | None = None) -> None:
-    """Copy config, tokenizer and generation settings; the config tells of a changed dtype."""
-    target.mkdir(exist_ok=True)
-    for name in COMPANION_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if dtype:
-        path = target / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        key = "dtype" if "dtype" in config else "torch_dtype"
-        path.write_text(json.dumps({**config, key: dtype}, indent=2) + "\n", encoding="utf-8")
 
 
 def parse_size(text: str) -> int:

@@ -6,13 +6,26 @@ import json
 import shutil
 from pathlib import Path
 
+from megatron_mod.conversion.config_types import (
+    NUMBER,
+    TEXT,
+    Kind,
+    check_fields,
+    is_list,
+    is_share,
+    is_whole,
+)
 from megatron_mod.hf import __file__ as _hf_package
 from megatron_mod.routing.config import RoutingConfig
 
+MODULE = "modeling_mod"  # the modelling file that travels with an export
+MODELLING_FILE = Path(_hf_package).with_name(f"{MODULE}.py")
+
 
 def portable_config(hf_config: dict) -> dict:
-    """``config.json`` with rotary settings and dtype under both releases' names."""
-    config = dict(hf_config)
+    """``config.json`` with rotary settings and dtype under both releases' names, and without the
+    code of the folder it came from, which stays there."""
+    config = {name: value for name, value in hf_config.items() if name != "auto_map"}
     rope = config.get("rope_parameters")
     scaling = config.get("rope_scaling")
     base = (rope or {}).get("rope_theta") or config.get("rope_theta") or 10000.0
@@ -42,35 +55,88 @@ def make_portable(folder: Path) -> None:
 def add_routing(folder: Path, routing: RoutingConfig) -> None:
     """Turn the folder's config into that of a routed model and add the modelling file.
 
-    The model type is one of our own, so that opening the folder without
-    ``trust_remote_code`` is an error and not silently the dense model.
+    The model type is one of our own, so that opening the folder without ``trust_remote_code`` is an
+    error and not silently the dense model. Transformers chooses a tokenizer by it too, so the
+    folder's is made one that needs no choice.
     """
+    from megatron_mod.data.tokenizer import make_plain  # imports transformers
+
+    make_plain(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     family = config["model_type"]
-    module, name = "modeling_mod", f"MoD{family.capitalize()}"
+    name = f"MoD{family.capitalize()}"
     config.update(
         model_type=f"mod_{family}",
         architectures=[f"{name}ForCausalLM"],
         auto_map={
-            "AutoConfig": f"{module}.{name}Config",
-            "AutoModel": f"{module}.{name}Model",
-            "AutoModelForCausalLM": f"{module}.{name}ForCausalLM",
+            "AutoConfig": f"{MODULE}.{name}Config",
+            "AutoModel": f"{MODULE}.{name}Model",
+            "AutoModelForCausalLM": f"{MODULE}.{name}ForCausalLM",
         },
         routing=routing.to_dict(),
     )
     _write(path, config)
-    shutil.copyfile(Path(_hf_package).with_name(f"{module}.py"), folder / f"{module}.py")
+    shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
 
 
 def dense_config(config: dict) -> dict:
     """The ``config.json`` of the model that an export was made from; a dense one as it is."""
     if "routing" not in config:
         return config
-    family = config["model_type"].removeprefix("mod_")
+    family = str(config.get("model_type")).removeprefix("mod_")
     kept = {k: v for k, v in config.items() if k not in ("routing", "auto_map")}
-    architectures = [name.removeprefix("MoD") for name in config["architectures"]]
+    architectures = [name.removeprefix("MoD") for name in config.get("architectures") or ()]
     return {**kept, "model_type": family, "architectures": architectures}
+
+
+_NUMBERS = Kind("a number from 0 to 1, or a list of them", lambda v: is_share(v) or _are_shares(v))
+ROUTING = {
+    "granularity": TEXT,
+    "layers": Kind("a list of layers' indices", lambda v: is_list(v, is_whole)),
+    "capacity": Kind("a list of numbers from 0 to 1", lambda v: _are_shares(v)),
+    "scope": TEXT,
+    "capacity_loss_weight": NUMBER,
+    "capacity_warmup_fraction": NUMBER,
+    "threshold": _NUMBERS,
+    "pooling": TEXT,
+    "keys_values": TEXT,
+    "training_compute": TEXT,
+}
+
+
+def routing_of(config: dict, path: Path) -> RoutingConfig | None:
+    """The routers of an export, from its ``config.json`` at ``path``; ``None`` of a dense model.
+
+    Raises:
+        ValueError: a ``routing`` entry that ``add_routing`` did not write.
+    """
+    if "routing" not in config:
+        return None
+    values = config["routing"]
+    needed = ("granularity", "layers", "capacity")
+    if not isinstance(values, dict) or any(values.get(name) is None for name in needed):
+        raise ValueError(f"{path}: routing: must be an object with {', '.join(needed)}.")
+    if unknown := sorted(set(values) - set(ROUTING)):
+        raise ValueError(f"{path}: routing: {unknown[0]} is unknown.")
+    check_fields(values, ROUTING, path, within="routing.")
+    try:
+        routing = RoutingConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    layers = routing.layers
+    if len(routing.capacity) != len(layers) or len(routing.thresholds) != len(layers):
+        raise ValueError(
+            f"{path}: routing: capacity and a threshold that is a list must have one number for "
+            f"each of the {len(layers)} layers."
+        )
+    if list(layers) != sorted(set(layers)) or (layers and layers[0] < 0):
+        raise ValueError(f"{path}: routing.layers = {list(layers)}: must be ascending indices.")
+    return routing
+
+
+def _are_shares(value: object) -> bool:
+    return is_list(value, is_share)
 
 
 def _write(path: Path, values: dict) -> None:

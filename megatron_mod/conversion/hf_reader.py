@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_mod.conversion.config_types import check_types
+from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_writer import DTYPE_NAMES
 
 # Everything a user needs beside the weights to run the model: copied along as it is.
@@ -19,66 +22,145 @@ COMPANION_FILES = (
     "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 
 def read_config(folder: str | Path) -> dict:
     """The folder's ``config.json``.
 
     Raises:
-        ValueError: no such folder, an empty one, one without ``config.json``, or a broken file.
+        ValueError: no such folder, an empty one, one without ``config.json``, a broken file, or a
+            field of the wrong type.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a local Hugging Face model folder.")
     if not any(folder.iterdir()):
         raise ValueError(f"{folder}: the folder is empty; give a local Hugging Face model folder.")
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: has no config.json, so it is no Hugging Face model folder.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: must hold a JSON object.")
+    config = read_json(folder, "config.json")
+    check_types(config, folder / "config.json")
     return config
 
 
+def read_json(folder: Path, name: str) -> dict:
+    """A JSON object of a model folder.
+
+    Raises:
+        ValueError: the file holds something else, or lies outside of the folder.
+    """
+    path = member(folder, name)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold a JSON object.")
+    return values
+
+
+def member(folder: Path, name: str) -> Path:
+    """A file of a model folder, which may come from anywhere, by its name in there.
+
+    A link is followed within the folder and, from a snapshot in Hugging Face's own cache, to the
+    blobs that the cache keeps of it.
+
+    Raises:
+        ValueError: the name, or a link, leads out of the folder.
+    """
+    path = folder / name
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts:
+        raise ValueError(
+            f"{folder}: names {name!r} as a file of its own, which lies outside of it."
+        )
+    if not path.exists():
+        return path
+    root, target = folder.resolve(), path.resolve()
+    if target.is_relative_to(root) or _is_own_blob(target, root):
+        return path
+    raise ValueError(
+        f"{path}: is a link to {target}, outside of the model's folder; put the file itself there."
+    )
+
+
+def _is_own_blob(target: Path, snapshot: Path) -> bool:
+    """Whether a file is the content of a snapshot ``CACHE/models--NAME/snapshots/REVISION``: it
+    lies in ``models--NAME/blobs``, or by its hash in ``CACHE/blobs``."""
+    model = snapshot.parent.parent
+    if snapshot.parent.name != "snapshots" or not model.name.startswith("models--"):
+        return False
+    if target.is_relative_to(model / "blobs"):
+        return True
+    shared = model.parent / "blobs"
+    return target.is_relative_to(shared) and bool(
+        _SHARED_BLOB.fullmatch(target.relative_to(shared).as_posix())
+    )
+
+
 class HFReader:
-    """The tensors of a folder by name. A context manager; files stay open, memory-mapped."""
+    """The tensors of a folder by name. A context manager; files stay open, memory-mapped.
+
+    What it reads is finite, or a ``ValueError`` names tensor and file.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         """Index the folder's safetensors.
 
         Raises:
             ValueError: no safetensors (pickled ``.bin`` files are not read), a shard that the
-                index names but is not there, or a file that is cut short.
+                index names but is not there, a file that is cut short, or one tensor twice.
         """
         self.folder = Path(folder)
         self._files = ExitStack()
         self._handles = {}
         self._where: dict[str, str] = {}
-        for name in self._shard_names():
-            path = self.folder / name
-            if not path.is_file():
-                raise ValueError(f"{path}: named by model.safetensors.index.json, but missing.")
-            try:
-                handle = self._files.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
-            self._handles[name] = handle
-            self._where.update(dict.fromkeys(handle.keys(), name))
+        try:
+            for name in self._shard_names():
+                self._open(name)
+        except BaseException:
+            self._files.close()
+            raise
+
+    def _open(self, name: str) -> None:
+        path = member(self.folder, name)
+        if not path.is_file():
+            raise ValueError(f"{path}: named by {INDEX}, but missing.")
+        try:
+            handle = self._files.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+        self._handles[name] = handle
+        for key in handle.keys():  # noqa: SIM118 (no dict)
+            if key in self._where:
+                raise ValueError(
+                    f"{path}: {key} is in {self._where[key]} too; leave one of them out."
+                )
+            self._where[key] = name
 
     def _shard_names(self) -> list[str]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"{index}: is no index of safetensors: {error!r}") from error
-            return sorted(set(weight_map.values()))
+        if (self.folder / INDEX).is_file():
+            weight_map = read_json(self.folder, INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(name, str) for name in weight_map.values()
+            ):
+                raise ValueError(
+                    f"{self.folder / INDEX}: is no index of safetensors: weight_map must say which "
+                    "file each tensor is in."
+                )
+            names = sorted(set(weight_map.values()))
+            if (self.folder / WHOLE).is_file() and names != [WHOLE]:
+                raise ValueError(
+                    f"{self.folder}: holds {WHOLE} and {INDEX}, which names other files; remove "
+                    "the one that is not the model."
+                )
+            return names
         names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not names:
             pickled = sorted(path.name for path in self.folder.glob("*.bin"))
@@ -94,12 +176,16 @@ class HFReader:
     def names(self) -> set[str]:
         return set(self._where)
 
+    def file(self, name: str) -> Path:
+        """The file a tensor is in; the folder for a name that is in none."""
+        return self.folder / self._where.get(name, "")
+
     def tensor(self, name: str) -> Tensor:
-        return self._handles[self._where[name]].get_tensor(name)
+        return self._finite(name, self._handles[self._where[name]].get_tensor(name))
 
     def rows(self, name: str, start: int, stop: int, *columns: slice) -> Tensor:
         """Rows ``start .. stop - 1`` of a tensor, and of these some columns; no more is read."""
-        return self._slice(name)[(slice(start, stop), *columns)]
+        return self._finite(name, self._slice(name)[(slice(start, stop), *columns)])
 
     def like(self, name: str) -> Tensor:
         """A meta tensor of the tensor's shape and dtype.
@@ -111,10 +197,14 @@ class HFReader:
         dtype = _DTYPES.get(part.get_dtype())
         if dtype is None:
             raise ValueError(
-                f"{self.folder}: {name}: dtype {part.get_dtype()} is not supported; it must be one "
-                f"of {', '.join(_DTYPES)}."
+                f"{self.file(name)}: {name}: dtype {part.get_dtype()} is not supported; it must be "
+                f"one of {', '.join(_DTYPES)}."
             )
         return torch.empty(part.get_shape(), dtype=dtype, device="meta")
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        require_finite(tensor, name, where=self.file(name))
+        return tensor
 
     def _slice(self, name: str):
         return self._handles[self._where[name]].get_slice(name)

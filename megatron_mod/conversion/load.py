@@ -14,13 +14,20 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 from torch import Tensor
 
 from megatron_mod.conversion import mappings
-from megatron_mod.conversion.check import check_hf_names, check_megatron_names, megatron_shapes
+from megatron_mod.conversion.check import (
+    check_hf_names,
+    check_megatron_names,
+    check_tied,
+    megatron_shapes,
+)
+from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.megatron_lm import LayerReader, has_stacked_layers
 from megatron_mod.conversion.routers import ROUTER
 from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.conversion.state import load_state
 from megatron_mod.model.builder import ModelChunks
+from megatron_mod.parallel.agree import together
 
 NOT_IN_BASE = (ROUTER, "_extra_state")
 
@@ -31,18 +38,26 @@ def load_base(model: ModelChunks, base: Base | str | Path) -> None:
     Of a Hugging Face folder each rank reads the rows and columns it holds, and nothing else.
 
     Raises:
-        ValueError: the base lacks a parameter of this model, or holds one it has not.
+        ValueError: the base lacks a parameter of this model, holds one it has not, or one that is
+            not finite; on all ranks, whichever found it.
     """
     base = base if isinstance(base, Base) else open_base(base)
     if base.kind == "huggingface":
         _load_hf(model, base)
-        return
+    else:
+        _load_state(model, base)
+
+
+def _load_state(model: ModelChunks, base: Base) -> None:
     names = LayerReader(base.state, vocab_size=base.arch.vocab_size).names()
     check_megatron_names(base.family, base.arch, names, base.path)
     stacked = has_stacked_layers(base.state)
     with _stacked_layers(model) if stacked else contextlib.nullcontext():
         wanted = _base_part(model)
     loaded = load_state(wanted, base.state)
+    with together():
+        for key, tensor in loaded.items():
+            require_finite(tensor, wanted[key].key, where=base.state)
     missing, unexpected = model.load_state_dict(loaded, strict=False)
     assert not unexpected, unexpected
     assert all(key.endswith(NOT_IN_BASE) for key in missing), missing
@@ -71,12 +86,15 @@ def _load_hf(model: ModelChunks, base: Base) -> None:
     used: list = [None] * dist.get_world_size()
     dist.all_gather_object(used, {part.key for part in parts})
     check_megatron_names(base.family, base.arch, set().union(*used), base.path)
-    with HFReader(base.path) as reader:
+    with together(), HFReader(base.path) as reader:
         check_hf_names(base.family, base.arch, reader.names(), base.path)
+        share = {"part": dist.get_rank(), "parts": dist.get_world_size()}
+        check_tied(reader, tied=base.arch.tied_embeddings, **share)
         likes = {name: reader.like(name) for row in table.values() for name in row.hf}
         shapes = megatron_shapes(base.family, base.arch, likes, base.path)
         for part in parts:
             _fill(part, table[part.key], reader, rows=shapes[part.key][0])
+            require_finite(part.data, part.key, where=base.path)
 
 
 def _fill(part: ShardedTensor, row: mappings.Mapping, reader: HFReader, *, rows: int) -> None:

@@ -11,6 +11,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_mod.conversion import checkpoint as layout
+from megatron_mod.conversion.config_types import (
+    COUNT,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    Kind,
+    check_fields,
+    is_list,
+    is_share,
+)
+from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_reader import HFReader, read_config
 from megatron_mod.conversion.state import load_tensors, save_tensors
 from megatron_mod.model.architecture import Architecture
@@ -19,6 +30,7 @@ from megatron_mod.routing.config import GRANULARITIES, RoutingConfig
 ROUTER = "router.weight"  # what a router's key ends with
 ROUTER_KEY = f"decoder.layers.{{}}.{ROUTER}"
 HF_ROUTER_KEY = "model.layers.{}.router.weight"
+OURS = "megatron_mod"  # the published config's field for settings it has none for
 AVERAGE = "average."  # before the key of a router's mean over a training's last steps
 
 
@@ -46,7 +58,7 @@ def read_step(step: Path, routing: RoutingConfig) -> dict[int, Tensor]:
     """Router weights ``[1, H]`` by layer of a step folder, averaged if the training averaged them.
 
     Raises:
-        ValueError: the saved routers are not those of ``routing``.
+        ValueError: the saved routers are not those of ``routing``, or not finite.
     """
     prefix = AVERAGE if layout.read_manifest(step).get("averaged") else ""
     wanted = {prefix + ROUTER_KEY.format(layer): layer for layer in routing.layers}
@@ -55,6 +67,8 @@ def read_step(step: Path, routing: RoutingConfig) -> dict[int, Tensor]:
     if set(found) != set(wanted):
         difference = sorted(set(found) ^ set(wanted))
         raise ValueError(f"{step}: routers do not match its manifest: {difference}.")
+    for key, weight in found.items():
+        require_finite(weight, key, where=step / layout.STATE)
     return {layer: found[key] for key, layer in wanted.items()}
 
 
@@ -79,6 +93,8 @@ def write_published(
 ) -> None:
     """Fill a folder as the published code saves routers: its config fields, and their weights.
 
+    What it has no field for is in one of our own, which it does not read.
+
     Raises:
         ValueError: thresholds that differ, which the published code does not know.
     """
@@ -96,6 +112,7 @@ def write_published(
         "threshold": routing.thresholds[0],
         "mod_capacity": [target.get(layer) for layer in range(len(routed))],
         "gradient_scale": routing.capacity_loss_weight,
+        OURS: {name: getattr(routing, name) for name in _OURS},
     }
     text = json.dumps(config, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -103,42 +120,81 @@ def write_published(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+_SHARE_OR_NULL = Kind("a number from 0 to 1", lambda v: v is None or is_share(v))
+_PUBLISHED = {
+    "is_mod": Kind(
+        "a list of true and false, one for each layer",
+        lambda v: is_list(v, lambda routed: routed in (0, 1)) and any(v),
+    ),
+    "num_hidden_layers": COUNT,
+    "granularity": TEXT,
+    "threshold": _SHARE_OR_NULL,
+    "mod_capacity": Kind(
+        "a number from 0 to 1, or one for each layer",
+        lambda v: is_share(v) or is_list(v, _SHARE_OR_NULL.accepts),
+    ),
+    "gradient_scale": NUMBER,
+    OURS: OBJECT,
+}
+_OURS = {
+    "pooling": Kind("'prompt' or 'all'", lambda v: v in ("prompt", "all")),
+    "keys_values": Kind("'all' or 'selected'", lambda v: v in ("all", "selected")),
+    "scope": Kind("'layer' or 'model'", lambda v: v in ("layer", "model")),
+    "capacity_warmup_fraction": Kind("a number from 0 to 1", is_share),
+    "training_compute": TEXT,
+}
+
+
 def _read_published(folder: Path) -> tuple[RoutingConfig, dict[int, Tensor]]:
-    config = read_config(folder)
-    if "is_mod" not in config:
+    config, path = read_config(folder), folder / "config.json"
+    if config.get("is_mod") is None:
         raise ValueError(
-            f"{folder / 'config.json'}: has no is_mod, so the folder holds no routers of the "
-            "published code."
+            f"{path}: has no is_mod, so the folder holds no routers of the published code."
         )
-    layers = tuple(index for index, routed in enumerate(config["is_mod"]) if routed)
+    check_fields(config, _PUBLISHED, path)
+    routed = config["is_mod"]
+    layers = tuple(index for index, is_routed in enumerate(routed) if is_routed)
+    if len(routed) != config.get("num_hidden_layers", len(routed)):
+        raise ValueError(
+            f"{path}: is_mod has {len(routed)} values for {config['num_hidden_layers']} layers."
+        )
     granularity = str(config.get("granularity") or "attn_sequence").lower().replace("-", "_")
     if granularity in ("sequence", "token"):  # its first release routed nothing but attention
         granularity = f"attn_{granularity}"
     if granularity not in GRANULARITIES:
         raise ValueError(
-            f"{folder / 'config.json'}: granularity = {config['granularity']!r} is not supported; "
-            f"it must be one of {', '.join(GRANULARITIES)}."
+            f"{path}: granularity = {config['granularity']!r} is not supported; it must be one of "
+            f"{', '.join(GRANULARITIES)}."
         )
     target = config.get("mod_capacity")
-    targets = target if isinstance(target, list) else [target] * len(config["is_mod"])
-    routing = RoutingConfig(
-        granularity=granularity,
-        layers=layers,
-        capacity=tuple(targets[layer] or 1.0 for layer in layers),  # none is no target at all
-        scope="layer",
-        capacity_loss_weight=float(config.get("gradient_scale") or 0.0),
-        threshold=float(config.get("threshold", 0.5)),
-        pooling="all",
-    )
+    targets = target if isinstance(target, list) else [target] * len(routed)
+    if len(targets) != len(routed):
+        raise ValueError(
+            f"{path}: mod_capacity has {len(targets)} values for {len(routed)} layers."
+        )
+    ours = config.get(OURS) or {}
+    check_fields(ours, _OURS, path, within=f"{OURS}.")
+    threshold = config.get("threshold")
+    settings = {
+        "scope": "layer",
+        "pooling": "all" if granularity.endswith("sequence") else None,
+        **{name: ours[name] for name in _OURS if ours.get(name) is not None},
+    }
+    try:
+        routing = RoutingConfig(
+            granularity=granularity,
+            layers=layers,
+            capacity=tuple(targets[layer] or 1.0 for layer in layers),  # none is no target at all
+            capacity_loss_weight=float(config.get("gradient_scale") or 0.0),
+            threshold=0.5 if threshold is None else float(threshold),
+            **settings,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {OURS}: {error}") from error
     pattern = re.compile(HF_ROUTER_KEY.replace(".", r"\.").format(r"(\d+)"))
     with HFReader(folder) as reader:
         names = {n: int(m.group(1)) for n in reader.names() if (m := pattern.fullmatch(n))}
         weights = {layer: reader.tensor(n).float().clone() for n, layer in names.items()}
-    if len(config["is_mod"]) != config.get("num_hidden_layers", len(config["is_mod"])):
-        raise ValueError(
-            f"{folder / 'config.json'}: is_mod has {len(config['is_mod'])} values for "
-            f"{config['num_hidden_layers']} layers."
-        )
     return routing, dict(sorted(weights.items()))
 
 

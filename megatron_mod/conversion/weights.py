@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from megatron_mod.conversion import mappings
-from megatron_mod.conversion.check import check_hf_names, check_megatron_names, expected_shape
+from megatron_mod.conversion.check import (
+    check_hf_names,
+    check_megatron_names,
+    check_tied,
+    expected_shape,
+    megatron_shapes,
+)
+from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.megatron_lm import LayerReader
 from megatron_mod.conversion.source import Base
@@ -31,15 +38,20 @@ def hf_weights(base: Base) -> Iterator[list[Weight]]:
     """Every weight, in the order of the family's table (one process).
 
     Raises:
-        ValueError: the weights are not exactly those of the architecture.
+        ValueError: the weights are not exactly those of the architecture, or, as one is read, it
+            is not finite.
     """
     if base.kind != "huggingface":
         yield _from_state(base)
         return
     with HFReader(base.path) as reader:
         check_hf_names(base.family, base.arch, reader.names(), base.path)
-        names = [name for row in base.family.table(base.arch) for name in row.hf]
-        yield [Weight(n, reader.like(n), partial(reader.tensor, n)) for n in names]
+        check_tied(reader, tied=base.arch.tied_embeddings)
+        table = base.family.table(base.arch)
+        names = [name for row in table for name in row.hf]
+        likes = {name: reader.like(name) for name in names}
+        megatron_shapes(base.family, base.arch, likes, base.path)
+        yield [Weight(n, likes[n], partial(reader.tensor, n)) for n in names]
 
 
 def _from_state(base: Base) -> list[Weight]:
@@ -52,7 +64,10 @@ def _from_state(base: Base) -> list[Weight]:
 
     @lru_cache(maxsize=1)  # the tensors of one row follow one another
     def parts(index: int) -> dict[str, Tensor]:
-        return mappings.to_hf(table[index], reader.tensor(table[index].megatron))
+        name = table[index].megatron
+        tensor = reader.tensor(name)
+        require_finite(tensor, name, where=base.state)
+        return mappings.to_hf(table[index], tensor)
 
     found = []
     for index, row in enumerate(table):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -12,12 +13,14 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from megatron_mod.conversion.config_types import TOKENS, check_fields
+from megatron_mod.conversion.hf_reader import read_json
 from megatron_mod.evaluation.rows import Row, Score
 
 T = TypeVar("T")
+NOT_FINITE = -1  # in a generated token's place: the logits were no numbers
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Backend(abc.ABC):
         batch_size: texts run together.
         routed_by: the routers' granularity, ``None`` for a dense model.
         pooling: what a sequence's decision sees when a text is scored: its ``prompt`` (default),
-            as in generation, or ``all`` of it. Generation always decides on the prompt.
+            as in generation, or ``all`` of it. Generation always decides on the prompt. A window of
+            a running text has no prompt but the token before it: all of it is seen unless
+            ``prompt`` is asked for.
 
     Raises:
         ValueError: a length the model does not have, or a pooling where no sequence is routed.
@@ -82,25 +87,39 @@ class Backend(abc.ABC):
         self.batch_size = batch_size
         self.by_sequence = by_sequence
         self.pooling = (pooling or "prompt") if by_sequence else None
+        self.text_pooling = (pooling or "all") if by_sequence else None
         self.stop_tokens = stop_tokens(tokenizer)
         self._data_rank, self._data_ranks = data_rank, data_ranks
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
-        """Each row's score, in order."""
+        """Each row's score, in order.
+
+        Raises:
+            ValueError: one is not finite.
+        """
         rows = self._pooled(rows)
         batches = self._deal([len(row.ids) for row in rows])
         parts = [[rows[index] for index in batch] for batch in batches]
-        return self._collect(batches, self._score(self._shown(parts, "scoring")), len(rows))
+        found = self._score(self._shown(parts, "scoring"))
+        return _finite(self._collect(batches, found, len(rows)))
+
+    def windows(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Windows of a running text, as a decision is to see them."""
+        return _whole(rows) if self.text_pooling == "all" else rows
 
     def observe(self, rows: Sequence[Row], *, thresholds: Sequence[float]) -> list[Observation]:
         """Each row's score and router logits, in order, with the routers at ``thresholds``, one
-        per routed layer."""
+        per routed layer.
+
+        Raises:
+            ValueError: a score is not finite.
+        """
         rows = self._pooled(rows)
         batches = self._deal([len(row.ids) for row in rows])
         parts = [[rows[index] for index in batch] for batch in batches]
         self._set_thresholds(thresholds)
         with self._watching() as watched:
-            scores = self._collect(batches, self._score(parts), len(rows))
+            scores = _finite(self._collect(batches, self._score(parts), len(rows)))
         mine: dict[int, dict[int, Tensor]] = {}
         for layer, found in watched.items():
             for part, batch, logits in zip(parts, batches, found, strict=True):
@@ -119,12 +138,18 @@ class Backend(abc.ABC):
     def generate(
         self, prompts: Sequence[Sequence[int]], *, until: Sequence[str], max_new_tokens: int
     ) -> list[str]:
-        """Each prompt's greedy continuation, up to an end token or one of the strings ``until``."""
+        """Each prompt's greedy continuation, up to an end token or one of the strings ``until``.
+
+        Raises:
+            ValueError: the logits were not finite.
+        """
         batches = self._deal([len(prompt) for prompt in prompts])
         parts = [[prompts[index] for index in batch] for batch in batches]
         found = self._generate(parts, until=until, max_new_tokens=max_new_tokens)
-        texts = [[self._text(tokens, until) for tokens in batch] for batch in found]
-        return self._collect(batches, texts, len(prompts))
+        tokens = self._collect(batches, found, len(prompts))
+        if any(NOT_FINITE in new for new in tokens):
+            raise _not_finite(sum(NOT_FINITE in new for new in tokens), len(tokens))
+        return [self._text(new, until) for new in tokens]
 
     def capacity(self) -> dict[int, float]:
         """Share of the units (sequences or tokens) of all scored texts and prompts so far that
@@ -160,11 +185,12 @@ class Backend(abc.ABC):
         until: Sequence[str],
         max_new_tokens: int,
     ) -> list[list[list[int]]]:
-        """The new tokens of this rank's batches of prompts, at least up to their end."""
+        """The new tokens of this rank's batches of prompts, at least up to their end, or up to
+        ``NOT_FINITE``."""
 
     def is_finished(self, tokens: Sequence[int], until: Sequence[str]) -> bool:
         """Whether generated ``tokens`` hold an end token or, as text, a string of ``until``."""
-        if self.stop_tokens.intersection(tokens):
+        if self.stop_tokens.intersection(tokens) or NOT_FINITE in tokens:
             return True
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return any(stop in text for stop in until)
@@ -192,13 +218,31 @@ class Backend(abc.ABC):
 
     def _pooled(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The rows as a decision is to see them."""
-        if self.pooling == "all":
-            return [replace(row, context=len(row.ids)) for row in rows]
-        return rows
+        return _whole(rows) if self.pooling == "all" else rows
 
     def _shown(self, batches: Sequence[T], what: str) -> Collection[T]:
         is_first = not dist.is_initialized() or dist.get_rank() == 0
         return tqdm(batches, desc=what, disable=not is_first)
+
+
+def _whole(rows: Sequence[Row]) -> list[Row]:
+    return [replace(row, context=len(row.ids)) for row in rows]
+
+
+def _finite(scores: list[Score]) -> list[Score]:
+    """The scores, the same on every rank, if all of them are numbers."""
+    faults = sum(not math.isfinite(score.log_probability) for score in scores)
+    if faults:
+        raise _not_finite(faults, len(scores))
+    return scores
+
+
+def _not_finite(faults: int, total: int) -> ValueError:
+    return ValueError(
+        f"the model's logits are NaN or infinite for {faults} of {total} texts. Its weights are "
+        "finite, so its activations overflow: run it in float32, or look at how it was trained or "
+        "converted."
+    )
 
 
 def _gather(mine: T) -> list[T]:
@@ -215,6 +259,8 @@ def stop_tokens(tokenizer) -> frozenset[int]:
     found = {tokenizer.eos_token_id}
     folder = Path(tokenizer.name_or_path)
     if (folder / GENERATION_CONFIG_NAME).is_file():
-        more = GenerationConfig.from_pretrained(folder).eos_token_id
+        settings = read_json(folder, GENERATION_CONFIG_NAME)
+        check_fields(settings, {"eos_token_id": TOKENS}, folder / GENERATION_CONFIG_NAME)
+        more = settings.get("eos_token_id")
         found.update(more if isinstance(more, list) else [more])
     return frozenset(found - {None})

@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    StoppingCriteria,
-)
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from megatron_mod.evaluation.backend import Backend
+from megatron_mod.evaluation.backend import NOT_FINITE, Backend
 from megatron_mod.evaluation.rows import Row, Score, collate_rows, label_places, scores
 from megatron_mod.routing.config import logit_border
 from megatron_mod.routing.masks import TokenRole, valid_tokens
@@ -115,10 +109,16 @@ class HuggingFaceBackend(Backend):
             ids, mask = _pad_left(prompts, self.tokenizer.eos_token_id, self.model.device)
             length = ids.shape[1]
             stop = _Stop(lambda row: self.is_finished(row, until), length, self._count)
+            watch = _WatchedLogits(len(prompts))
             output = self.model.generate(
-                ids, attention_mask=mask, generation_config=settings, stopping_criteria=[stop]
+                ids,
+                attention_mask=mask,
+                generation_config=settings,
+                logits_processor=[watch],
+                stopping_criteria=[stop],
             )
-            found.append(output[:, length:].tolist())
+            rows = zip(output[:, length:].tolist(), watch.broken.tolist(), strict=True)
+            found.append([[NOT_FINITE] if broken else row for row, broken in rows])
         return found
 
     def _count(self) -> None:
@@ -142,6 +142,17 @@ class _WatchedBorders:
         return self.borders[layer]
 
 
+class _WatchedLogits(LogitsProcessor):
+    """Marks the rows ``[B]`` that had logits which are no numbers, and changes nothing."""
+
+    def __init__(self, rows: int) -> None:
+        self.broken = torch.zeros(rows, dtype=torch.bool)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.broken |= ~scores.isfinite().all(-1).cpu()
+        return scores
+
+
 class _Stop(StoppingCriteria):
     """Ends each row where ``is_finished``; calls ``after_prefill`` when that is all there was."""
 
@@ -159,23 +170,6 @@ class _Stop(StoppingCriteria):
             self.after_prefill()
         new = input_ids[:, self.prompt_length :].tolist()
         return torch.tensor([self.is_finished(row) for row in new], device=input_ids.device)
-
-
-def load_huggingface(folder: str | Path, *, dtype: torch.dtype = torch.float32):
-    """A Hugging Face model with torch's attention, original and export alike, and its tokenizer.
-
-    Raises:
-        ValueError: no such folder, or Transformers cannot load it.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, dtype=dtype, attn_implementation="sdpa"
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: Transformers cannot load it: {error}") from error
-    return model.to(device), tokenizer
 
 
 def _pad_left(

@@ -12,12 +12,13 @@ from statistics import fmean
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mod.conversion.export import portable_config
 from megatron_mod.conversion.hf_reader import read_config
 from megatron_mod.evaluation import speed
-from megatron_mod.evaluation.quickstart import load_model, long_prompts
+from megatron_mod.evaluation.huggingface import load_huggingface, load_model
+from megatron_mod.evaluation.quickstart import long_prompts
 from megatron_mod.evaluation.work import Work
 from megatron_mod.hf.modeling_mod import MoDLlamaConfig, MoDLlamaForCausalLM
 from megatron_mod.parallel import device
@@ -65,7 +66,7 @@ class Pair:
             raise ValueError(
                 f"--routed {routed}: has another shape than --dense {dense}; give an export of it."
             )
-        tokenizer = AutoTokenizer.from_pretrained(dense)
+        model, tokenizer = load_huggingface(dense, dtype=dtype)
 
         def prompts(batch: int, context: int) -> Tensor:
             texts = long_prompts(tokenizer, length=context, count=batch)
@@ -76,7 +77,7 @@ class Pair:
                 )
             return torch.cat(texts)
 
-        return cls(load_model(dense, dtype=dtype), load_model(routed, dtype=dtype), prompts)
+        return cls(model, load_model(routed, dtype=dtype), prompts)
 
     @classmethod
     def of_shape(

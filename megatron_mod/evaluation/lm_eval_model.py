@@ -86,7 +86,8 @@ class BackendLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """A text's log-likelihood, each token given those before it in its window."""
+        """A text's log-likelihood, each token given those before it in its window; decisions see
+        windows as ``Backend.windows`` says."""
         rows, owners = [], []
         for owner, request in enumerate(requests):
             windows = get_rolling_token_windows(
@@ -99,7 +100,7 @@ class BackendLM(TemplateLM):
                 rows.append(self._row(*make_disjoint_window(window)))
                 owners.append(owner)
         totals = [0.0] * len(requests)
-        for owner, score in zip(owners, self.model.score(rows), strict=True):
+        for owner, score in zip(owners, self.model.score(self.model.windows(rows)), strict=True):
             totals[owner] += score.log_probability
         return totals
 

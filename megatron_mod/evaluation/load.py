@@ -12,7 +12,8 @@ from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.conversion.hf_reader import read_config
 from megatron_mod.conversion.source import open_source
 from megatron_mod.evaluation.backend import Backend
-from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend, load_huggingface
+from megatron_mod.evaluation.huggingface import load_huggingface
+from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.megatron_backend import MegatronBackend
 from megatron_mod.evaluation.request import is_megatron
 from megatron_mod.evaluation.work import Work
@@ -20,11 +21,14 @@ from megatron_mod.parallel.topology import Topology
 from megatron_mod.training.restore import restore_model
 
 
-def load_backend(load: str | Path, ranks: Topology, *, dtype: str, **settings) -> Backend:
+def load_backend(
+    load: str | Path, ranks: Topology, *, dtype: str, trust_remote_code: bool = False, **settings
+) -> Backend:
     """A backend on a Hugging Face folder, a base checkpoint or a training run; called by all ranks.
 
     Args:
         dtype: ``float32`` or ``bfloat16``.
+        trust_remote_code: run the code that a Hugging Face folder brings.
         settings: ``max_length``, ``batch_size`` and ``pooling`` of ``Backend``.
 
     Raises:
@@ -33,7 +37,7 @@ def load_backend(load: str | Path, ranks: Topology, *, dtype: str, **settings) -
     if is_megatron(load):
         model = restore_model(open_source(load), ranks, dtype=getattr(torch, dtype))
         return MegatronBackend(*model, **settings)
-    return _huggingface(load, dtype, settings)
+    return _huggingface(load, dtype, settings, trust_remote_code=trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def load_routed(load: str | Path, ranks: Topology, *, dtype: str, **settings) ->
         source = open_source(load)
         work, folder, name = Work(source.base.arch, source.routing), source.step, layout.MANIFEST
     else:
-        work, folder, name = Work.of(read_config(load)), Path(load), "config.json"
+        folder, name = Path(load), "config.json"
+        work = Work.of(read_config(load), folder / name)
     if work.routing is None or not work.routing.layers:
         raise ValueError(f"--load {load}: has no routers; give an export or a training run.")
     if is_megatron(load):
@@ -71,7 +76,11 @@ def load_routed(load: str | Path, ranks: Topology, *, dtype: str, **settings) ->
     return Routed(backend, work, folder, folder / name)
 
 
-def _huggingface(load: str | Path, dtype: str, settings: dict) -> HuggingFaceBackend:
-    model, tokenizer = load_huggingface(load, dtype=getattr(torch, dtype))
+def _huggingface(
+    load: str | Path, dtype: str, settings: dict, *, trust_remote_code: bool = False
+) -> HuggingFaceBackend:
+    model, tokenizer = load_huggingface(
+        load, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+    )
     shared = {"data_rank": dist.get_rank(), "data_ranks": dist.get_world_size()}
     return HuggingFaceBackend(model, tokenizer, **settings, **shared)

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from megatron_mod.data.batch import MicroBatch
-from megatron_mod.evaluation.backend import Backend
+from megatron_mod.evaluation.backend import NOT_FINITE, Backend
 from megatron_mod.evaluation.forward import run_forward
 from megatron_mod.evaluation.rows import Row, Score, collate_rows, label_places, scores
 from megatron_mod.model.builder import ModelChunks
@@ -148,10 +148,11 @@ def _scores(logits: Tensor, batch: MicroBatch, *, vocab_size: int) -> list[Score
 
 
 def _likeliest(logits: Tensor, batch: MicroBatch, *, vocab_size: int) -> list[int]:
-    """The token after each row's last."""
+    """The token after each row's last, or ``NOT_FINITE``."""
     last = torch.tensor([length - 1 for (length,) in batch.documents], device=logits.device)
     rows = torch.arange(len(last), device=logits.device)
-    return _whole_vocabulary(logits[rows, last], vocab_size).argmax(-1).tolist()
+    whole = _whole_vocabulary(logits[rows, last], vocab_size)
+    return whole.argmax(-1).where(whole.isfinite().all(-1), NOT_FINITE).tolist()
 
 
 def _whole_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:

@@ -10,13 +10,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+from megatron_mod.conversion.hf_reader import HFReader, read_config
+from megatron_mod.conversion.source import Base
+from megatron_mod.conversion.weights import hf_weights
 from megatron_mod.data.batch import MicroBatch
 from megatron_mod.evaluation.forward import run_forward
+from megatron_mod.evaluation.huggingface import load_model
 from megatron_mod.evaluation.rows import Row, collate_rows
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.parallel import device
+from megatron_mod.parallel.agree import together
 from megatron_mod.routing.masks import valid_tokens
 
 
@@ -36,18 +40,32 @@ def megatron_logits(model: ModelChunks, batches: Sequence[MicroBatch]) -> list[T
 
 @torch.no_grad()
 def max_relative_difference(
-    model: ModelChunks, hf_path: str | Path, batches: Sequence[MicroBatch]
+    model: ModelChunks,
+    hf_path: str | Path,
+    batches: Sequence[MicroBatch],
+    *,
+    trust_remote_code: bool = False,
 ) -> float:
     """Largest logit difference over largest logit, over all valid tokens; same on every rank.
 
     Both sides compute in fp32. Batches of ``prompt_batch`` make both decide on whole rows.
+
+    Raises:
+        ValueError: a folder that cannot be loaded, another vocabulary, or logits that are not
+            finite; on all ranks.
     """
+    if (theirs := read_config(hf_path).get("vocab_size")) != model.unpadded_vocab_size:
+        raise ValueError(
+            f"{hf_path}: has a vocabulary of {theirs} tokens, and the Megatron model one of "
+            f"{model.unpadded_vocab_size}: these are not the same model."
+        )
     ours = megatron_logits(model, batches)
+    compares = bool(ours) and parallel_state.get_tensor_model_parallel_rank() == 0
+    with together():
+        hf = load_model(hf_path, trust_remote_code=trust_remote_code) if compares else None
     result = torch.zeros((), device=device.device())
-    if ours and parallel_state.get_tensor_model_parallel_rank() == 0:
-        hf = AutoModelForCausalLM.from_pretrained(
-            hf_path, trust_remote_code=True, dtype=torch.float32
-        ).to(device.device())
+    if compares:
+        hf = hf.to(device.device())
         largest = torch.zeros((), device=device.device())
         for logits, batch in zip(ours, batches, strict=True):
             batch = batch.to(device.device())
@@ -55,6 +73,22 @@ def max_relative_difference(
             theirs = hf(batch.input_ids, attention_mask=valid.long(), use_cache=False).logits
             result = torch.maximum(result, (logits - theirs)[valid].abs().max())
             largest = torch.maximum(largest, theirs[valid].abs().max())
-        result = result / largest
+        result = (result / largest.clamp(min=torch.finfo(largest.dtype).tiny)).nan_to_num(torch.inf)
     dist.all_reduce(result, op=dist.ReduceOp.MAX)
+    if not torch.isfinite(result):
+        raise ValueError(f"{hf_path}: its logits, or those of the Megatron model, are not finite.")
     return float(result)
+
+
+ROUNDING = 1e-4  # of fp32, in models of any depth; those of equal weights are nearer
+ROUNDED_STEPS = 8  # of a dtype's epsilon: what rounding weights to it does to logits
+
+
+def default_tolerance(base: Base, hf_path: str | Path) -> float:
+    """The largest relative difference two copies of a model may have, whose weights may have been
+    rounded to another dtype in between."""
+    with hf_weights(base) as weights, HFReader(hf_path) as reader:
+        names = reader.names()
+        pairs = [(w.like.dtype, reader.like(w.name).dtype) for w in weights if w.name in names]
+    rounded = [max(torch.finfo(d).eps for d in pair) for pair in pairs if pair[0] != pair[1]]
+    return max(ROUNDING, ROUNDED_STEPS * max(rounded, default=0.0))

@@ -12,6 +12,8 @@ from megatron_mod.data.sources import SUFFIXES
 from megatron_mod.evaluation.backend import Backend
 from megatron_mod.evaluation.rows import Row
 
+LARGEST = 707.0  # nats a token: exp of it is the largest number, nearly
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -24,9 +26,18 @@ class Quality:
 
 
 def perplexity(backend: Backend, rows: Sequence[Row]) -> Quality:
-    """Perplexity of the rows' labels, and the capacity of all the backend has run so far."""
+    """Perplexity of the rows' labels, and the capacity of all the backend has run so far.
+
+    Raises:
+        ValueError: it is larger than a number can be, or a score is not finite.
+    """
     nats = math.fsum(-score.log_probability for score in backend.score(rows))
     tokens = sum(row.num_labels for row in rows)
+    if nats / tokens > LARGEST:
+        raise ValueError(
+            f"the perplexity is above 1e307 (a loss of {nats / tokens:.0f} nats a token): the "
+            "weights are not those of a trained model, or not of this tokenizer."
+        )
     return Quality(math.exp(nats / tokens), tokens, list(backend.capacity().values()))
 
 

@@ -9,11 +9,11 @@ from statistics import fmean
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_mod.data.dataset import load_samples
 from megatron_mod.data.python_docs import topic_text
 from megatron_mod.evaluation import speed, static
+from megatron_mod.evaluation.huggingface import load_huggingface, load_model
 from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.perplexity import perplexity
 from megatron_mod.evaluation.rows import Row
@@ -38,8 +38,8 @@ def build_report(
     Args:
         ranking, held_out: JSON lines neither the training nor the other one has seen.
     """
-    tokenizer = AutoTokenizer.from_pretrained(hf_path)
-    dense, routed = load_model(hf_path), load_model(export)
+    dense, tokenizer = load_huggingface(hf_path)
+    routed = load_model(export)
     routing = routed.config.routing
     text = {
         name: load_samples(path, tokenizer, max_length=max_length)
@@ -106,15 +106,6 @@ def build_report(
         },
         "export_path": str(Path(export).resolve()),
     }
-
-
-def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32):
-    """A Hugging Face model with torch's attention, original and export alike."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, dtype=dtype, attn_implementation="sdpa"
-    )
-    return model.to(device).eval()
 
 
 def long_prompts(tokenizer, *, length: int, count: int = PROMPTS) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from megatron_mod.evaluation.backend import Backend
-from megatron_mod.evaluation.perplexity import perplexity, read_rows
+from megatron_mod.evaluation.perplexity import holds_conversations, perplexity, read_rows
 from megatron_mod.evaluation.request import TEXT_LENGTH, Request
 
 if TYPE_CHECKING:
@@ -18,13 +18,19 @@ DECIDED_ON = {
     "prompt": "prompt: a sequence's decision sees the context only, as in generation",
     "all": "all: a sequence's decision sees the scored text too, as generation cannot",
 }
+TEXT_DECIDED_ON = {
+    None: DECIDED_ON[None],
+    "prompt": "prompt: the decision on a window of the text sees one token, the one before it",
+    "all": "all: a text has no prompt, so the decision on a window sees all of it",
+}
 
 
 def evaluate(
     request: Request, backend: Backend, manager: TaskManager | None, *, is_first_rank: bool
 ) -> dict:
-    """The report: the request, lm-eval's results under its own names, the perplexity, and pooling
-    and capacity of all that was run. Called by all ranks; whole on the first.
+    """The report: the request, lm-eval's results under its own names, the perplexity and what its
+    decisions saw, and pooling (of the tasks, if there are any) and capacity of all that was run.
+    Called by all ranks; whole on the first.
 
     ``manager``: what ``find_tasks`` found, if the request has tasks.
     """
@@ -32,14 +38,22 @@ def evaluate(
     if request.perplexity:
         length = min(request.max_length or TEXT_LENGTH, backend.max_length)
         rows = read_rows(request.perplexity, backend.tokenizer, max_length=length)
+        is_text = not holds_conversations(request.perplexity)
+        if is_text:
+            rows = backend.windows(rows)
         quality = perplexity(backend, rows)
-        report.update(perplexity=quality.perplexity, perplexity_tokens=quality.tokens)
+        report.update(
+            perplexity=quality.perplexity,
+            perplexity_tokens=quality.tokens,
+            perplexity_pooling=backend.text_pooling if is_text else backend.pooling,
+        )
     if request.tasks:
         from megatron_mod.evaluation.tasks import evaluate_tasks
 
         found = evaluate_tasks(backend, manager, request, is_first_rank=is_first_rank)
         report.update({name: found[name] for name in OF_LM_EVAL if name in found})
-    return {**report, "pooling": backend.pooling, "capacity": summary(backend.capacity())}
+    pooling = backend.pooling if request.tasks else report["perplexity_pooling"]
+    return {**report, "pooling": pooling, "capacity": summary(backend.capacity())}
 
 
 def summary(capacity: dict[int, float]) -> dict | None:
@@ -61,7 +75,12 @@ def table(report: dict) -> str:
     if capacity := report["capacity"]:
         layers = " ".join(f"{layer}:{kept:.2f}" for layer, kept in capacity["per_layer"].items())
         rows.append(("capacity", f"{capacity['mean']:.3f} (per layer {layers})"))
-        rows.append(("pooling", DECIDED_ON[report["pooling"]]))
+        path = report["request"]["perplexity"]
+        is_text = path is not None and not holds_conversations(path)
+        if is_text:
+            rows.append(("pooling", TEXT_DECIDED_ON[report["perplexity_pooling"]]))
+        if not is_text or "results" in report:
+            rows.append(("of tasks" if is_text else "pooling", DECIDED_ON[report["pooling"]]))
     lines = [f"{name:<10}  {value}" for name, value in rows]
     if "results" in report:
         from lm_eval.utils import make_table

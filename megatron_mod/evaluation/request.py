@@ -22,13 +22,16 @@ class Request:
         limit: so many documents of each task (``None``: all).
         apply_chat_template: ask in the model's chat format.
         pooling: what a sequence's decision sees of a scored text: its context (``prompt``, the
-            default), as in generation, or ``all`` of it.
+            default), as in generation, or ``all`` of it. Windows of a running text have no context
+            to speak of; there ``all`` is the default.
         batch_size: texts run together.
         max_length: most tokens of a text (``None``: as many as the model has positions, for a
             perplexity at most ``TEXT_LENGTH``).
         dtype: ``float32`` or ``bfloat16``.
         tensor, pipeline: parallel degrees, of a Megatron checkpoint.
         json: file the report is written to.
+        trust_remote_code: run the code that a Hugging Face folder brings (an export of ours needs
+            no trust).
 
     Raises:
         ValueError: nothing to evaluate, or a setting that would be ignored.
@@ -48,6 +51,7 @@ class Request:
     tensor: int = 1
     pipeline: int = 1
     json: str | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if not self.tasks and not self.perplexity:
@@ -66,6 +70,11 @@ class Request:
         if self.json and not Path(self.json).absolute().parent.is_dir():
             raise ValueError(f"--json {self.json}: its folder does not exist; make it first.")
         check_load(self.load, tensor=self.tensor, pipeline=self.pipeline)
+        if self.trust_remote_code and is_megatron(self.load):
+            raise ValueError(
+                f"--trust-remote-code: {self.load} is a Megatron checkpoint, which has no code; "
+                "leave it out."
+            )
 
     def to_dict(self) -> dict:
         return asdict(self)

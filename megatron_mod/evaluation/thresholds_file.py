@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_mod.conversion import checkpoint as layout
+from megatron_mod.conversion.hf_reader import member
 from megatron_mod.evaluation.load import Routed
 from megatron_mod.folders import new_folder, write_durably
 
@@ -26,7 +27,7 @@ def write_thresholds(
         add: writes further files into the folder.
 
     Raises:
-        ValueError: ``save`` exists.
+        ValueError: ``save`` exists, or the folder holds a link to something outside of it.
     """
     settings = json.loads(model.settings.read_text(encoding="utf-8"))
     settings["routing"]["threshold"] = list(thresholds)
@@ -39,6 +40,8 @@ def write_thresholds(
         write_durably(model.settings, text)
         return model.folder
     with new_folder(save) as folder:
+        for path in model.folder.rglob("*"):
+            member(model.folder, path.relative_to(model.folder).as_posix())
         shutil.copytree(model.folder, folder, dirs_exist_ok=True)
         (folder / model.settings.name).write_text(text, encoding="utf-8")
         add(folder)

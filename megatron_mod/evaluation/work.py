@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_mod.conversion.export import dense_config
+from megatron_mod.conversion.export import dense_config, routing_of
 from megatron_mod.conversion.families import family_of
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
@@ -29,15 +30,15 @@ class Work:
     routing: RoutingConfig | None = None
 
     @classmethod
-    def of(cls, hf_config: dict) -> Work:
-        """Of a model with this ``config.json``, an export's or a dense one's.
+    def of(cls, hf_config: dict, path: Path = Path("config.json")) -> Work:
+        """Of a model with this ``config.json``, an export's or a dense one's; ``path`` is the
+        file's, for messages.
 
         Raises:
-            ValueError: a family that is not supported.
+            ValueError: a family that is not supported, or a broken ``routing`` entry.
         """
-        dense, routing = dense_config(hf_config), hf_config.get("routing")
-        arch = family_of(dense).architecture_of(dense)
-        return cls(arch, RoutingConfig.from_dict(routing) if routing else None)
+        dense = dense_config(hf_config)
+        return cls(family_of(dense).architecture_of(dense), routing_of(hf_config, path))
 
     def prefill(self, length: int, kept: Mapping[int, Tensor]) -> int:
         """Floating-point operations of one sequence's forward pass, up to its last token's logits.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -23,3 +24,22 @@ def on_first_rank(function: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return value
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Raise on every rank what the block, in which ranks do not wait for one another, raised on
+    some; entered by all ranks alike.
+
+    Raises:
+        ValueError: the first rank's that had one.
+    """
+    fault = None
+    try:
+        yield
+    except ValueError as error:
+        fault = error
+    faults: list = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault and str(fault))
+    if first := next(filter(None, faults), None):
+        raise ValueError(first) from fault

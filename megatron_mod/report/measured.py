@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
@@ -13,7 +13,7 @@ from megatron_mod.evaluation.backend import Backend
 from megatron_mod.evaluation.calibration import Calibration
 from megatron_mod.evaluation.curve import NEAR, Curve
 from megatron_mod.evaluation.load import load_routed
-from megatron_mod.evaluation.perplexity import read_rows
+from megatron_mod.evaluation.perplexity import holds_conversations, read_rows
 from megatron_mod.evaluation.rows import Row, evenly
 from megatron_mod.parallel.topology import Topology
 from megatron_mod.report.observed import Decisions, skipped_tokens
@@ -69,6 +69,9 @@ def measure(
     if own := run.config.data.tokenizer:
         backend.tokenizer = load_tokenizer(own, vocab_size=routed.work.arch.vocab_size)
     rows, source = _rows(run, backend, data)
+    pooling = backend.pooling
+    if data and pooling and not holds_conversations(data):  # a window of a text has no prompt
+        rows, pooling = [replace(row, context=len(row.ids)) for row in rows], "all"
     rows = evenly(rows, samples or len(rows))
     say(f"{len(rows)} documents, {sum(len(row.ids) for row in rows)} tokens of {source}")
     with tqdm(desc="passes over the documents", unit="") as passes:
@@ -91,7 +94,7 @@ def measure(
         ]
         return Measured(
             source=source,
-            pooling=backend.pooling,
+            pooling=pooling,
             documents=documents,
             decisions=decided,
             tokens=skipped_tokens(calibration, trained),

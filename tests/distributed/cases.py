@@ -73,6 +73,23 @@ def logit_differences(
     return found
 
 
+def refusals(bases: list[Path], whole: Path, hf: Path) -> list[str]:
+    """What this of two ranks says against loading each of these bases, and against comparing a
+    whole one with a folder that the last stage reads."""
+    said, ranks = [], meet(tensor=2)
+    for base in bases:
+        try:
+            build(base, ranks)
+        except ValueError as error:
+            said.append(str(error))
+    model = build(whole, meet(pipeline=2))
+    try:
+        max_relative_difference(model, hf, [prompt_batch([[5, 6, 7]])])
+    except ValueError as error:
+        said.append(str(error))
+    return said
+
+
 def gradients(
     base: Path,
     samples: list[Sample],

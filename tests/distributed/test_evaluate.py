@@ -44,7 +44,8 @@ def answers(base, routers) -> list[dict]:
 
 def capacity(export, pooling: str | None) -> dict[int, float]:
     """What the export itself reports of the same requests, one at a time."""
-    from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend, load_huggingface
+    from megatron_mod.evaluation.huggingface import load_huggingface
+    from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
     from megatron_mod.evaluation.lm_eval_model import BackendLM
 
     backend = HuggingFaceBackend(*load_huggingface(export), pooling=pooling)

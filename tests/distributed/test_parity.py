@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from tests.distributed import cases
 from tests.helpers import tiny
+from tests.helpers.broken import put
 from tests.helpers.ranks import run_ranks
 
 ONE = [{}]
@@ -52,6 +55,24 @@ def test_logits_equal_hugging_face_on_one_rank(models, single_process):
     found = cases.logit_differences(models, ONE, 128, ZEROS)
     assert len(found) == len(models)
     assert max(found.values()) <= LOGITS, found
+
+
+def test_what_one_rank_finds_all_ranks_say(models, tmp_path):
+    """Or the others would wait for it, and the first would have nothing to say."""
+    (hf, _), name = models[0], "model.layers.3.mlp.up_proj.weight"
+    hf = shutil.copytree(hf, tmp_path / "hf")
+    base = tmp_path / "base"
+    with pytest.MonkeyPatch.context() as context:  # a release that let them through
+        context.setattr("megatron_mod.conversion.hf_reader.require_finite", lambda *a, **k: None)
+        put(hf, name, float("nan"))  # its last row: the second tensor rank's
+        cases.convert(hf, base)
+    ours = "decoder.layers.3.mlp.linear_fc1.weight"
+    first, second = run_ranks(
+        cases.refusals, [hf, base], models[0][1], hf, world=2, folder=tmp_path / "ranks"
+    )
+    assert first == second
+    for said, tensor in zip(first, (name, ours, name), strict=True):
+        assert f"{tensor} holds NaN" in said
 
 
 def test_another_model_is_told_apart(models, single_process):

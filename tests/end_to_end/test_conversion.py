@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_mod import folders
 from megatron_mod.conversion import convert, mappings
 from megatron_mod.conversion.families import FAMILIES
 from megatron_mod.conversion.hf_reader import HFReader
@@ -201,6 +205,46 @@ def test_after_an_interruption_the_same_command_works(tmp_path, monkeypatch):
     convert.hf_to_megatron(hf, out / "megatron")
     convert.megatron_to_hf(out / "megatron", tmp_path / "back")
     assert [path.name for path in out.glob("*")] == ["megatron"]
+
+
+@pytest.fixture(params=["to Megatron", "to Hugging Face"])
+def conversion(request, tmp_path):
+    """A conversion whose only argument is its output, and about how many bytes it writes."""
+    hf = tiny.save_tokenizer(tiny.save_llama(tmp_path / "hf", vocab_size=tiny.VOCAB))
+    size = (hf / "model.safetensors").stat().st_size
+    if request.param == "to Megatron":
+        return partial(convert.hf_to_megatron, hf), size
+    convert.hf_to_megatron(hf, tmp_path / "base")
+    return partial(convert.megatron_to_hf, tmp_path / "base"), size
+
+
+def test_room_is_looked_for_before_anything_is_written(conversion, tmp_path, monkeypatch):
+    call, size = conversion
+    monkeypatch.setattr(folders, "free_bytes", lambda path: size + 2**16)
+    with pytest.raises(ValueError, match=rf"needs \d+ bytes and {size + 2**16} are free"):
+        call(tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+    monkeypatch.setattr(folders, "free_bytes", lambda path: size + 2**21)
+    call(tmp_path / "out")
+
+
+@pytest.mark.parametrize("after", [0, 500, 50_000, 150_000])
+def test_a_disk_that_runs_full_on_the_way_is_one_message(conversion, tmp_path, monkeypatch, after):
+    call, size = conversion
+    assert size > after
+    left = [after]
+
+    def write(self, data) -> int:
+        left[0] -= len(memoryview(data).cast("B"))
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return io.BufferedWriter.write(self, data)
+
+    monkeypatch.setattr(folders.ChunkedFile, "write", write)
+    monkeypatch.setattr(folders, "free_bytes", lambda path: 10**9 if left[0] >= 0 else 0)
+    with pytest.raises(ValueError, match=r"out: could not be written: the disk is full"):
+        call(tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_two_conversions_into_one_folder_are_refused(tmp_path):

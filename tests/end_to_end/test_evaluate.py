@@ -14,8 +14,11 @@ from transformers import AutoTokenizer
 
 pytest.importorskip("lm_eval", reason="needs the 'eval' extra")
 
-from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend, load_huggingface
+from megatron_mod.evaluation.huggingface import load_huggingface
+from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.lm_eval_model import BackendLM
+from megatron_mod.evaluation.report import evaluate as evaluate_on
+from megatron_mod.evaluation.report import table
 from megatron_mod.evaluation.request import Request
 from megatron_mod.evaluation.tasks import find_tasks
 from tests.helpers import asked, formula
@@ -100,6 +103,30 @@ def test_by_default_the_decision_sees_the_context_only(case):
         s for s, _ in asked.ask(ours(exports["attn_sequence"], pooling="all"))["loglikelihood"]
     ]
     assert asked.largest_difference(whole, expected) > 100 * ROUNDING
+
+
+def test_a_window_of_a_text_is_decided_on_as_a_whole_unless_asked(case, tmp_path):
+    """Its prompt would be one token."""
+    _, _, _, exports = case
+    text = tmp_path / "text.txt"
+    text.write_text("What is two and two? Four, says everybody in Paris.")
+    (nats,) = asked_about(
+        asked.lm_eval_hf(exports["attn_sequence"]), "loglikelihood_rolling", [(text.read_text(),)]
+    )
+    reports = {}
+    for pooling in (None, "all", "prompt"):
+        lm = ours(exports["attn_sequence"], pooling=pooling)
+        request = Request(str(exports["attn_sequence"]), perplexity=str(text), pooling=pooling)
+        report = reports[pooling] = evaluate_on(request, lm.model, None, is_first_rank=True)
+        whole = pooling != "prompt"
+        assert report["pooling"] == report["perplexity_pooling"] == ("all" if whole else "prompt")
+        found = -math.log(report["perplexity"]) * report["perplexity_tokens"]
+        assert math.isclose(found, nats, rel_tol=1e-4) == whole
+        (rolled,) = asked_about(lm, "loglikelihood_rolling", [(text.read_text(),)])
+        assert math.isclose(rolled, found, rel_tol=1e-6)
+        said = "a window sees all of it" if whole else "sees one token, the one before it"
+        assert said in table(report)
+    assert reports[None]["capacity"] == reports["all"]["capacity"]
 
 
 def test_generation_ends_at_a_stop_string_of_several_tokens(case):

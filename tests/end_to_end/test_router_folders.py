@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from megatron_mod.conversion import convert
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import read_config
-from megatron_mod.conversion.routers import read_routers
+from megatron_mod.conversion.routers import read_routers, write_published
 from megatron_mod.conversion.source import open_source
+from megatron_mod.routing.config import GRANULARITIES, RoutingConfig
 from tests.helpers.runs import Trainer
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -93,6 +94,57 @@ def test_ours_are_written_as_the_published_code_does(trainer, tmp_path):
     convert.megatron_to_hf(trainer.base, tmp_path / "two", routers_path=tmp_path / "published")
     one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
+
+
+OF_EACH = {  # what decides differently from granularity to granularity, and is not the default
+    "attn_sequence": {"pooling": "prompt", "scope": "model"},
+    "mlp_sequence": {"pooling": "all"},
+    "block_sequence": {"capacity": (0.25, 0.75)},
+    "attn_token": {"keys_values": "selected", "training_compute": "sparse"},
+    "mlp_token": {"capacity_warmup_fraction": 0.1},
+    "block_token": {"keys_values": "all", "threshold": 0.25, "capacity_loss_weight": 2.0},
+}
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_ours_come_back_as_they_were(trainer, tmp_path, granularity):
+    settings = {"layers": (1, 2), "capacity": (0.5, 0.5), **OF_EACH[granularity]}
+    routing = RoutingConfig(granularity, **settings)
+    weights = {layer: torch.randn(1, 32) for layer in routing.layers}
+    (tmp_path / "routers").mkdir()
+    write_published(tmp_path / "routers", routing, weights, config := read_config(trainer.hf))
+    found, tensors = read_routers(tmp_path / "routers", family_of(config).architecture_of(config))
+    assert found == routing
+    assert all(torch.equal(tensors[layer], weight) for layer, weight in weights.items())
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_the_published_codes_are_read(trainer, tmp_path, granularity):
+    folder = save_published(tmp_path / "published", granularity=granularity)
+    arch = family_of(config := read_config(trainer.hf)).architecture_of(config)
+    routing, _ = read_routers(folder, arch)
+    assert routing.granularity == granularity
+    assert routing.pooling == ("all" if granularity.endswith("sequence") else None)
+
+
+MALFORMED = {
+    "is_mod": [True, 1, "true", {}, [], [False] * 4, ["yes"] * 4, [None, True, True, False], 5],
+    "granularity": [5, ["attn_token"], {}],
+    "threshold": ["half", -0.1, 2, [0.5], float("nan"), True],
+    "mod_capacity": ["all", [0.5], [0.5, 0.5, "x", 0.5], {}, 3],
+    "gradient_scale": ["1", [1.0], float("inf")],
+    "num_hidden_layers": ["four", 4.5, 0, [4]],
+    "megatron_mod": ["x", {"pooling": "some"}, {"keys_values": "all"}, {"scope": 1}],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field in MALFORMED for value in MALFORMED[field]]
+)
+def test_a_malformed_published_config_is_one_message(trainer, tmp_path, field, value):
+    folder = save_published(tmp_path / "published", **{field: value})
+    with pytest.raises(ValueError, match=rf"config.json: {field}\b"):
+        convert.megatron_to_hf(trainer.base, tmp_path / "export", routers_path=folder)
 
 
 WRONG = {

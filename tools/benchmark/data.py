@@ -9,9 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transformers import AutoTokenizer
-
 from megatron_mod.config.errors import one_message
+from megatron_mod.data.tokenizer import open_tokenizer
 from megatron_mod.evaluation.data_speed import measure
 
 
@@ -34,7 +33,7 @@ def main() -> None:
     with one_message():
         result = measure(
             args.data,
-            AutoTokenizer.from_pretrained(args.tokenizer),
+            open_tokenizer(args.tokenizer),
             max_length=args.max_length,
             global_batch_size=args.global_batch_size,
             micro_batch_size=args.micro_batch_size,

@@ -19,11 +19,10 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_mod.data.dataset import load_samples
-from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.evaluation import static
+from megatron_mod.evaluation.huggingface import load_huggingface
 from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.perplexity import perplexity
-from megatron_mod.evaluation.quickstart import load_model
 from megatron_mod.evaluation.rows import Row
 from megatron_mod.routing.config import GRANULARITIES, resolve_layers
 
@@ -34,9 +33,7 @@ class Static:
     """What removing layers for good costs, measured once per set of layers."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.model = load_model(args.hf_path)
-        vocab = self.model.config.vocab_size
-        tokenizer = load_tokenizer(args.hf_path, vocab_size=vocab)
+        self.model, tokenizer = load_huggingface(args.hf_path)
         self.backend = HuggingFaceBackend(self.model, tokenizer)
         self.samples = {
             name: load_samples(args.data / f"{name}.jsonl", tokenizer, max_length=MAX_LENGTH)

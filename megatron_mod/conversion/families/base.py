@@ -29,14 +29,15 @@ class Family:
 
 
 def value_of(hf_config: dict, field: str):
-    """A field every config.json of the family has.
+    """A field every config.json of the family has; its type is ``config_types``'s to check.
 
     Raises:
-        ValueError: it is missing.
+        ValueError: it is missing, or null.
     """
-    if field not in hf_config:
+    value = hf_config.get(field)
+    if value is None:
         raise ValueError(f"config.json: {field} is missing.")
-    return hf_config[field]
+    return value
 
 
 def require(hf_config: dict, field: str, allowed: tuple, *, default: object) -> None:
@@ -71,4 +72,4 @@ def read_rope(hf_config: dict) -> tuple[float, float | None]:
                 f"config.json: {field} = {rope.get(field)!r} of the llama3 rope scaling is not "
                 f"supported; Megatron fixes it at {value}."
             )
-    return base, float(rope["factor"])
+    return base, float(value_of(rope, "factor"))

@@ -18,22 +18,38 @@ def read_decoder(hf_config: dict, **more: object) -> Architecture:
     require(hf_config, "quantization_config", (None,), default=None)
     heads = value_of(hf_config, "num_attention_heads")
     hidden = value_of(hf_config, "hidden_size")
+    groups = hf_config.get("num_key_value_heads") or heads
+    head_dim = more.get("kv_channels") or hf_config.get("head_dim")
+    _require_whole_heads(heads=heads, groups=groups, hidden=hidden, head_dim=head_dim)
     base, factor = read_rope(hf_config)
     fields = {
         "num_layers": value_of(hf_config, "num_hidden_layers"),
         "hidden_size": hidden,
         "ffn_hidden_size": value_of(hf_config, "intermediate_size"),
         "num_attention_heads": heads,
-        "num_query_groups": hf_config.get("num_key_value_heads") or heads,
-        "kv_channels": hf_config.get("head_dim") or hidden // heads,
+        "num_query_groups": groups,
+        "kv_channels": head_dim or hidden // heads,
         "vocab_size": value_of(hf_config, "vocab_size"),
         "max_sequence_length": value_of(hf_config, "max_position_embeddings"),
         "layernorm_epsilon": value_of(hf_config, "rms_norm_eps"),
         "rotary_base": base,
-        "tied_embeddings": hf_config.get("tie_word_embeddings", False),
+        "tied_embeddings": bool(hf_config.get("tie_word_embeddings")),
         "rope_scaling_factor": factor,
     }
     return Architecture(**{**fields, **more})
+
+
+def _require_whole_heads(*, heads: int, groups: int, hidden: int, head_dim: int | None) -> None:
+    if heads % groups:
+        raise ValueError(
+            f"config.json: num_key_value_heads = {groups}: does not divide num_attention_heads = "
+            f"{heads}."
+        )
+    if head_dim is None and hidden % heads:
+        raise ValueError(
+            f"config.json: num_attention_heads = {heads}: does not divide hidden_size = {hidden}, "
+            "and there is no head_dim."
+        )
 
 
 def require_full_attention(hf_config: dict) -> None:

@@ -1,0 +1,145 @@
+"""Hugging Face models from folders that may be damaged, or come from anybody."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_mod.conversion.check import check_tied
+from megatron_mod.conversion.companions import check_companions
+from megatron_mod.conversion.export import MODELLING_FILE, MODULE, routing_of
+from megatron_mod.conversion.finite import require_finite
+from megatron_mod.conversion.hf_reader import HFReader, read_config
+from megatron_mod.data.tokenizer import open_tokenizer, require_fit
+from megatron_mod.hf import modeling_mod
+
+TRUST = "--trust-remote-code"
+
+
+def load_huggingface(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+):
+    """A model as ``load_model`` gives it, and its tokenizer.
+
+    Raises:
+        ValueError: as ``load_model``, or the tokenizer is broken or another model's.
+    """
+    read_config(folder)
+    tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
+    model = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    require_fit(tokenizer, folder, vocab_size=model.config.vocab_size)
+    return model, tokenizer
+
+
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+):
+    """A Hugging Face model with torch's attention, original and export alike.
+
+    An export runs on this package's own class, which its modelling file must be a copy of.
+
+    Args:
+        trust_remote_code: run other code that the folder brings.
+
+    Raises:
+        ValueError: no such folder, one that is not exactly the model its config.json describes,
+            weights that are not finite, or code in it that nobody said to trust.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    check_companions(folder)
+    routing_of(config, folder / "config.json")
+    model_class = AutoModelForCausalLM
+    if not trust_remote_code:
+        _refuse_generation_code(folder)
+        model_class = _class_of(folder, config)
+    with HFReader(folder) as reader:
+        check_tied(reader, tied=bool(config.get("tie_word_embeddings")))
+        try:
+            model, found = model_class.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # they are in what was found
+                output_loading_info=True,
+            )
+        except Exception as error:  # whatever a config.json can make go wrong in there
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"{folder}: Transformers cannot load it: {type(error).__name__}: {reason}"
+            ) from error
+        _require_whole(folder, found)
+        for name, tensor in model.state_dict().items():
+            require_finite(tensor, name, where=reader.file(name))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _refuse_generation_code(folder: Path) -> None:
+    """Transformers 4.57 runs it as soon as the model is loaded, trusted or not."""
+    code = folder / "custom_generate" / "generate.py"
+    if code.exists():
+        raise ValueError(
+            f"{code}: is code of the folder's own, which is not run unasked; take it out, or read "
+            f"it and give {TRUST} (tools/evaluate.py, tools/compare_logits.py)."
+        )
+
+
+def _class_of(folder: Path, config: Mapping[str, object]) -> type:
+    """The class to run a folder on, none of it the folder's own code."""
+    auto_map = config.get("auto_map")
+    if not str(config.get("model_type")).startswith("mod_"):
+        if auto_map:
+            raise ValueError(
+                f"{folder}: its config.json asks for code of the folder's own (auto_map), which is "
+                f"not run unasked; read it and give {TRUST} (tools/evaluate.py, "
+                "tools/compare_logits.py), or take auto_map out if Transformers knows the model."
+            )
+        return AutoModelForCausalLM
+    names = config.get("architectures") or [""]
+    model_class = getattr(modeling_mod, names[0], None)
+    copied = folder / MODELLING_FILE.name
+    modules = {str(name).split(".")[0] for name in (auto_map or {}).values()}
+    is_ours = (
+        names[0].endswith("ForCausalLM")
+        and model_class is not None
+        and modules <= {MODULE}
+        and copied.is_file()
+        and copied.read_bytes() == MODELLING_FILE.read_bytes()
+    )
+    if not is_ours:
+        raise ValueError(
+            f"{copied}: is not the modelling file of this release, and is not run unasked; export "
+            f"the run again, or read it and give {TRUST} (tools/evaluate.py, "
+            "tools/compare_logits.py)."
+        )
+    return model_class
+
+
+def _require_whole(folder: Path, found: Mapping[str, object]) -> None:
+    """Refuse a folder whose tensors are not exactly the model's, by what loading it found."""
+    faults = {
+        "missing": found.get("missing_keys"),
+        "unknown to the model its config.json describes": [
+            name for name in found.get("unexpected_keys") or () if not _says_nothing(name)
+        ],
+        "of another shape than its config.json describes": [
+            name if isinstance(name, str) else name[0]
+            for name in found.get("mismatched_keys") or ()
+        ],
+    }
+    for what, names in faults.items():
+        if names:
+            listed = ", ".join(sorted(names)[:10])
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            raise ValueError(f"{folder}: {len(names)} tensors are {what}: {listed}{more}.")
+
+
+def _says_nothing(name: str) -> bool:
+    """Rotary frequencies, which old releases saved."""
+    return name.endswith("rotary_emb.inv_freq")
