@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_mod.config.errors import one_message
 from megatron_mod.conversion.source import open_source
 from megatron_mod.evaluation.parity import max_relative_difference, prompt_batch
 from megatron_mod.parallel import topology
+from megatron_mod.process import one_message
 from megatron_mod.training.restore import restore_model
 
 

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import AutoTokenizer
 
-from megatron_mod.config.errors import one_message
 from megatron_mod.evaluation.data_speed import measure
+from megatron_mod.process import one_message
 
 
 def main() -> None:
