@@ -24,11 +24,10 @@ def main() -> None:
         from megatron_mod.parallel import topology
         from megatron_mod.training.loop import describe, prepare, train
 
+        limit = {"minutes": config.train.timeout, "setting": "train.timeout"}
+        topology.meet(**limit)
         plan = prepare(config)
-        with topology.joined(
-            plan.topology, seed=config.train.seed, minutes=config.train.timeout,
-            setting="train.timeout",
-        ):  # fmt: skip
+        with topology.joined(plan.topology, seed=config.train.seed, **limit):
             describe(config, plan)
             train(config, plan)
 
