@@ -7,11 +7,12 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 MISTAKE = 2
@@ -151,12 +152,38 @@ def end_with_torchrun() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def run_command(command: list[str], environment: Mapping[str, str] | None = None) -> int:
+    """Run a command to its end and return its status.
+
+    A signal for this process is handed on, as one that torchrun knows, and the command ends first.
+
+    Raises:
+        KeyboardInterrupt: there was such a signal.
+    """
+    got: list[int] = []
+    with subprocess.Popen(command, env=environment) as started:
+
+        def hand_on(number: int, frame: object) -> None:
+            got.append(number)
+            if number != signal.SIGINT:  # Ctrl-C reaches both
+                started.send_signal(signal.SIGTERM if number == signal.SIGUSR1 else number)
+
+        before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+        status = started.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if got:
+        raise KeyboardInterrupt
+    return status
+
+
 def _record(message: str) -> None:
     """Leave the message where torchrun looks for it to end its report with it.
 
     The format is that of ``torch.distributed.elastic.multiprocessing.errors``, whose ``record``
     writes whole tracebacks and would import torch before the command line has been understood.
     """
+    message = message.rstrip()
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
         content = json.dumps({"message": {"message": message, "extraInfo": details}})

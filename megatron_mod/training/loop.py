@@ -29,6 +29,7 @@ from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import checkpoint
 from megatron_mod.training.average import RouterAverage
+from megatron_mod.training.ending import next_steps
 from megatron_mod.training.faults import FaultCounter, not_finite
 from megatron_mod.training.metrics import Metrics
 from megatron_mod.training.optimizer import build_optimizer, wrap_ddp
@@ -127,6 +128,7 @@ def train(config: Config, plan: Plan) -> dict:
         run = Run(config, folder, plan.base, plan.routing, data=plan.train.identity)
         summary = _train(config, plan, run)
         on_first_rank(lambda: checkpoint.write_json(folder.path / "summary.json", summary))
+    topology.print_once(next_steps(config, steps=config.train.steps))
     return summary
 
 
