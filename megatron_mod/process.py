@@ -66,9 +66,11 @@ def one_message() -> Iterator[None]:
         _wait_to_be_ended()
         print(message, file=sys.stderr, flush=True)
         sys.exit(MISTAKE)
-    except Exception:
+    except Exception as error:
         if another_failed():
             os._exit(0)
+        if _explain and (message := _explain(error)):
+            end_alone(message, status=MISTAKE)
         _record(traceback.format_exc())
         raise
 
@@ -100,6 +102,12 @@ def another_failed() -> bool:
         return False
     mine = Path(path)  # .../LOCAL_RANK/error.json
     return any(other != mine for other in mine.parents[1].glob(f"*/{mine.name}"))
+
+
+def explain_with(explain: Callable[[BaseException], str | None] | None) -> None:
+    """Choose what ``one_message`` asks for the message of an error that a library raised."""
+    global _explain
+    _explain = explain
 
 
 def on_signal(act: Callable[[signal.Signals], None]) -> None:
@@ -140,6 +148,7 @@ def _leave(number: signal.Signals) -> None:
 
 
 _act: Callable[[signal.Signals], None] = _leave
+_explain: Callable[[BaseException], str | None] | None = None
 
 
 def end_with_torchrun() -> None:

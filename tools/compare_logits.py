@@ -1,6 +1,7 @@
 """Compare the logits of Megatron checkpoints with those of Hugging Face folders, in fp32.
 
-    torchrun --nproc_per_node N tools/compare_logits.py --load DIR ... --hf-path DIR ...
+    torchrun --standalone --nproc_per_node N tools/compare_logits.py --load DIR ... \\
+        --hf-path DIR ...
 
 Prints, for each pair, the largest logit difference over the largest logit.
 """

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -37,7 +39,8 @@ class Heartbeat:
         Raises:
             ValueError: ranks that do not come.
         """
-        self.rank, self.next = rank, (rank + 1) % world_size
+        self.rank, self.next, self.world_size = rank, (rank + 1) % world_size, world_size
+        self.at = "its start"
         self.limit, self.interval = limit, minutes * 60 / BEATS
         timeout = timedelta(minutes=minutes)
         # A connection of its own: torch's waits for others, and holds up whoever shares it.
@@ -62,19 +65,50 @@ class Heartbeat:
                 "stopped."
             ) from None
         self._over = threading.Event()
+        process.explain_with(self.explain)
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Say that this rank leaves; it is not missed then."""
+        process.explain_with(None)
         self._over.set()
         self._thread.join(timeout=self.interval)
         with contextlib.suppress(RuntimeError):  # the store may have gone first
             self.store.set(str(self.rank), _LEFT)
 
+    def explain(self, error: BaseException) -> str | None:
+        """Whose fault it is that a collective failed here, if ``error`` is about one.
+
+        A rank that has died breaks the others' connections; one that hangs, though it beats, is
+        behind them.
+        """
+        if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL", str(error)):
+            return None
+        cause = str(error).splitlines()[0]
+        beats: dict[int, bytes] = {}
+        with contextlib.suppress(RuntimeError):  # the store may have gone too
+            beats = {n: self.store.get(str(n)) for n in range(self.world_size)}
+        ranks = {n: json.loads(beat) for n, beat in beats.items() if beat != _LEFT}
+        for number, who in ranks.items():
+            if who["host"] == self._who["host"] and not _is_alive(who["pid"]):
+                return (
+                    f"error: rank {number} (process {who['pid']} on {who['host']}) is gone: ended "
+                    "from outside (by a lack of memory?), or by an error above. Run the same "
+                    "command again."
+                )
+        if not re.search("timed? ?out", cause, re.IGNORECASE):
+            return f"error: another rank is gone. Run the same command again. ({cause})"
+        places: dict[str, list[str]] = {}
+        for number, who in ranks.items():
+            places.setdefault(who["at"], []).append(str(number))
+        found = "; ".join(f"{_ranks(numbers)} at {at}" for at, numbers in places.items())
+        return f"error: the ranks waited longer than {self.limit} allows: {found}. ({cause})"
+
     def _beat(self) -> None:
         self._beats += 1
-        self.store.set(str(self.rank), json.dumps({**self._who, "beats": self._beats}))
+        beat = {**self._who, "at": self.at, "beats": self._beats}
+        self.store.set(str(self.rank), json.dumps(beat))
 
     def _run(self) -> None:
         heard, missing = b"", 0
@@ -103,3 +137,11 @@ class Heartbeat:
 
 def _ranks(numbers: list[str]) -> str:
     return f"rank{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"  # proc_pid_stat(5): dead, not yet reaped

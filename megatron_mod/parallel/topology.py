@@ -154,6 +154,12 @@ def joined(topology: Topology, **options: object) -> Iterator[None]:
     shutdown()
 
 
+def at(place: str) -> None:
+    """Note how far this rank has come; said when ranks lose one another."""
+    if _heartbeat is not None:
+        _heartbeat.at = place
+
+
 @contextlib.contextmanager
 def single_process() -> Iterator[None]:
     """A world of one rank for the block: what reads and writes distributed checkpoints needs."""

@@ -160,6 +160,7 @@ def _train(config: Config, plan: Plan, run: Run) -> dict:
         interval, last = config.train.validation_interval, step == config.train.steps
         if not interval or not (last or step % interval == 0):
             return 0
+        topology.at(f"the validation after step {step}")
         with average.applied(when=last):
             measured = validate(chunks, model, loaders["validation"], plan.routing, stop=stop)
         if isinstance(measured, int):
@@ -173,6 +174,7 @@ def _train(config: Config, plan: Plan, run: Run) -> dict:
     if start and not metrics.has_validation(start) and (asked := validate_if_due(start)):
         leave(asked, start)
     for step in range(start + 1, config.train.steps + 1):
+        topology.at(f"step {step}")
         batch = loaders["train"].step(step - 1)
         controller.start_step((step - 1) / config.train.steps)
         learning_rate = optimizer.param_groups[0]["lr"] if optimizer.param_groups else 0.0
@@ -201,6 +203,7 @@ def _train(config: Config, plan: Plan, run: Run) -> dict:
         asked = asked or validate_if_due(step)
         interval = config.checkpoint.interval
         if asked or last or (interval and step % interval == 0):
+            topology.at(f"the checkpoint of step {step}")
             run.save(step, state, leaving=bool(asked))
             asked = asked or (not last and stop.agreed())
         if asked:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
 import threading
 import time
 from datetime import timedelta
@@ -78,6 +80,24 @@ def test_a_rank_that_has_left_is_not_missed(store, ended):
     heart.stop()
     assert store.get("0") == b"left"
     assert not said
+
+
+def test_an_error_of_a_collective_is_told_as_what_another_rank_did(store):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    here = socket.gethostname()
+    store.set("1", f'{{"pid": {dead.pid}, "host": "{here}", "at": "step 3"}}')
+    heart = start(2)
+    closed = RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer")
+    late = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1200ms")
+    assert heart.explain(closed).startswith(f"error: rank 1 (process {dead.pid} on {here}) is gone")
+    store.set("1", '{"pid": 4711, "host": "elsewhere", "at": "the checkpoint of step 3"}')
+    heart.at = "step 4"
+    heart._beat()
+    assert "another rank is gone" in heart.explain(closed)
+    assert "rank 0 at step 4; rank 1 at the checkpoint of step 3" in heart.explain(late)
+    assert heart.explain(RuntimeError("a shape is wrong")) is None
+    heart.stop()
 
 
 def test_ranks_that_never_come_are_named(store):
