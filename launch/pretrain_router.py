@@ -1,6 +1,7 @@
 """Train Mixture-of-Depths routers into a frozen language model.
 
-torchrun --nproc_per_node N launch/pretrain_router.py --config FILE [--section.field value ...]
+torchrun --standalone --nproc_per_node N launch/pretrain_router.py --config FILE \\
+    [--section.field value ...]
 """
 
 from __future__ import annotations
@@ -10,24 +11,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_mod.config import cli
-from megatron_mod.config.errors import one_message
-from megatron_mod.config.lifetime import end_with_torchrun
+from megatron_mod.process import catch_signals, one_message
 
 
 def main() -> None:
-    end_with_torchrun()
     with one_message():
+        catch_signals()
+        from megatron_mod.config import cli
+
         config = cli.parse(description=__doc__)
         # The heavy imports come after the command line has been understood.
         from megatron_mod.parallel import topology
         from megatron_mod.training.loop import describe, prepare, train
 
+        limit = {"minutes": config.train.timeout, "setting": "train.timeout"}
+        topology.meet(**limit)
         plan = prepare(config)
-        topology.initialize(plan.topology, seed=config.train.seed)
-        describe(config, plan)
-        train(config, plan)
-        topology.shutdown()
+        with topology.joined(plan.topology, seed=config.train.seed, **limit):
+            describe(config, plan)
+            train(config, plan)
 
 
 if __name__ == "__main__":

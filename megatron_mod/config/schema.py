@@ -179,6 +179,8 @@ class TrainConfig:
         validation_interval: steps between measurements on data.validation; 0: none.
         max_skipped_steps: steps in a row that may be skipped because the loss or a gradient is not
             finite, before the run stops; 0 stops at the first.
+        timeout: minutes, above 0, that the ranks wait for one that does not answer before the run
+            stops and names it; also of every collective.
     """
 
     steps: int
@@ -187,6 +189,7 @@ class TrainConfig:
     seed: int = 1234
     validation_interval: int = 0
     max_skipped_steps: int = 3
+    timeout: float = 10.0
 
 
 @dataclass

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_mod.config.schema import Config, DataConfig
 
+MOST_MINUTES = 525_600
+
 
 def check_values(config: Config) -> None:
     """Refuse values out of range and settings that would be ignored.
@@ -52,6 +54,10 @@ def check_values(config: Config) -> None:
         )
     if not o.lr > 0:
         raise ValueError(f"optimizer.lr = {o.lr}: must be above 0.")
+    if not 0 < t.timeout < MOST_MINUTES:
+        raise ValueError(
+            f"train.timeout = {t.timeout}: minutes, above 0 and below {MOST_MINUTES} (a year)."
+        )
     for name, value in (
         ("optimizer.warmup_fraction", o.warmup_fraction),
         ("optimizer.average_fraction", o.average_fraction),

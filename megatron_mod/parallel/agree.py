@@ -6,7 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mod.parallel import device
 
 T = TypeVar("T")
 
@@ -43,3 +47,14 @@ def together() -> Iterator[None]:
     dist.all_gather_object(faults, fault and str(fault))
     if first := next(filter(None, faults), None):
         raise ValueError(first) from fault
+
+
+def largest(*values: float | Tensor) -> list[float]:
+    """The largest of each value (a scalar) over all ranks, in one message; waits for the device."""
+    scalars = [
+        v.float() if isinstance(v, Tensor) else torch.full((), float(v), device=device.device())
+        for v in values
+    ]
+    found = torch.stack(scalars)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.tolist()

@@ -14,6 +14,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_mod.parallel import device
+from megatron_mod.parallel.heartbeat import Heartbeat
+from megatron_mod.process import Stopped
+
+TIMEOUT = 10.0  # minutes
+_store: dist.Store | None = None
+_heartbeat: Heartbeat | None = None
 
 
 @dataclass(frozen=True)
@@ -68,34 +74,90 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def initialize(topology: Topology, *, seed: int = 0, init_method: str | None = None) -> None:
+def meet(*, minutes: float = TIMEOUT, setting: str = "") -> None:
+    """Wait for the ranks that ``torchrun`` started, and listen for them from now on.
+
+    ``initialize`` does it otherwise; what comes between, such as waiting for data that another rank
+    prepares, is not listened through then.
+
+    Args:
+        minutes: that a rank may take to answer, here and later; the job ends with its name then.
+        setting: what the user calls that.
+
+    Raises:
+        ValueError: ranks that do not come.
+    """
+    global _store, _heartbeat
+    if _store is not None or "MASTER_ADDR" not in os.environ:
+        return
+    rank, world_size = int(os.environ.get("RANK", 0)), environment_world_size()
+    timeout = timedelta(minutes=minutes)
+    _store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    if world_size > 1:
+        limit = f"{setting} = {minutes:g} minutes" if setting else f"{minutes:g} minutes"
+        _heartbeat = Heartbeat(rank=rank, world_size=world_size, minutes=minutes, limit=limit)
+
+
+def initialize(
+    topology: Topology,
+    *,
+    seed: int = 0,
+    init_method: str | None = None,
+    minutes: float = TIMEOUT,
+    setting: str = "",
+) -> None:
     """Join the job and create Megatron's process groups.
 
     Without ``torchrun`` (and its environment) only a world of one rank can be made;
     ``init_method`` as in ``torch.distributed`` overrides how ranks meet.
+
+    Args:
+        minutes, setting: as in ``meet``; every group's collectives fail after so many minutes too.
+
+    Raises:
+        ValueError: more ranks on this machine than GPUs, or ranks that do not come.
     """
     device.select()
-    rank = int(os.environ.get("RANK", 0))
     if not dist.is_initialized():
-        if init_method is None and "MASTER_ADDR" not in os.environ:
-            store = dist.HashStore()
-            dist.init_process_group(device.collective_backend(), store=store, rank=0, world_size=1)
+        if init_method is None:
+            meet(minutes=minutes, setting=setting)
+            how = {"store": _store or dist.HashStore()}
         else:
-            dist.init_process_group(
-                device.collective_backend(),
-                init_method=init_method,
-                rank=rank,
-                world_size=topology.world_size,
-                timeout=timedelta(minutes=10),
-            )
+            how = {"init_method": init_method}
+        dist.init_process_group(
+            device.collective_backend(),
+            **how,
+            rank=int(os.environ.get("RANK", 0)),
+            world_size=topology.world_size,
+            timeout=timedelta(minutes=minutes),
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor,
         pipeline_model_parallel_size=topology.pipeline,
         virtual_pipeline_model_parallel_size=topology.virtual_pipeline,
         context_parallel_size=topology.context,
+        distributed_timeout_minutes=minutes,
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+@contextlib.contextmanager
+def joined(topology: Topology, **options: object) -> Iterator[None]:
+    """``initialize`` and, unless the block fails, ``shutdown``."""
+    initialize(topology, **options)
+    try:
+        yield
+    except Stopped:
+        shutdown()
+        raise
+    shutdown()
+
+
+def at(place: str) -> None:
+    """Note how far this rank has come; said when ranks lose one another."""
+    if _heartbeat is not None:
+        _heartbeat.at = place
 
 
 @contextlib.contextmanager
@@ -109,7 +171,12 @@ def single_process() -> Iterator[None]:
 
 
 def shutdown() -> None:
-    """Leave the job; the process can join another afterwards."""
+    """Leave the job together; the process can join another afterwards."""
+    global _store, _heartbeat
+    if _heartbeat is not None:
+        dist.barrier()  # torchrun would wait for one that stops here for ever
+        _heartbeat.stop()
+    _store = _heartbeat = None
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_mod.config.errors import one_message
 from megatron_mod.data.tokenizer import open_tokenizer
 from megatron_mod.evaluation.data_speed import measure
+from megatron_mod.process import one_message
 
 
 def main() -> None:

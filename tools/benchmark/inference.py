@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from megatron_mod.config.errors import one_message
 from megatron_mod.conversion.hf_reader import read_config
 from megatron_mod.evaluation.inference_speed import SHAPES, Pair, machine
 from megatron_mod.parallel import device
+from megatron_mod.process import one_message
 from megatron_mod.routing.config import GRANULARITIES
 
 PHASES = ("prefill", "decode")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +23,7 @@ from megatron_mod.evaluation.huggingface import load_huggingface
 from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.perplexity import perplexity
 from megatron_mod.evaluation.rows import Row
+from megatron_mod.process import one_message, run_command
 from megatron_mod.routing.config import GRANULARITIES, resolve_layers
 
 CAPACITY, MAX_LENGTH, DEEPEST = 0.75, 160, 15
@@ -102,7 +102,8 @@ def train(args: argparse.Namespace, overrides: list[str], name: str, weight: flo
         command = [sys.executable, str(root / "launch" / "pretrain_router.py")]
         for option, value in options.items():
             command += [f"--{option}", str(value)]
-        subprocess.run([*command, *overrides], check=True)
+        if run_command([*command, *overrides]):
+            sys.exit(f"\nStopped: the training of {name} failed; its message is above.")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return next(r for r in map(json.loads, reversed(lines)) if "validation_loss" in r)
 
@@ -167,4 +168,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_message():
+        main()
