@@ -93,13 +93,14 @@ class Steps:
 
 def read_architecture(hf_path: Path, *, tensor: int, pipeline: int) -> Architecture:
     """The model's shape, refused here rather than after minutes of work."""
+    from megatron_mod.config.ranks import OPTIONS
     from megatron_mod.conversion.families import family_of
     from megatron_mod.conversion.hf_reader import read_config
     from megatron_mod.model.architecture import check_parallel
 
     hf_config = read_config(hf_path)
     arch = family_of(hf_config).architecture_of(hf_config)
-    check_parallel(arch, tensor=tensor, pipeline=pipeline)
+    check_parallel(arch, tensor=tensor, pipeline=pipeline, names=OPTIONS)
     return arch
 
 
