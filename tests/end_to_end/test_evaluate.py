@@ -178,7 +178,7 @@ def test_perplexity_of_conversations_equals_hugging_faces_loss(case, tmp_path):
 def test_what_would_be_ignored_is_refused(case, tmp_path):
     hf, _, _, exports = case
     (tmp_path / "choices.yaml").write_text(TASK.format(data="nowhere") + "num_fewshot: 0\n")
-    with pytest.raises(ValueError, match="include_path .*no such folder"):
+    with pytest.raises(ValueError, match="--include.path nowhere: no such folder"):
         find_tasks(Request(str(hf), tasks=("tiny_choices",), include_path="nowhere"))
     settings = {"include_path": str(tmp_path), "num_fewshot": 2}
     with pytest.raises(ValueError, match="--num_fewshot 2: .*'tiny_choices' fixes 0"):
