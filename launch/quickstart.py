@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_mod.config.errors import one_message
+from megatron_mod.process import one_message
 
 if TYPE_CHECKING:
     from megatron_mod.model.architecture import Architecture

@@ -20,6 +20,8 @@ from megatron_mod.config.rules import (
 )
 from megatron_mod.routing.config import RoutingConfig, resolve_capacity, resolve_layers
 
+MINUTES_OF_A_YEAR = 525_600
+
 
 @dataclass
 class ModelConfig:
@@ -197,6 +199,8 @@ class TrainConfig:
         validation_interval: steps between measurements on data.validation; 0: none.
         max_skipped_steps: steps in a row that may be skipped because the loss or a gradient is not
             finite, before the run stops; 0 stops at the first.
+        timeout: minutes, above 0, that the ranks wait for one that does not answer before the run
+            stops and names it; also of every collective.
     """
 
     steps: int = setting(AT_LEAST_0)
@@ -205,6 +209,7 @@ class TrainConfig:
     seed: int = setting(SEED, default=1234)
     validation_interval: int = setting(AT_LEAST_0, default=0)
     max_skipped_steps: int = setting(AT_LEAST_0, default=3)
+    timeout: float = setting(Range(above=0, below=MINUTES_OF_A_YEAR), default=10.0)
 
 
 @dataclass

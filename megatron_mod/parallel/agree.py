@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mod.parallel import device
 
 T = TypeVar("T")
 
@@ -23,3 +27,14 @@ def on_first_rank(function: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return value
+
+
+def largest(*values: float | Tensor) -> list[float]:
+    """The largest of each value (a scalar) over all ranks, in one message; waits for the device."""
+    scalars = [
+        v.float() if isinstance(v, Tensor) else torch.full((), float(v), device=device.device())
+        for v in values
+    ]
+    found = torch.stack(scalars)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.tolist()

@@ -16,6 +16,11 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_mod.config.ranks import check_ranks
 from megatron_mod.parallel import device
+from megatron_mod.parallel.heartbeat import Heartbeat
+from megatron_mod.process import Stopped
+
+TIMEOUT = 10.0  # minutes
+_heartbeat: Heartbeat | None = None
 
 
 @dataclass(frozen=True)
@@ -64,34 +69,70 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def initialize(topology: Topology, *, seed: int = 0, init_method: str | None = None) -> None:
+def initialize(
+    topology: Topology,
+    *,
+    seed: int = 0,
+    init_method: str | None = None,
+    minutes: float = TIMEOUT,
+    setting: str = "",
+) -> None:
     """Join the job and create Megatron's process groups.
 
     Without ``torchrun`` (and its environment) only a world of one rank can be made;
     ``init_method`` as in ``torch.distributed`` overrides how ranks meet.
+
+    Args:
+        minutes: that a rank may take to answer, here and later; the job ends with its name then.
+        setting: what the user calls that.
+
+    Raises:
+        ValueError: more ranks on this machine than GPUs, or ranks that do not come.
     """
     device.select()
-    rank = int(os.environ.get("RANK", 0))
     if not dist.is_initialized():
         if init_method is None and "MASTER_ADDR" not in os.environ:
             store = dist.HashStore()
             dist.init_process_group(device.collective_backend(), store=store, rank=0, world_size=1)
         else:
-            dist.init_process_group(
-                device.collective_backend(),
-                init_method=init_method,
-                rank=rank,
-                world_size=topology.world_size,
-                timeout=timedelta(minutes=10),
-            )
+            limit = f"{setting} = {minutes:g} minutes" if setting else f"{minutes:g} minutes"
+            _meet(topology.world_size, init_method or "env://", minutes=minutes, limit=limit)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor,
         pipeline_model_parallel_size=topology.pipeline,
         virtual_pipeline_model_parallel_size=topology.virtual_pipeline,
         context_parallel_size=topology.context,
+        distributed_timeout_minutes=minutes,
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _meet(world_size: int, url: str, *, minutes: float, limit: str) -> None:
+    global _heartbeat
+    timeout, rank = timedelta(minutes=minutes), int(os.environ.get("RANK", 0))
+    store, _, _ = next(dist.rendezvous(url, rank=rank, world_size=world_size, timeout=timeout))
+    if url == "env://" and world_size > 1:
+        _heartbeat = Heartbeat(rank=rank, world_size=world_size, minutes=minutes, limit=limit)
+    dist.init_process_group(
+        device.collective_backend(),
+        store=dist.PrefixStore("megatron_mod", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+
+
+@contextlib.contextmanager
+def joined(topology: Topology, **options: object) -> Iterator[None]:
+    """``initialize`` and, unless the block fails, ``shutdown``."""
+    initialize(topology, **options)
+    try:
+        yield
+    except Stopped:
+        shutdown()
+        raise
+    shutdown()
 
 
 @contextlib.contextmanager
@@ -106,6 +147,10 @@ def single_process() -> Iterator[None]:
 
 def shutdown() -> None:
     """Leave the job; the process can join another afterwards."""
+    global _heartbeat
+    if _heartbeat is not None:
+        _heartbeat.stop()
+        _heartbeat = None
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from megatron_mod.parallel import device
-from megatron_mod.training.step import StepResult
+from megatron_mod.parallel.agree import largest
 
 
 class FaultCounter:
@@ -21,31 +21,26 @@ class FaultCounter:
         self.in_a_row = 0
 
     def skips(
-        self,
-        step: int,
-        result: StepResult,
-        models: Iterable[torch.nn.Module],
-        *,
-        samples: Callable[[], Sequence[str]],
+        self, step: int, *, finite: bool, loss: Tensor, samples: Callable[[], Sequence[str]]
     ) -> bool:
         """Whether this step must not reach the routers; called by all ranks, before the optimizer.
 
-        Waits for the device: a step that is not finite has to be known before the optimizer's.
-
         Args:
+            finite: whether loss and gradients are, on every rank (``not_finite``).
+            loss: to be named in the message.
             samples: where each sequence of the global batch comes from; asked for at the end only.
 
         Raises:
             ValueError: too many in a row.
         """
-        if _is_finite(result, models):
+        if finite:
             self.in_a_row = 0
             return False
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row > self.most_in_a_row:
             raise ValueError(
-                f"step {step}: the loss ({float(result.task_loss)}) or a gradient is not finite, "
+                f"step {step}: the loss ({float(loss)}) or a gradient is not finite, "
                 f"for the {self.in_a_row}. step in a row (train.max_skipped_steps = "
                 f"{self.most_in_a_row}): training has diverged; lower optimizer.lr or check this "
                 f"step's samples: {', '.join(samples())}. The checkpoints saved are from before."
@@ -59,15 +54,14 @@ class FaultCounter:
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
 
-def _is_finite(result: StepResult, models: Iterable[torch.nn.Module]) -> bool:
-    finite = torch.isfinite(result.task_loss)
+def not_finite(loss: Tensor, models: Iterable[torch.nn.Module]) -> Tensor:
+    """1 if the loss or a gradient on this rank is not finite, else 0; on the device."""
+    finite = torch.isfinite(loss)
     for model in models:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 finite = finite & torch.isfinite(parameter.main_grad).all()
-    wrong = 1.0 - finite.float()
-    dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
-    return not bool(wrong)
+    return 1.0 - finite.float()
 
 
 def require_finite(step: int, weights: Iterable[torch.Tensor]) -> None:
@@ -76,10 +70,10 @@ def require_finite(step: int, weights: Iterable[torch.Tensor]) -> None:
     Raises:
         ValueError: some are not.
     """
-    wrong = torch.zeros((), device=device.device())
+    finite = torch.ones((), dtype=torch.bool, device=device.device())
     for weight in weights:
-        wrong = torch.maximum(wrong, 1.0 - torch.isfinite(weight).all().float())
-    dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
+        finite = finite & torch.isfinite(weight).all()
+    (wrong,) = largest(~finite)
     if wrong:
         raise ValueError(
             f"step {step}: a router is no longer finite: training has diverged; lower "

@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,16 +25,17 @@ from megatron_mod.model.architecture import check_parallel
 from megatron_mod.model.builder import ModelChunks, build_model, transformer_config
 from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
-from megatron_mod.parallel.agree import on_first_rank
+from megatron_mod.parallel.agree import largest, on_first_rank
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import checkpoint
 from megatron_mod.training.average import RouterAverage
-from megatron_mod.training.faults import FaultCounter
+from megatron_mod.training.faults import FaultCounter, not_finite
 from megatron_mod.training.metrics import Metrics
 from megatron_mod.training.optimizer import build_optimizer, wrap_ddp
 from megatron_mod.training.resume import Run, check_settings
 from megatron_mod.training.run_folder import RunFolder
+from megatron_mod.training.signals import StopRequest, stopped
 from megatron_mod.training.start import start_routers
 from megatron_mod.training.step import StepResult, run_schedule
 
@@ -150,6 +152,25 @@ def _train(config: Config, plan: Plan, run: Run) -> dict:
     rejects = run.folder.path / "rejects.jsonl"
     on_first_rank(lambda: write_rejects(rejects, plan.train, plan.validation))
 
+    stop = StopRequest()
+
+    def validate_if_due(step: int) -> int:
+        """Validate after some steps and the last; the signal that stopped the ranks in it, or 0."""
+        interval, last = config.train.validation_interval, step == config.train.steps
+        if not interval or not (last or step % interval == 0):
+            return 0
+        with average.applied(when=last):
+            measured = validate(chunks, model, loaders["validation"], plan.routing, stop=stop)
+        if isinstance(measured, int):
+            return measured
+        metrics.log_validation(step, loss=measured[0], capacity=measured[1])
+        return 0
+
+    def leave(asked: int, step: int) -> NoReturn:
+        raise stopped(asked, step=step, steps=config.train.steps, run=run.folder.path)
+
+    if start and not metrics.has_validation(start) and (asked := validate_if_due(start)):
+        leave(asked, start)
     for step in range(start + 1, config.train.steps + 1):
         batch = loaders["train"].step(step - 1)
         controller.start_step((step - 1) / config.train.steps)
@@ -161,8 +182,9 @@ def _train(config: Config, plan: Plan, run: Run) -> dict:
             layer.check_decisions = bool(check) and step % check == 0
         optimizer.zero_grad()
         result = run_schedule(chunks, model, batch, plan.routing, controller=controller)
+        wrong, asked = largest(not_finite(result.task_loss, model), stop.asked)
         sources = partial(loaders["train"].sources, step - 1)
-        skipped = faults.skips(step, result, model, samples=sources)
+        skipped = faults.skips(step, finite=not wrong, loss=result.task_loss, samples=sources)
         grad_norm = 0.0 if skipped else optimizer.step()[1]
         scheduler.step(increment=1)
         metrics.add_tokens(batch.num_tokens, positions=batch.num_positions)
@@ -175,14 +197,13 @@ def _train(config: Config, plan: Plan, run: Run) -> dict:
             controller.end_step(result.capacity)
         if step > (1 - config.optimizer.average_fraction) * config.train.steps:
             average.update()
-        interval = config.train.validation_interval
-        if interval and (last or step % interval == 0):
-            with average.applied(when=last):
-                loss, capacity = validate(chunks, model, loaders["validation"], plan.routing)
-            metrics.log_validation(step, loss=loss, capacity=capacity)
+        asked = asked or validate_if_due(step)
         interval = config.checkpoint.interval
-        if last or (interval and step % interval == 0):
-            run.save(step, state)
+        if asked or last or (interval and step % interval == 0):
+            run.save(step, state, leaving=bool(asked))
+            asked = asked or (not last and stop.agreed())
+        if asked:
+            leave(asked, step)
     if config.train.steps == 0:
         run.save(0, state)
 
@@ -192,12 +213,22 @@ def _train(config: Config, plan: Plan, run: Run) -> dict:
 
 @torch.no_grad()
 def validate(
-    chunks: list[torch.nn.Module], model: ModelChunks, loader: Loader, routing: RoutingConfig
-) -> tuple[float, list[float]]:
-    """Mean loss (nats per labelled token) and capacity per routed layer, with real skipping."""
+    chunks: list[torch.nn.Module],
+    model: ModelChunks,
+    loader: Loader,
+    routing: RoutingConfig,
+    *,
+    stop: StopRequest,
+) -> tuple[float, list[float]] | int:
+    """Mean loss (nats per labelled token) and capacity per routed layer, with real skipping.
+
+    Or the signal that the ranks broke off for.
+    """
     model.eval()
     loss, capacity, labels, units = 0.0, 0.0, 0, 0
     for batch in loader.passes():
+        if asked := stop.agreed():
+            return asked
         result = run_schedule(chunks, model, batch, routing, controller=None)
         loss = loss + result.task_loss * batch.num_labels
         num_units = batch.num_sequences if routing.per_sequence else batch.num_tokens

@@ -103,6 +103,17 @@ class Metrics:
                 kept.append(line)
         write_durably(self.path, "".join(kept))
 
+    def has_validation(self, step: int) -> bool:
+        """Whether the file has a measurement on the validation data after this step; all ranks."""
+        return on_first_rank(lambda: self._has_validation(step))
+
+    def _has_validation(self, step: int) -> bool:
+        if not self.path.exists():
+            return False
+        with self.path.open(encoding="utf-8") as lines:
+            records = (json.loads(line) for line in lines)
+            return any(r["step"] == step and "validation_loss" in r for r in records)
+
     def tokens_per_second(self) -> float:
         """Over the whole run so far, validation and checkpoints included."""
         return self.tokens / max(time.perf_counter() - self._started, 1e-9)

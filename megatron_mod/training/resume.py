@@ -21,6 +21,7 @@ from megatron_mod.training.run_folder import RunFolder
 _MAY_CHANGE = {
     "model.checkpoint", "model.hf_path", "model.routers", "data.validation",
     "train.steps", "train.micro_batch_size", "train.validation_interval", "train.max_skipped_steps",
+    "train.timeout",
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = {"checkpoint", "logging", "parallel"}
 
@@ -116,15 +117,18 @@ class Run:
         print_once(f"Going on after step {step} of {self.config.train.steps}{how}")
         return step
 
-    def save(self, step: int, state: RunState) -> None:
-        """Save after ``step``; the last step's checkpoint exports the routers' average, if any."""
+    def save(self, step: int, state: RunState, *, leaving: bool = False) -> None:
+        """Save after ``step``; the last step's checkpoint exports the routers' average, if any.
+
+        ``leaving``: whether the job ends here, so that this one has to be written.
+        """
         last = step == self.config.train.steps
         manifest = {**self._manifest, "averaged": last}
         self.folder.save(
             step,
             lambda folder: checkpoint.save_step(folder, state, step=step, manifest=manifest),
             size=self._size,
-            last=last,
+            last=last or leaving,
         )
 
 

@@ -1,0 +1,183 @@
+"""A script as a process: how it ends, and what it says then."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+MISTAKE = 2
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SECONDS_TO_SPEAK = 5
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+class Stopped(Exception):
+    """A signal has ended the work early; it can be gone on with. All ranks raise it together."""
+
+
+def is_first_rank() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+@contextlib.contextmanager
+def one_message() -> Iterator[None]:
+    """End a script with one message, from one rank, and an exit status that says what happened.
+
+    A ``ValueError`` this package raised (the script that was started counts as the package): 2.
+    ``Stopped``: 75, but 0 from all but the first rank of a machine, as ``torchrun`` reports every
+    rank that leaves with something else. Ctrl-C: 130. What a library raised goes through with its
+    traceback: it is not about the user's input. Under ``torchrun``, whose report ends with the
+    message too, no rank outlives it, and those that fail because another one did say nothing.
+    """
+    end_with_torchrun()
+    if "RANK" in os.environ and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # The ranks wait for one another: an exception in one would come out as errors in others.
+        signal.signal(signal.SIGINT, lambda *_: end("Interrupted.", status=128 + signal.SIGINT))
+    try:
+        yield
+    except Stopped as stop:
+        for number in SIGNALS:  # torchrun ends the ranks that are left as soon as one has left
+            signal.signal(number, signal.SIG_IGN)
+        _record(str(stop))
+        if is_first_rank():
+            print(stop, file=sys.stderr, flush=True)
+        sys.exit(0 if int(os.environ.get("LOCAL_RANK", 0)) else STOPPED)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
+    except ValueError as error:
+        if not _raised_here(error):
+            _record(traceback.format_exc())
+            raise
+        message = f"error: {error}"
+        _record(message)
+        _wait_to_be_ended()
+        print(message, file=sys.stderr, flush=True)
+        sys.exit(MISTAKE)
+    except Exception:
+        if another_failed():
+            os._exit(0)
+        _record(traceback.format_exc())
+        raise
+
+
+def end(message: str, *, status: int) -> None:
+    """Say one line and end the process at once, whatever its threads are in the middle of.
+
+    When all ranks are told to end, only the first one speaks.
+    """
+    if not is_first_rank():
+        time.sleep(1)
+    end_alone(message, status=status)
+
+
+def end_alone(message: str, *, status: int) -> None:
+    """The same for what one rank knows of, whichever it is."""
+    if another_failed():
+        os._exit(0)
+    _record(message)
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def another_failed() -> bool:
+    """Whether another rank of this machine has left a message for torchrun, which then ends all."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return False
+    mine = Path(path)  # .../LOCAL_RANK/error.json
+    return any(other != mine for other in mine.parents[1].glob(f"*/{mine.name}"))
+
+
+def on_signal(act: Callable[[signal.Signals], None]) -> None:
+    """Choose what is called, in a thread, for each signal that ``catch_signals`` catches."""
+    global _act
+    _act = act
+
+
+def catch_signals() -> None:
+    """Have a thread handle the signals that ask for an end, also while the main thread waits.
+
+    Python's own handlers wait until the main thread comes back from torch, which in a collective
+    whose other ranks are gone it does not. SIGINT and SIGHUP stay ignored where they were (jobs in
+    the background, ``nohup``). Until ``on_signal`` says otherwise each ends the process.
+    """
+    for number in SIGNALS:
+        convention = number in (signal.SIGINT, signal.SIGHUP)
+        if not (convention and signal.getsignal(number) is signal.SIG_IGN):
+            signal.signal(number, lambda *_: None)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_hand_on, args=(reader,), name="signals", daemon=True).start()
+
+
+def _hand_on(reader: int) -> None:
+    while True:
+        for number in os.read(reader, 64):
+            if number in SIGNALS:
+                _act(signal.Signals(number))
+
+
+def _leave(number: signal.Signals) -> None:
+    end(
+        f"Stopped by {number.name} before its first step; run the same command again.",
+        status=STOPPED,
+    )
+
+
+_act: Callable[[signal.Signals], None] = _leave
+
+
+def end_with_torchrun() -> None:
+    """Have the kernel end this rank when the torchrun that started it is gone, even by ``kill -9``.
+
+    A rank that goes on would hold the output folder, and write to it. Elsewhere than on Linux, or
+    without torchrun, nothing changes: a shell may well end before what it started.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _record(message: str) -> None:
+    """Leave the message where torchrun looks for it to end its report with it.
+
+    The format is that of ``torch.distributed.elastic.multiprocessing.errors``, whose ``record``
+    writes whole tracebacks and would import torch before the command line has been understood.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        content = json.dumps({"message": {"message": message, "extraInfo": details}})
+        with contextlib.suppress(OSError):
+            Path(path).write_text(content, encoding="utf-8")
+
+
+def _wait_to_be_ended() -> None:
+    """Let the first rank speak alone: when it leaves, torchrun ends those that wait here.
+
+    They leave with 0 then: torchrun would report them too. A rank that nobody ends is the only one
+    on its machine to know, and speaks itself.
+    """
+    if is_first_rank():
+        return
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    time.sleep(SECONDS_TO_SPEAK * (2 if int(os.environ.get("LOCAL_RANK", 0)) else 1))
+
+
+def _raised_here(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    last, script = Path(frames[-1].filename).resolve(), Path(sys.argv[0]).resolve()
+    return last == script or last.is_relative_to(Path(__file__).resolve().parent)

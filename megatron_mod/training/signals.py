@@ -1,0 +1,73 @@
+"""A training that a signal asks to end: it saves at the end of the step, then leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+from megatron_mod import process
+from megatron_mod.parallel.agree import largest
+
+_SECONDS_BETWEEN_TWO_ORDERS = 1  # one order may come twice, from a batch system and from torchrun
+_SECONDS_UNTIL_ANNOUNCED = 2
+
+
+class StopRequest:
+    """What signals have asked of this rank, and what the ranks make of it together.
+
+    It is a rank's own until ``agreed``; whichever ranks a signal reached, all of them end alike.
+    """
+
+    def __init__(self) -> None:
+        self._asked: signal.Signals | None = None
+        self._since = 0.0
+        process.on_signal(self._ask)
+
+    def _ask(self, number: signal.Signals) -> None:
+        """Take a signal, in a thread of its own. After Ctrl-C a second one ends the rank at once.
+
+        (torchrun makes a second Ctrl-C a SIGTERM.)
+        """
+        if number == signal.SIGTERM and process.another_failed():
+            os._exit(0)  # torchrun ends this rank: there is nobody left to agree with
+        if self._asked is None:
+            self._asked, self._since = number, time.monotonic()
+            if process.is_first_rank():
+                timer = threading.Timer(_SECONDS_UNTIL_ANNOUNCED, self._announce)
+                timer.daemon = True
+                timer.start()
+        elif (
+            self._asked == signal.SIGINT
+            and number in (signal.SIGINT, signal.SIGTERM)
+            and time.monotonic() - self._since > _SECONDS_BETWEEN_TWO_ORDERS
+        ):
+            os._exit(128 + number)
+
+    def _announce(self) -> None:
+        again = "; Ctrl-C again ends at once" if self._asked == signal.SIGINT else ""
+        print(
+            f"{self._asked.name}: ending after this step, which is saved first{again}.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    @property
+    def asked(self) -> int:
+        """The number of the signal that this rank got, or 0: for ``largest`` to carry along."""
+        return self._asked or 0
+
+    def agreed(self) -> int:
+        """The number of a signal that some rank got, or 0; called by all ranks."""
+        (number,) = largest(self.asked)
+        return int(number)
+
+
+def stopped(number: int, *, step: int, steps: int, run: object) -> process.Stopped:
+    """The end of a run that a signal stopped after a step, which has been saved."""
+    return process.Stopped(
+        f"Stopped by {signal.Signals(number).name} after step {step} of {steps}, which is saved in "
+        f"{run}; run the same command again to go on."
+    )
