@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from megatron_mod.config.schema import Config, DataConfig
 
 
-
 def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "") -> None:
     """Refuse values out of range and settings that would be ignored.
 

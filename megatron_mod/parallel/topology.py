@@ -20,6 +20,7 @@ from megatron_mod.parallel.heartbeat import Heartbeat
 from megatron_mod.process import Stopped
 
 TIMEOUT = 10.0  # minutes
+_store: dist.Store | None = None
 _heartbeat: Heartbeat | None = None
 
 
@@ -69,6 +70,30 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def meet(*, minutes: float = TIMEOUT, setting: str = "") -> None:
+    """Wait for the ranks that ``torchrun`` started, and listen for them from now on.
+
+    ``initialize`` does it otherwise; what comes between, such as waiting for data that another rank
+    prepares, is not listened through then.
+
+    Args:
+        minutes: that a rank may take to answer, here and later; the job ends with its name then.
+        setting: what the user calls that.
+
+    Raises:
+        ValueError: ranks that do not come.
+    """
+    global _store, _heartbeat
+    if _store is not None or "MASTER_ADDR" not in os.environ:
+        return
+    rank, world_size = int(os.environ.get("RANK", 0)), environment_world_size()
+    timeout = timedelta(minutes=minutes)
+    _store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    if world_size > 1:
+        limit = f"{setting} = {minutes:g} minutes" if setting else f"{minutes:g} minutes"
+        _heartbeat = Heartbeat(rank=rank, world_size=world_size, minutes=minutes, limit=limit)
+
+
 def initialize(
     topology: Topology,
     *,
@@ -83,20 +108,25 @@ def initialize(
     ``init_method`` as in ``torch.distributed`` overrides how ranks meet.
 
     Args:
-        minutes: that a rank may take to answer, here and later; the job ends with its name then.
-        setting: what the user calls that.
+        minutes, setting: as in ``meet``; every group's collectives fail after so many minutes too.
 
     Raises:
         ValueError: more ranks on this machine than GPUs, or ranks that do not come.
     """
     device.select()
     if not dist.is_initialized():
-        if init_method is None and "MASTER_ADDR" not in os.environ:
-            store = dist.HashStore()
-            dist.init_process_group(device.collective_backend(), store=store, rank=0, world_size=1)
+        if init_method is None:
+            meet(minutes=minutes, setting=setting)
+            how = {"store": _store or dist.HashStore()}
         else:
-            limit = f"{setting} = {minutes:g} minutes" if setting else f"{minutes:g} minutes"
-            _meet(topology.world_size, init_method or "env://", minutes=minutes, limit=limit)
+            how = {"init_method": init_method}
+        dist.init_process_group(
+            device.collective_backend(),
+            **how,
+            rank=int(os.environ.get("RANK", 0)),
+            world_size=topology.world_size,
+            timeout=timedelta(minutes=minutes),
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor,
         pipeline_model_parallel_size=topology.pipeline,
@@ -106,21 +136,6 @@ def initialize(
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-
-
-def _meet(world_size: int, url: str, *, minutes: float, limit: str) -> None:
-    global _heartbeat
-    timeout, rank = timedelta(minutes=minutes), int(os.environ.get("RANK", 0))
-    store, _, _ = next(dist.rendezvous(url, rank=rank, world_size=world_size, timeout=timeout))
-    if url == "env://" and world_size > 1:
-        _heartbeat = Heartbeat(rank=rank, world_size=world_size, minutes=minutes, limit=limit)
-    dist.init_process_group(
-        device.collective_backend(),
-        store=dist.PrefixStore("megatron_mod", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-    )
 
 
 @contextlib.contextmanager
@@ -146,11 +161,12 @@ def single_process() -> Iterator[None]:
 
 
 def shutdown() -> None:
-    """Leave the job; the process can join another afterwards."""
-    global _heartbeat
+    """Leave the job together; the process can join another afterwards."""
+    global _store, _heartbeat
     if _heartbeat is not None:
+        dist.barrier()  # torchrun would wait for one that stops here for ever
         _heartbeat.stop()
-        _heartbeat = None
+    _store = _heartbeat = None
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -27,6 +27,16 @@ class Job:
         """The ranks' processes."""
         return [pid for pid in descendants(self.process.pid) if b"pretrain_router" in cmdline(pid)]
 
+    def rank(self, number: int) -> int:
+        """The process of one rank."""
+        wanted = f"RANK={number}".encode()
+        (pid,) = (
+            pid
+            for pid in self.ranks()
+            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        )
+        return pid
+
     def kill(self, pid: int) -> None:
         """``kill -9`` one process, and fail if one of the job's others goes on."""
         everyone = {self.process.pid, *descendants(self.process.pid)}
@@ -41,10 +51,21 @@ class Job:
 
     def finish(self, *, seconds: int = 300) -> str:
         """Wait for the end, which has to be a success; the output."""
-        code = self.process.wait(timeout=seconds)
-        text = self.log.read_text(errors="replace")
-        assert code == 0, text
+        text = self.ends(seconds=seconds)
+        assert self.process.returncode == 0, text
         return text
+
+    def ends(self, *, seconds: int = 300) -> str:
+        """Wait for the end of all processes; the output."""
+        everyone = {self.process.pid, *descendants(self.process.pid)}
+        try:
+            self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            for pid in everyone:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"goes on: {self.log.read_text(errors='replace')}") from None
+        assert not [cmdline(pid) for pid in everyone if is_alive(pid)]
+        return self.log.read_text(errors="replace")
 
 
 def descendants(pid: int) -> list[int]:
