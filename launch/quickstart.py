@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import prologue  # noqa: F401
 
+from megatron_mod.config.rules import NewFolder
 from megatron_mod.process import one_message
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def arguments() -> argparse.Namespace:
         )
     if args.steps is not None and args.steps < 0:
         parser.error(f"--steps {args.steps}: must be at least 0.")
-    if args.out.exists():
-        parser.error(f"--out {args.out}: already exists; remove it or give another output folder.")
+    if problem := NewFolder().problem(str(args.out)):
+        parser.error(f"--out {args.out}: {problem}.")
     return args
 
 

@@ -121,10 +121,9 @@ def train(args: Trainings, name: str, weight: float) -> dict:
         arguments = [f"--{name}={value}" for name, value in options.items()]
         config = cli.parse([*arguments, *args.settings])
         plan = prepare(config)
-        topology.initialize(plan.topology, seed=config.train.seed)
-        describe(config, plan)
-        run_training(config, plan)
-        topology.shutdown()
+        with topology.joined(plan.topology, seed=config.train.seed):
+            describe(config, plan)
+            run_training(config, plan)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return next(r for r in map(json.loads, reversed(lines)) if "validation_loss" in r)
 

@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from megatron_mod.config.errors import one_message
 from megatron_mod.config.options import Options, parse_options
 from megatron_mod.config.ranks import OPTIONS, RankOptions, check_ranks
+from megatron_mod.process import is_first_rank, one_message
 
 if TYPE_CHECKING:
     from megatron_mod.parallel.topology import Topology
@@ -36,7 +36,7 @@ def mistakes_told(*, network: bool = False) -> Iterator[None]:
     """End with one message what a user can mend, files that cannot be read or written included."""
     if not network:  # before the libraries read it
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    if int(os.environ.get("RANK", 0)):  # one progress bar
+    if not is_first_rank():  # one progress bar
         os.environ["TQDM_DISABLE"] = "1"
     with one_message():
         try:
@@ -61,6 +61,5 @@ def ranks(options: RankOptions) -> Iterator[Topology]:
     from megatron_mod.parallel import topology
 
     found = topology.plan(**degrees, world_size=world_size)
-    topology.initialize(found)
-    yield found
-    topology.shutdown()
+    with topology.joined(found):
+        yield found

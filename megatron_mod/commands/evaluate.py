@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mod.commands.command import command, ranks
 from megatron_mod.config.evaluation import Request
+from megatron_mod.process import is_first_rank
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -42,8 +42,7 @@ def _evaluate(request: Request, manager: TaskManager | None, topology: Topology)
         batch_size=request.batch_size,
         pooling=request.pooling,
     )
-    is_first_rank = int(os.environ.get("RANK", 0)) == 0
-    report = evaluate(request, backend, manager, is_first_rank=is_first_rank)
+    report = evaluate(request, backend, manager, is_first_rank=is_first_rank())
     print_once("\n" + table(report))
     if request.json:
         write_once(Path(request.json), json.dumps(report, indent=2, default=str) + "\n")
