@@ -20,15 +20,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_mod.config.model_folder import (
-    LATEST,
-    MANIFEST,
-    NOT_SAVED,
-    is_started_run,
-)
+from megatron_mod.config import model_folder
 from megatron_mod.conversion import checksums
 from megatron_mod.folders import files_below
 
+MANIFEST, LATEST = model_folder.MANIFEST, model_folder.LATEST
+HUGGINGFACE = model_folder.HUGGINGFACE
 STATE = "state"
 ROUTERS = "routers"
 FORMAT = 2
@@ -53,8 +50,8 @@ def read_manifest(folder: str | Path, *, kind: str | None = None) -> dict:
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        if is_started_run(folder):
-            raise ValueError(f"{folder}: {NOT_SAVED}.")
+        if model_folder.is_started_run(folder):
+            raise ValueError(f"{folder}: {model_folder.NOT_SAVED}.")
         state = "has no " + MANIFEST if folder.is_dir() else "does not exist"
         raise ValueError(
             f"{folder}: {state}; give a folder that tools/convert_hf_to_megatron.py or "

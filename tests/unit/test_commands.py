@@ -63,7 +63,7 @@ for name in sys.argv[1:]:
     main = importlib.import_module(f"megatron_mod.commands.{name}").main
     sys.argv[0] = name
     for arguments in (
-        ["--help"], ["--no-such-option", "3"], [], ["--load", "nowhere", "--save", "/dev/null/x"],
+        ["--help"], ["--no-such-option", "3"], ["--load", "nowhere", "--save", "/dev/null/x"],
         ["--batch-size", "many", "--tensor", "0", "--out", "/dev/null/x"],
     ):
         said = io.StringIO()
