@@ -28,16 +28,16 @@ from pathlib import Path
 
 import xxhash
 
+from megatron_mod.config import model_folder
 from megatron_mod.conversion import checksums
 from megatron_mod.folders import files_below
 
-MANIFEST = "megatron_mod.json"
+MANIFEST, LATEST = model_folder.MANIFEST, model_folder.LATEST
+HUGGINGFACE = model_folder.HUGGINGFACE
 STATE = "state"
 CONTENT = "content.json"  # in a base's state: what its tensors hold, however they are stored
-HUGGINGFACE = "huggingface"
 ROUTERS = "routers"
-CONFIG = "config.yaml"
-LATEST = "latest"
+CONFIG = model_folder.CONFIG
 FORMAT = 3
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -71,12 +71,9 @@ def read_manifest(folder: str | Path, *, kind: str | None = None) -> dict:
     if not path.is_file():
         if _STEP.fullmatch(folder.name) or (folder / STATE).is_dir():
             raise ValueError(f"{path}: is missing; the checkpoint is damaged.")
+        if model_folder.is_started_run(folder):
+            raise ValueError(f"{folder}: {model_folder.NOT_SAVED}.")
         state = "has no " + MANIFEST if folder.is_dir() else "does not exist"
-        if (folder / CONFIG).is_file():
-            raise ValueError(
-                f"{folder}: the training run in it has no checkpoint yet; train until it has saved "
-                "one (checkpoint.interval)."
-            )
         raise ValueError(
             f"{folder}: {state}; give a folder that tools/convert_hf_to_megatron.py or "
             "launch/pretrain_router.py wrote."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,8 +29,6 @@ from megatron_mod.folders import new_folder, require_room
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OVERHEAD = 2**17  # bytes beside tensors and companions: manifest, metadata, modelling file
 _PER_TENSOR = 2**12  # and with each tensor: its entry, or a file's frame and half a block
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS.update({"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40})
 
 
 def hf_to_megatron(
@@ -179,19 +176,6 @@ def export_routers(load: str | Path, save: str | Path, *, base: str | Path | Non
         routers.write_published(
             folder, source.routing, weights, read_config(source.base.huggingface)
         )
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``5GB``, ``500MB``, ``2GiB`` or ``1000``.
-
-    Raises:
-        ValueError: not a size, or none above zero.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    size = match and match[2].upper() in _UNITS and int(float(match[1]) * _UNITS[match[2].upper()])
-    if not size:
-        raise ValueError(f"--max-shard-size {text}: give a size such as 5GB, 500MB or 2GiB.")
-    return size
 
 
 def _as(like: Tensor, dtype: str | None) -> Tensor:

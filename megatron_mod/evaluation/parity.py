@@ -11,17 +11,23 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from megatron_mod.config.model_folder import is_run
 from megatron_mod.conversion.hf_reader import HFReader, read_config
-from megatron_mod.conversion.source import Base
+from megatron_mod.conversion.source import Base, open_source
 from megatron_mod.conversion.weights import hf_weights
 from megatron_mod.data.batch import MicroBatch
+from megatron_mod.data.python_docs import topic_text
 from megatron_mod.evaluation.forward import run_forward
 from megatron_mod.evaluation.huggingface import load_model
 from megatron_mod.evaluation.rows import Row, collate_rows
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.parallel import device
 from megatron_mod.parallel.agree import together
+from megatron_mod.parallel.topology import Topology
 from megatron_mod.routing.masks import valid_tokens
+from megatron_mod.training.restore import restore_model
+
+PROMPT_WORDS = (64, 200)
 
 
 def prompt_batch(rows: Sequence[Sequence[int]]) -> MicroBatch:
@@ -36,6 +42,30 @@ def megatron_logits(model: ModelChunks, batches: Sequence[MicroBatch]) -> list[T
         return gather_from_tensor_model_parallel_region(logits)[..., : model.unpadded_vocab_size]
 
     return run_forward(model.eval(), batches, len(batches), read=whole_vocabulary)
+
+
+def compare(
+    load: str | Path,
+    hf_path: str | Path,
+    ranks: Topology,
+    *,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[float, float]:
+    """``max_relative_difference`` of a base checkpoint or a training run on some real English, the
+    start of Python's language reference, and what rounding explains; called by all ranks.
+
+    ``base``: where the base of a training run is now, if not where it was.
+    """
+    source = open_source(load, base=base if is_run(load) else None)
+    tolerance = default_tolerance(source.base, hf_path)
+    model, tokenizer = restore_model(source, ranks)
+    words = topic_text().split()
+    rows = tokenizer([" ".join(words[:count]) for count in PROMPT_WORDS])["input_ids"]
+    difference = max_relative_difference(
+        model, hf_path, [prompt_batch(rows)], trust_remote_code=trust_remote_code
+    )
+    return difference, tolerance
 
 
 @torch.no_grad()

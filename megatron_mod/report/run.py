@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mod.config import cli
+from megatron_mod.config.model_folder import TrainingRun
 from megatron_mod.config.schema import Config
 from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.routing.config import RoutingConfig
@@ -42,11 +43,8 @@ def read_run(folder: str | Path) -> Run:
         ValueError: not such a folder.
     """
     folder = Path(folder)
-    if not (folder / layout.CONFIG).is_file():
-        raise ValueError(
-            f"{folder}: holds no training run; give the checkpoint.save folder of one (with "
-            f"{layout.CONFIG} and metrics.jsonl)."
-        )
+    if problem := TrainingRun().problem(str(folder)):
+        raise ValueError(f"{folder}: {problem}.")
     routing = None
     if (step := layout.resolve_step(folder)) != folder:
         routing = RoutingConfig.from_dict(layout.read_manifest(step)["routing"])

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mod.config.evaluation import Request
 from megatron_mod.conversion import convert
 from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.data.tokenizer import open_tokenizer
 from megatron_mod.evaluation.huggingface import load_huggingface, load_model
-from megatron_mod.evaluation.request import Request
 from megatron_mod.hf.modeling_mod import MoDLlamaForCausalLM
 from tests.helpers import tiny
 from tests.helpers.broken import WEIGHTS, edit_config

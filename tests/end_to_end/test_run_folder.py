@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from megatron_mod import folders
+from megatron_mod.config.model_folder import is_megatron
 from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.conversion import checksums, convert, state
 from megatron_mod.conversion.routers import read_step
 from megatron_mod.conversion.source import open_base, open_source
-from megatron_mod.evaluation.request import is_megatron
 from megatron_mod.training import loop, run_folder
 from tests.helpers.runs import Trainer, metrics
 
