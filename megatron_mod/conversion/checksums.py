@@ -61,8 +61,8 @@ def _block_digest(folder: Path, name: str, start: int) -> bytes:
     return digest.digest()
 
 
-def verify(folder: Path, table: dict[str, dict]) -> None:
-    """Check a folder's files against the table written with them; called by all ranks alike.
+def verify(folder: Path, table: dict[str, dict], *, together: bool = True) -> None:
+    """Check a folder's files against the table written with them; called as ``file_table``.
 
     Raises:
         ValueError: a file is missing, has another size, or other content, or is none of the
@@ -79,7 +79,7 @@ def verify(folder: Path, table: dict[str, dict]) -> None:
                 f"{path}: has {path.stat().st_size} bytes instead of the {entry['bytes']} that "
                 "were written; the checkpoint is damaged."
             )
-    for name, entry in file_table(folder, table).items():
+    for name, entry in file_table(folder, table, together=together).items():
         if entry != table[name]:
             raise ValueError(
                 f"{folder / name}: its content is not what was written (its checksum differs); "

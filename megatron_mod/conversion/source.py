@@ -69,7 +69,8 @@ def open_base(path: str | Path, *, hf_path: str | Path | None = None) -> Base:
             and tokenizer are read.
 
     Raises:
-        ValueError: none of these, or a model that is not supported.
+        ValueError: none of these, a damaged config or tokenizer of ours, or a model that is not
+            supported.
     """
     path = Path(path)
     if (path / "config.json").is_file() and not (path / layout.MANIFEST).is_file():
@@ -82,7 +83,10 @@ def open_base(path: str | Path, *, hf_path: str | Path | None = None) -> Base:
             )
         kind, path, huggingface = "megatron_lm", found, Path(hf_path)
     else:
-        layout.read_manifest(path, kind="base")
+        files = layout.read_manifest(path, kind="base")["files"]
+        # These are small, and read before ranks meet and check the rest.
+        small = {n: files[n] for n in files if n.startswith(f"{layout.HUGGINGFACE}/")}
+        checksums.verify(path, small, together=False)
         kind, huggingface = "checkpoint", path / layout.HUGGINGFACE
     if hf_path is not None and kind != "megatron_lm" and Path(hf_path) != path:
         raise ValueError(

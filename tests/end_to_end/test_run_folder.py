@@ -378,6 +378,15 @@ def test_a_base_that_has_lost_its_state_is_no_base(trainer, tmp_path):
         flip(file, 0)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_config_or_tokenizer_is_blamed_before_it_is_read(trainer, tmp_path, name):
+    shutil.copytree(trainer.base, tmp_path / "base")
+    path = tmp_path / "base" / "huggingface" / name
+    path.write_bytes(path.read_bytes().replace(b":", b";", 1))
+    with pytest.raises(ValueError, match=f"{path}: its content is not what was written"):
+        trainer.train(tmp_path / "run", model__checkpoint=tmp_path / "base")
+
+
 def test_the_config_beside_a_base_of_megatron_lm_is_part_of_it(trainer, tmp_path):
     theirs, hf = tmp_path / "megatron" / "iter_0000001", tmp_path / "hf"
     shutil.copytree(trainer.base / "state", theirs)
