@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TextIO
 
 MISTAKE = 2
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again
@@ -21,6 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SECONDS_TO_SPEAK = 5
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_PARENT = os.getppid()
 
 
 class Stopped(Exception):
@@ -53,7 +55,9 @@ def one_message() -> Iterator[None]:
         _record(str(stop))
         if is_first_rank():
             print(stop, file=sys.stderr, flush=True)
-        sys.exit(0 if int(os.environ.get("LOCAL_RANK", 0)) else STOPPED)
+        sys.stdout.flush()
+        # At once: the interpreter's own end would take some of the time that batch systems grant.
+        os._exit(0 if int(os.environ.get("LOCAL_RANK", 0)) else STOPPED)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
@@ -130,7 +134,33 @@ def catch_signals() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    global _catches
+    _catches = True
     threading.Thread(target=_hand_on, args=(reader,), name="signals", daemon=True).start()
+
+
+class Unread:
+    """A stream whose reader may be gone: Ctrl-C ends a ``| tee`` too, SIGHUP means no terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
+def catches_signals() -> bool:
+    """Whether ``catch_signals`` was called: not where a training is a function of a program."""
+    return _catches
 
 
 def _hand_on(reader: int) -> None:
@@ -148,17 +178,26 @@ def _leave(number: signal.Signals) -> None:
 
 
 _act: Callable[[signal.Signals], None] = _leave
+_catches = False
 _explain: Callable[[BaseException], str | None] | None = None
 
 
-def end_with_torchrun() -> None:
+def end_with_torchrun(number: signal.Signals = signal.SIGKILL) -> None:
     """Have the kernel end this rank when the torchrun that started it is gone, even by ``kill -9``.
 
     A rank that goes on would hold the output folder, and write to it. Elsewhere than on Linux, or
     without torchrun, nothing changes: a shell may well end before what it started.
+
+    Args:
+        number: the signal it gets; one that is caught lets it finish what it is doing.
     """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def torchrun_is_gone() -> bool:
+    """Whether the torchrun that started this rank has ended."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _PARENT
 
 
 def run_command(command: list[str], environment: Mapping[str, str] | None = None) -> int:

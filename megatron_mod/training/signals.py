@@ -7,12 +7,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from megatron_mod import process
 from megatron_mod.parallel.agree import largest
 
 _SECONDS_BETWEEN_TWO_ORDERS = 1  # one order may come twice, from a batch system and from torchrun
 _SECONDS_UNTIL_ANNOUNCED = 2
+_SECONDS_WITHOUT_TORCHRUN = 30  # as many as torchrun itself gives a rank
 
 
 class StopRequest:
@@ -25,6 +27,9 @@ class StopRequest:
         self._asked: signal.Signals | None = None
         self._since = 0.0
         process.on_signal(self._ask)
+        if process.catches_signals():
+            process.end_with_torchrun(signal.SIGTERM)  # an order too, not the loss of all steps
+            sys.stdout, sys.stderr = process.Unread(sys.stdout), process.Unread(sys.stderr)
 
     def _ask(self, number: signal.Signals) -> None:
         """Take a signal, in a thread of its own. After Ctrl-C a second one ends the rank at once.
@@ -33,12 +38,12 @@ class StopRequest:
         """
         if number == signal.SIGTERM and process.another_failed():
             os._exit(0)  # torchrun ends this rank: there is nobody left to agree with
+        if process.torchrun_is_gone():
+            _after(_SECONDS_WITHOUT_TORCHRUN, lambda: os.kill(os.getpid(), signal.SIGKILL))
         if self._asked is None:
             self._asked, self._since = number, time.monotonic()
             if process.is_first_rank():
-                timer = threading.Timer(_SECONDS_UNTIL_ANNOUNCED, self._announce)
-                timer.daemon = True
-                timer.start()
+                _after(_SECONDS_UNTIL_ANNOUNCED, self._announce)
         elif (
             self._asked == signal.SIGINT
             and number in (signal.SIGINT, signal.SIGTERM)
@@ -63,6 +68,12 @@ class StopRequest:
         """The number of a signal that some rank got, or 0; called by all ranks."""
         (number,) = largest(self.asked)
         return int(number)
+
+
+def _after(seconds: float, act: Callable[[], None]) -> None:
+    timer = threading.Timer(seconds, act)
+    timer.daemon = True
+    timer.start()
 
 
 def stopped(number: int, *, step: int, steps: int, run: object) -> process.Stopped:

@@ -16,7 +16,7 @@ from megatron_mod.process import STOPPED, Stopped
 from megatron_mod.training import loop
 from megatron_mod.training.run_folder import RunFolder
 from megatron_mod.training.signals import StopRequest
-from tests.helpers.jobs import ROOT, Job, wait_for_step
+from tests.helpers.jobs import ROOT, Job, is_alive, wait_for_step
 from tests.helpers.runs import Trainer, metrics
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -121,6 +121,36 @@ def test_before_the_first_step_a_signal_ends_at_once(trainer, tmp_path):
     printed, _ = job.communicate(timeout=60)
     assert job.returncode == STOPPED
     assert printed == "Stopped by SIGUSR1 before its first step; run the same command again.\n"
+
+
+def test_ctrl_c_saves_though_it_ends_the_reader_of_the_output_too(trainer, tmp_path):
+    run = tmp_path / "run"
+    job = subprocess.Popen(
+        [sys.executable, "launch/pretrain_router.py"]
+        + trainer.arguments(run, train__steps=4000, checkpoint__interval=0),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    wait_for_step(run, 2)
+    job.stdout.close()
+    job.send_signal(signal.SIGINT)
+    assert job.wait(timeout=60) == STOPPED
+    assert metrics(run)[-1]["step"] == int((run / "latest").read_text()[5:])
+
+
+def test_the_end_of_torchrun_loses_no_step_either(trainer, tmp_path):
+    """SIGUSR1, which SLURM sends to every process of a job, ends torchrun at once."""
+    run = tmp_path / "run"
+    settings = {"train__steps": 4000, "checkpoint__interval": 0}
+    job = Job(trainer.arguments(run, **settings), ranks=2, log=tmp_path / "log")
+    wait_for_step(run, 2)
+    everyone = job.ranks()
+    os.kill(job.process.pid, signal.SIGUSR1)
+    deadline = time.monotonic() + 60
+    while any(is_alive(pid) for pid in everyone) and time.monotonic() < deadline:
+        job.process.poll()
+        time.sleep(0.05)
+    assert not [pid for pid in everyone if is_alive(pid)]
+    assert metrics(run)[-1]["step"] == int((run / "latest").read_text()[5:])
 
 
 def catches(pid: int, number: int) -> bool:
