@@ -14,7 +14,8 @@ from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.conversion.hf_reader import HFReader, read_config
 from megatron_mod.conversion.state import load_tensors, save_tensors
 from megatron_mod.model.architecture import Architecture
-from megatron_mod.routing.config import GRANULARITIES, RoutingConfig
+from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.scheme import GRANULARITIES
 
 ROUTER = "router.weight"  # what a router's key ends with
 ROUTER_KEY = f"decoder.layers.{{}}.{ROUTER}"

@@ -26,7 +26,7 @@ from megatron_mod.config.errors import one_message
 from megatron_mod.conversion.hf_reader import read_config
 from megatron_mod.evaluation.inference_speed import SHAPES, Pair, machine
 from megatron_mod.parallel import device
-from megatron_mod.routing.config import GRANULARITIES
+from megatron_mod.routing.scheme import GRANULARITIES
 
 PHASES = ("prefill", "decode")
 

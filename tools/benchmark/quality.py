@@ -25,7 +25,8 @@ from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.perplexity import perplexity
 from megatron_mod.evaluation.quickstart import load_model
 from megatron_mod.evaluation.rows import Row
-from megatron_mod.routing.config import GRANULARITIES, resolve_layers
+from megatron_mod.routing.config import resolve_layers
+from megatron_mod.routing.scheme import GRANULARITIES, Scheme
 
 CAPACITY, MAX_LENGTH, DEEPEST = 0.75, 160, 15
 
@@ -118,7 +119,7 @@ def weight_of(granularity: str, importance: dict[int, float]) -> float:
     """
     costs = sorted(importance.values())
     last = costs[round((1 - CAPACITY) * len(costs)) - 1]
-    return last * (3 if granularity.endswith("sequence") else 1)
+    return last * (3 if Scheme.parse(granularity).per_sequence else 1)
 
 
 def main() -> None:
@@ -142,7 +143,7 @@ def main() -> None:
     rows = []
     for scope in args.scopes:
         for granularity in args.granularities:
-            target = granularity.split("_")[0]
+            target = Scheme.parse(granularity).target
             weight = max(weight_of(granularity, baseline.importance(target)), 0.01)
             record = train(args, overrides, f"{granularity}-{scope}", weight)
             kept = record["validation_capacity"]
