@@ -18,6 +18,7 @@ from megatron_mod.evaluation.perplexity import perplexity
 from megatron_mod.evaluation.rows import Row
 from megatron_mod.parallel import topology
 from megatron_mod.routing.config import resolve_layers
+from megatron_mod.routing.scheme import Scheme
 from megatron_mod.training.loop import describe, prepare
 from megatron_mod.training.loop import train as run_training
 
@@ -133,7 +134,7 @@ def weight_of(granularity: str, importance: dict[int, float]) -> float:
     """
     costs = sorted(importance.values())
     last = costs[round((1 - CAPACITY) * len(costs)) - 1]
-    return last * (3 if granularity.endswith("sequence") else 1)
+    return last * (3 if Scheme.parse(granularity).per_sequence else 1)
 
 
 def compare(args: Trainings, *, granularities: Sequence[str], scopes: Sequence[str]) -> None:
@@ -146,7 +147,7 @@ def compare(args: Trainings, *, granularities: Sequence[str], scopes: Sequence[s
     rows = []
     for scope in scopes:
         for granularity in granularities:
-            target = granularity.split("_")[0]
+            target = Scheme.parse(granularity).target
             weight = max(weight_of(granularity, baseline.importance(target)), 0.01)
             record = train(args, f"{granularity}-{scope}", weight)
             kept = record["validation_capacity"]

@@ -16,7 +16,8 @@ from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.builder import build_model, transformer_config
 from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
-from megatron_mod.routing.config import GRANULARITIES, RoutingConfig
+from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.scheme import GRANULARITIES
 
 # hidden size, MLP channels, heads, query groups, channels a head; SmolLM2's, Llama-3-8B's and less
 SIZES = {
@@ -89,7 +90,7 @@ class Timed:
         layer = self.layer
         with torch.no_grad():
             logits = layer.router(layer.input_layernorm(self.hidden))
-            if layer.routing.per_sequence:
+            if layer.routing.scheme.per_sequence:
                 logits = logits.mean(0)
         border = border_at(logits.flatten(), capacity)
         layer.routing = replace(layer.routing, threshold=threshold_at(border))

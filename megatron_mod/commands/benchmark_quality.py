@@ -13,10 +13,7 @@ from megatron_mod.config import cli
 from megatron_mod.config.model_folder import HuggingFaceFolder, ModelFolder
 from megatron_mod.config.options import Options
 from megatron_mod.config.rules import COUNT, InputFolder, OutputFolder, Range, setting
-
-Granularity = Literal[
-    "attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token"
-]
+from megatron_mod.routing.scheme import GRANULARITIES, Granularity
 
 
 @dataclass(frozen=True)
@@ -44,14 +41,7 @@ class QualityBenchmark(Options):
     hf_path: str = setting(HuggingFaceFolder())
     data: str = setting(InputFolder())
     out: str = setting(OutputFolder())
-    granularities: tuple[Granularity, ...] = (
-        "attn_sequence",
-        "attn_token",
-        "mlp_sequence",
-        "mlp_token",
-        "block_sequence",
-        "block_token",
-    )
+    granularities: tuple[Granularity, ...] = GRANULARITIES
     scopes: tuple[Literal["model", "layer"], ...] = ("model", "layer")
     steps: int = setting(COUNT, default=26)
     batch: int = setting(COUNT, default=16)

@@ -19,6 +19,7 @@ from megatron_mod.config.rules import (
     setting,
 )
 from megatron_mod.routing.config import RoutingConfig, resolve_capacity, resolve_layers
+from megatron_mod.routing.scheme import Granularity
 
 MINUTES_OF_A_YEAR = 525_600
 
@@ -75,9 +76,7 @@ class RouterConfig:
             (a debugging aid, one host synchronisation per routed layer); 0: never.
     """
 
-    granularity: Literal[
-        "attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token"
-    ] = "attn_sequence"
+    granularity: Granularity = "attn_sequence"
     layers: dict[str, int] | list[int] = setting(AT_LEAST_0, default={"deepest": 16})
     capacity: float | list[float] = setting(Range(above=0, most=1), default=0.5)
     scope: Literal["layer", "model"] = "model"

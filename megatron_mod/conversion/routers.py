@@ -25,7 +25,8 @@ from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_reader import HFReader, read_config
 from megatron_mod.conversion.state import load_tensors, save_tensors
 from megatron_mod.model.architecture import Architecture
-from megatron_mod.routing.config import GRANULARITIES, RoutingConfig
+from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.scheme import GRANULARITIES, Scheme
 
 ROUTER = "router.weight"  # what a router's key ends with
 ROUTER_KEY = f"decoder.layers.{{}}.{ROUTER}"
@@ -177,7 +178,7 @@ def _read_published(folder: Path) -> tuple[RoutingConfig, dict[int, Tensor]]:
     threshold = config.get("threshold")
     settings = {
         "scope": "layer",
-        "pooling": "all" if granularity.endswith("sequence") else None,
+        "pooling": "all" if Scheme.parse(granularity).per_sequence else None,
         **{name: ours[name] for name in _OURS if ours.get(name) is not None},
     }
     try:

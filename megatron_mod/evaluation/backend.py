@@ -18,6 +18,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from megatron_mod.conversion.config_types import TOKENS, check_fields
 from megatron_mod.conversion.hf_reader import read_json
 from megatron_mod.evaluation.rows import Row, Score
+from megatron_mod.routing.scheme import Scheme
 
 T = TypeVar("T")
 NOT_FINITE = -1  # in a generated token's place: the logits were no numbers
@@ -44,7 +45,7 @@ class Backend(abc.ABC):
         tokenizer: the model's, fast.
         max_length: most tokens of a text; ``None``: as many as the model has positions.
         batch_size: texts run together.
-        routed_by: the routers' granularity, ``None`` for a dense model.
+        routed_by: the routers' scheme, ``None`` for a dense model.
         pooling: what a sequence's decision sees when a text is scored: its ``prompt`` (default),
             as in generation, or ``all`` of it. Generation always decides on the prompt. A window of
             a running text has no prompt but the token before it: all of it is seen unless
@@ -64,7 +65,7 @@ class Backend(abc.ABC):
         positions: int,
         max_length: int | None,
         batch_size: int,
-        routed_by: str | None,
+        routed_by: Scheme | None,
         pooling: str | None,
         data_rank: int = 0,
         data_ranks: int = 1,
@@ -75,9 +76,9 @@ class Backend(abc.ABC):
             )
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: must be at least 1.")
-        by_sequence = routed_by is not None and routed_by.endswith("sequence")
+        by_sequence = routed_by is not None and routed_by.per_sequence
         if pooling and not by_sequence:
-            reason = f"with granularity {routed_by!r} each token decides for itself"
+            reason = f"with granularity {str(routed_by)!r} each token decides for itself"
             raise ValueError(
                 f"pooling = {pooling!r}: {reason if routed_by else 'this model has no routers'}; "
                 "leave it out."

@@ -14,6 +14,7 @@ from megatron_mod.evaluation.backend import NOT_FINITE, Backend
 from megatron_mod.evaluation.rows import Row, Score, collate_rows, label_places, scores
 from megatron_mod.routing.config import logit_border
 from megatron_mod.routing.masks import TokenRole, valid_tokens
+from megatron_mod.routing.scheme import Scheme
 
 
 class HuggingFaceBackend(Backend):
@@ -36,7 +37,7 @@ class HuggingFaceBackend(Backend):
             positions=model.config.max_position_embeddings,
             max_length=max_length,
             batch_size=batch_size,
-            routed_by=routing and routing["granularity"],
+            routed_by=Scheme.parse(routing["granularity"]) if routing else None,
             pooling=pooling,
             data_rank=data_rank,
             data_ranks=data_ranks,

@@ -23,6 +23,7 @@ from megatron_mod.evaluation.work import Work
 from megatron_mod.hf.modeling_mod import MoDLlamaConfig, MoDLlamaForCausalLM
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig, resolve_layers
+from megatron_mod.routing.scheme import Scheme
 
 # Llamas to be filled with random weights; their deeper half is routed.
 SHAPES = {
@@ -166,7 +167,7 @@ def hold(routed, capacity: float, ids: Tensor) -> None:
     """
     routing = routed.config.routing
     shares: float | list[float] = capacity
-    if routing["scope"] == "layer" and routing["granularity"].endswith("sequence"):
+    if routing["scope"] == "layer" and Scheme.parse(routing["granularity"]).per_sequence:
         batch, layers = len(ids), len(routing["layers"])
         kept = [int(capacity * batch * n + 0.5) for n in range(layers + 1)]
         shares = [(b - a) / batch for a, b in pairwise(kept)]
@@ -227,7 +228,7 @@ def _by_token(work: Work, made: Decisions, length: int) -> dict[int, Tensor]:
 
 def _stored(work: Work, kept: Tensor) -> list[int]:
     """How many keys each sequence has in a routed layer's cache after it decided ``[B, T]``."""
-    if work.routing.target == "mlp" or work.routing.keys_values == "all":
+    if not work.routing.scheme.covers_attention or work.routing.keys_values == "all":
         kept = torch.ones_like(kept)
     if window := work.arch.window_size:
         kept = kept[:, -(window - 1) :]

@@ -40,7 +40,7 @@ class MegatronBackend(Backend):
             positions=model[0].max_sequence_length,
             max_length=max_length,
             batch_size=batch_size,
-            routed_by=routing and routing.granularity,
+            routed_by=routing and routing.scheme,
             pooling=pooling,
             data_rank=parallel_state.get_data_parallel_rank(),
             data_ranks=parallel_state.get_data_parallel_world_size(),

@@ -51,7 +51,7 @@ def build_report(
     routed_backend = HuggingFaceBackend(routed, tokenizer, pooling=routing["pooling"])
     with_dense = perplexity(dense_backend, held_out_rows)
     with_routers = perplexity(routed_backend, held_out_rows)
-    target = RoutingConfig.from_dict(routing).target
+    target = RoutingConfig.from_dict(routing).scheme.target
     importance = static.rank_layers(
         dense,
         text["ranking"],

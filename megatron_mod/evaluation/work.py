@@ -13,6 +13,7 @@ from megatron_mod.conversion.export import dense_config, routing_of
 from megatron_mod.conversion.families import family_of
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class Work:
             kept: each routed layer's decisions ``[S]``.
         """
         arch = self.arch
-        dense = self._layer(torch.ones(length, dtype=torch.bool), target="")
+        dense = self._layer(torch.ones(length, dtype=torch.bool), scheme=None)
         layers = dense * (arch.num_layers - len(kept))
         for decisions in kept.values():
-            layers += self._layer(decisions, target=self.routing.target)
+            layers += self._layer(decisions, scheme=self.routing.scheme)
             layers += 2 * arch.hidden_size * length  # the router
         return layers + 2 * arch.hidden_size * arch.vocab_size
 
@@ -82,25 +83,25 @@ class Work:
                 elements += 2 * self._key_channels * sum(map(self._in_window, stored))
                 continue
             elements += arch.hidden_size  # the router, of fp32: too little to tell apart
-            some, target = bool(decisions.any()), self.routing.target
-            attends = some or target == "mlp"
+            some, scheme = bool(decisions.any()), self.routing.scheme
+            attends = some or not scheme.covers_attention
             needs_keys = attends or self.routing.keys_values == "all"
             elements += self._query_weights * attends + self._key_weights * needs_keys
-            elements += self._mlp_weights * (some or target == "attn")
-            readers = [True] * len(stored) if target == "mlp" else decisions.tolist()
+            elements += self._mlp_weights * (some or not scheme.covers_mlp)
+            readers = decisions.tolist() if scheme.covers_attention else [True] * len(stored)
             read = [n for n, reads in zip(stored_by[layer], readers, strict=True) if reads]
             elements += 2 * self._key_channels * sum(map(self._in_window, read))
         return elements * element_size
 
-    def _layer(self, kept: Tensor, *, target: str) -> int:
-        """Floating-point operations of a layer over a sequence; no ``target``: a dense one."""
+    def _layer(self, kept: Tensor, *, scheme: Scheme | None) -> int:
+        """Floating-point operations of a layer over a sequence; no ``scheme``: a dense one."""
         length, chosen = len(kept), int(kept.sum())
         everyone = torch.ones_like(kept)
         queries, keys = everyone, everyone
-        if target in ("attn", "block"):
+        if scheme and scheme.covers_attention:
             queries = kept
             keys = everyone if self.routing.keys_values == "all" else kept
-        mlp = chosen if target in ("mlp", "block") else length
+        mlp = chosen if scheme and scheme.covers_mlp else length
         return (
             2 * self._query_weights * int(queries.sum())
             + 2 * self._key_weights * int(keys.sum())

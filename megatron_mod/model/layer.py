@@ -79,10 +79,10 @@ class RoutedTransformerLayer(TransformerLayer):
         )
         normed = self.input_layernorm(x)
         chosen = self._choose(normed, layout)
-        if self.routing.target == "attn":
+        if self.routing.scheme.target == "attn":
             x = chosen.add(x, self._attend(normed, chosen, layout, rotary_pos_emb))
             x = x + self._feed_forward(x)
-        elif self.routing.target == "mlp":
+        elif self.routing.scheme.target == "mlp":
             x = x + self._attend(normed, Everything(), layout, rotary_pos_emb)
             x = chosen.add(x, self._feed_forward(chosen.take(x)))
         else:
@@ -99,7 +99,7 @@ class RoutedTransformerLayer(TransformerLayer):
 
     def _choose(self, normed: Tensor, layout: TokenLayout) -> Selection | Everything:
         """Ask the router about normed hidden states ``[S, B, H]``."""
-        if self.routing.per_sequence:
+        if self.routing.scheme.per_sequence:
             kept, mask = self._decide_sequences(normed, layout)
         else:
             kept, mask = self._decide_tokens(normed, layout)

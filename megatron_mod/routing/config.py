@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
-GRANULARITIES = (
-    "attn_sequence",
-    "attn_token",
-    "mlp_sequence",
-    "mlp_token",
-    "block_sequence",
-    "block_token",
-)
+from megatron_mod.routing.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -42,14 +36,9 @@ class RoutingConfig:
     training_compute: str = "dense"
 
     def __post_init__(self) -> None:
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(
-                f"router.granularity = {self.granularity!r}: must be one of "
-                f"{', '.join(GRANULARITIES)}."
-            )
-        self._own("pooling", self.per_sequence, "prompt", "a sequence granularity")
-        routes_keys = not self.per_sequence and self.target != "mlp"
-        self._own("keys_values", routes_keys, "all", "attn_token or block_token")
+        scheme = self.scheme
+        self._own("pooling", scheme.per_sequence, "prompt", "a sequence granularity")
+        self._own("keys_values", scheme.chooses_keys, "all", "attn_token or block_token")
 
     def _own(self, name: str, belongs: bool, default: str, where: str) -> None:
         """Give a setting its default where it belongs and refuse it elsewhere."""
@@ -62,15 +51,10 @@ class RoutingConfig:
                 f"{self.granularity!r}; leave it out, or choose {where}."
             )
 
-    @property
-    def target(self) -> str:
-        """What a decision covers: ``attn``, ``mlp`` or ``block``."""
-        return self.granularity.split("_")[0]
-
-    @property
-    def per_sequence(self) -> bool:
-        """One decision per sequence rather than per token."""
-        return self.granularity.endswith("_sequence")
+    @cached_property
+    def scheme(self) -> Scheme:
+        """What ``granularity`` says."""
+        return Scheme.parse(self.granularity)
 
     @property
     def thresholds(self) -> tuple[float, ...]:

@@ -234,7 +234,7 @@ def validate(
             return asked
         result = run_schedule(chunks, model, batch, routing, controller=None)
         loss = loss + result.task_loss * batch.num_labels
-        num_units = batch.num_sequences if routing.per_sequence else batch.num_tokens
+        num_units = batch.num_sequences if routing.scheme.per_sequence else batch.num_tokens
         capacity = capacity + result.capacity * num_units
         labels, units = labels + batch.num_labels, units + num_units
     model.train()

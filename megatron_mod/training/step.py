@@ -52,7 +52,7 @@ def run_schedule(
     """
     routers = model.routers()
     if controller is not None:
-        num_units = batch.num_sequences if routing.per_sequence else batch.num_tokens
+        num_units = batch.num_sequences if routing.scheme.per_sequence else batch.num_tokens
         per_unit = dict(zip(routing.layers, controller.penalty_per_unit(num_units), strict=True))
         for layer, router in routers.items():
             router.penalty_per_unit.copy_(per_unit[layer])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_mod.data.chat import Sample
-from megatron_mod.routing.config import GRANULARITIES, RoutingConfig
+from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.scheme import GRANULARITIES
 from tests.distributed import cases
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks

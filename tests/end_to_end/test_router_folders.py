@@ -15,7 +15,8 @@ from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import read_config
 from megatron_mod.conversion.routers import read_routers, write_published
 from megatron_mod.conversion.source import open_source
-from megatron_mod.routing.config import GRANULARITIES, RoutingConfig
+from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.scheme import GRANULARITIES
 from tests.helpers.runs import Trainer
 
 pytestmark = pytest.mark.usefixtures("single_process")

@@ -32,7 +32,7 @@ def unseen_pairs(work: Work, kept: dict[int, torch.Tensor]) -> int:
     at = torch.arange(LENGTH)
     for layer in range(work.arch.num_layers):
         queries = keys = everyone
-        if layer in kept and routing.target != "mlp":
+        if layer in kept and routing.scheme.target != "mlp":
             queries = kept[layer]
             keys = everyone if routing.keys_values == "all" else queries
             if not queries.any():

@@ -158,10 +158,10 @@ def test_a_row_is_about_the_decisions_of_the_timed_calls(name, tmp_path):
     texts, masks = [], []
     for prompt in prompts.tolist():
         text = prompt + formula.greedy(dense, prompt, routers, new=new, **scheme)
-        seen = prompt if work.routing.per_sequence else text
+        seen = prompt if work.routing.scheme.per_sequence else text
         with torch.no_grad():
             made = formula.forward(dense, seen, routers, **scheme)[1]
-        if work.routing.per_sequence:
+        if work.routing.scheme.per_sequence:
             made = {layer: mask[:1].expand(len(text)) for layer, mask in made.items()}
         texts.append(text)
         masks.append({layer: mask.bool() for layer, mask in made.items()})

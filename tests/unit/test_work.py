@@ -8,7 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_mod.routing.config import GRANULARITIES, RoutingConfig
+from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.scheme import GRANULARITIES
 
 HIDDEN, FFN, HEADS, LENGTH, ROWS = 32, 48, 4, 16, 3
 CASES = [(name, None) for name in GRANULARITIES]
