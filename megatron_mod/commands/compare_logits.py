@@ -17,7 +17,8 @@ from megatron_mod.config.rules import OutputFile, setting
 class Comparison(RankOptions):
     """Compare the logits of Megatron checkpoints with those of Hugging Face folders, in fp32.
 
-        torchrun --nproc_per_node N tools/compare_logits.py --load DIR ... --hf-path DIR ...
+        torchrun --standalone --nproc_per_node N tools/compare_logits.py --load DIR ... \\
+            --hf-path DIR ...
 
     Prints, for each pair, the largest logit difference over the largest logit.
 

@@ -20,7 +20,7 @@ class ReportOptions(RankOptions):
     """Write a training run as one self-contained HTML page.
 
         python tools/report.py RUN_DIR
-        torchrun --nproc_per_node N tools/report.py RUN_DIR --tensor T --pipeline P
+        torchrun --standalone --nproc_per_node N tools/report.py RUN_DIR --tensor T --pipeline P
 
     RUN_DIR/report.html shows loss, capacity, decisions, scores, skipped tokens, quality against
     work beside static removal, and the configuration; RUN_DIR/report/ has the figures as PNG. The

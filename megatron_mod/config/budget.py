@@ -30,8 +30,8 @@ class BudgetRequest(RankOptions):
         python tools/calibrate_router.py --load EXPORT_DIR --data FILE --capacity 0.5
         python tools/calibrate_router.py --load EXPORT_DIR --data FILE --speedup 1.2 --save NEW_DIR
         python tools/calibrate_router.py --load EXPORT_DIR --data FILE --max-perplexity-increase 1%
-        torchrun --nproc_per_node N tools/calibrate_router.py --load RUN_DIR --data FILE \\
-            --capacity 0.5 --tensor T --pipeline P
+        torchrun --standalone --nproc_per_node N tools/calibrate_router.py --load RUN_DIR \\
+            --data FILE --capacity 0.5 --tensor T --pipeline P
 
     The thresholds go into the folder itself, or into a copy (--save); beside them calibration.json
     and calibration.png. Training and its checkpoints' other files are not touched. Exactly one of

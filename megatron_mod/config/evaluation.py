@@ -19,8 +19,8 @@ class Request(RankOptions):
     """Perplexity and lm-eval tasks of a Hugging Face folder or of a Megatron checkpoint.
 
         python tools/evaluate.py --load EXPORT_DIR --perplexity FILE
-        torchrun --nproc_per_node N tools/evaluate.py --load DIR --tensor T --pipeline P \\
-            --tasks NAME ... --include_path DIR --json FILE
+        torchrun --standalone --nproc_per_node N tools/evaluate.py --load DIR \\
+            --tensor T --pipeline P --tasks NAME ... --include_path DIR --json FILE
 
     The ranks that tensor x pipeline leave over share the texts. Nothing is downloaded.
 
