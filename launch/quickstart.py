@@ -72,8 +72,8 @@ class Steps:
     def say(self, text: str) -> None:
         print(f"\n[{time.monotonic() - self.started:4.0f} s] {text}", flush=True)
 
-    def tool(self, name: str, *options: object) -> None:
-        self._run([sys.executable, ROOT / "tools" / name, *options], os.environ)
+    def script(self, path: str, *options: object) -> None:
+        self._run([sys.executable, ROOT / path, *options], os.environ)
 
     def ranks(self, script: str, *options: object) -> None:
         """Start a script on all ranks; the cores are shared out between them."""
@@ -128,11 +128,13 @@ def main() -> None:
     if hf_path is None:
         steps.say("1/6 Getting SmolLM2-135M-Instruct")
         hf_path = out / "original"
-        steps.tool("get_smollm2.py", "--save", hf_path)
+        steps.script("tools/get_smollm2.py", "--save", hf_path)
         arch = read_architecture(hf_path, **degrees)
     steps.say("2/6 Converting it to a Megatron checkpoint, preparing text")
-    steps.tool("convert_hf_to_megatron.py", "--hf-path", hf_path, "--save", out / "megatron")
-    steps.tool("make_python_docs.py", "--save", data)
+    steps.script(
+        "tools/convert_hf_to_megatron.py", "--hf-path", hf_path, "--save", out / "megatron"
+    )
+    steps.script("tools/make_python_docs.py", "--save", data)
 
     overrides, max_length = fitting(arch, pipeline=args.pipeline, is_default=args.hf_path is None)
     overrides += ["--model.checkpoint", out / "megatron", "--checkpoint.save", out / "run"]
@@ -146,7 +148,7 @@ def main() -> None:
     steps.ranks("launch/pretrain_router.py", "--config", CONFIG, *overrides)
 
     steps.say("4/6 Exporting to Hugging Face")
-    steps.tool("convert_megatron_to_hf.py", "--load", out / "run", "--save", out / "export")
+    steps.script("tools/convert_megatron_to_hf.py", "--load", out / "run", "--save", out / "export")
     steps.say("5/6 Comparing logits: original, Megatron, export")
     steps.ranks(
         "tools/compare_logits.py",
@@ -156,8 +158,8 @@ def main() -> None:
         *("--json", out / "parity.json"),
     )
     steps.say("6/6 Measuring the export against the untouched original")
-    steps.tool(
-        "quickstart_report.py",
+    steps.script(
+        "launch/quickstart_report.py",
         *("--hf-path", hf_path, "--export", out / "export", "--run", out / "run"),
         *("--parity", out / "parity.json", "--max-length", max_length),
         *("--ranking", data / "ranking.jsonl", "--held-out", data / "held_out.jsonl"),

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
+from megatron_mod.checkpoint.folders import new_folder
 from megatron_mod.conversion.check import expected_shape
 from megatron_mod.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_writer import HFWriter
 from megatron_mod.conversion.mappings import to_hf
-from megatron_mod.folders import new_folder
 from megatron_mod.parallel import topology
 
 SHAPE = {  # Llama-3-8B's, with as many layers as the size asks for

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_mod.benchmark.data_speed import measure
 from megatron_mod.data.tokenizer import open_tokenizer
-from megatron_mod.evaluation.data_speed import measure
 
 
 def compare(data: str, tokenizer: str, *, flops: float, parameters: float, **settings: int) -> dict:

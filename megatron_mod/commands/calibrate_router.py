@@ -10,6 +10,6 @@ from megatron_mod.config.budget import BudgetRequest
 
 def main(arguments: Sequence[str] | None = None) -> None:
     with command(BudgetRequest, arguments) as request, ranks(request) as topology:
-        from megatron_mod.evaluation.calibrate import calibrate
+        from megatron_mod.calibration.calibrate import calibrate
 
         calibrate(request, topology)

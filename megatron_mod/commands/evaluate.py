@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _evaluate(request: Request, manager: TaskManager | None, topology: Topology) -> None:
+    from megatron_mod.evaluation.evaluate import evaluate, table
     from megatron_mod.evaluation.load import load_backend
-    from megatron_mod.evaluation.report import evaluate, table
     from megatron_mod.parallel.topology import print_once, write_once
 
     backend = load_backend(

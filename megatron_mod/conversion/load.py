@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 from torch import Tensor
 
+from megatron_mod.checkpoint.distributed import load_state
 from megatron_mod.conversion import mappings
 from megatron_mod.conversion.check import (
     check_hf_names,
@@ -25,7 +26,6 @@ from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.megatron_lm import LayerReader, has_stacked_layers
 from megatron_mod.conversion.routers import ROUTER
 from megatron_mod.conversion.source import Base, open_base
-from megatron_mod.conversion.state import load_state
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.parallel.agree import together
 

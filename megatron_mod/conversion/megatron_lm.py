@@ -13,7 +13,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from megatron_mod.conversion.state import StateReader, load_state
+from megatron_mod.checkpoint.distributed import StateReader, load_state
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")

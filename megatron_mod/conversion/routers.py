@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_mod.conversion import checkpoint as layout
+from megatron_mod.checkpoint.distributed import load_tensors, save_tensors
+from megatron_mod.checkpoint.manifest import (
+    MANIFEST,
+    STATE,
+    read_manifest,
+    resolve_step,
+    verify_checkpoint,
+    write_manifest,
+)
 from megatron_mod.conversion.config_types import (
     COUNT,
     NUMBER,
@@ -23,7 +31,6 @@ from megatron_mod.conversion.config_types import (
 )
 from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_reader import HFReader, read_config
-from megatron_mod.conversion.state import load_tensors, save_tensors
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.scheme import GRANULARITIES, Scheme
@@ -42,9 +49,9 @@ def read_routers(folder: str | Path, arch: Architecture) -> tuple[RoutingConfig,
     Raises:
         ValueError: not such a folder, or routers that do not fit the model.
     """
-    step = layout.resolve_step(folder)
-    if (step / layout.MANIFEST).is_file():
-        manifest = layout.verify(step)
+    step = resolve_step(folder)
+    if (step / MANIFEST).is_file():
+        manifest = verify_checkpoint(step)
         if manifest["kind"] != "routers":
             raise ValueError(f"{folder}: holds no routers; give a training run or a published one.")
         routing = RoutingConfig.from_dict(manifest["routing"])
@@ -61,15 +68,15 @@ def read_step(step: Path, routing: RoutingConfig) -> dict[int, Tensor]:
     Raises:
         ValueError: the saved routers are not those of ``routing``, or not finite.
     """
-    prefix = AVERAGE if layout.read_manifest(step).get("averaged") else ""
+    prefix = AVERAGE if read_manifest(step).get("averaged") else ""
     wanted = {prefix + ROUTER_KEY.format(layer): layer for layer in routing.layers}
-    found = load_tensors(step / layout.STATE, keep=prefix + "decoder.layers.")
+    found = load_tensors(step / STATE, keep=prefix + "decoder.layers.")
     found = {k: v for k, v in found.items() if k.startswith(prefix + "decoder.")}
     if set(found) != set(wanted):
         difference = sorted(set(found) ^ set(wanted))
         raise ValueError(f"{step}: routers do not match its manifest: {difference}.")
     for key, weight in found.items():
-        require_finite(weight, key, where=step / layout.STATE)
+        require_finite(weight, key, where=step / STATE)
     return {layer: found[key] for key, layer in wanted.items()}
 
 
@@ -78,7 +85,7 @@ def write_step(
 ) -> None:
     """Write routers alone as a step folder, which a base refers to and training can start from."""
     folder.mkdir()
-    save_tensors({ROUTER_KEY.format(k): v for k, v in weights.items()}, folder / layout.STATE)
+    save_tensors({ROUTER_KEY.format(k): v for k, v in weights.items()}, folder / STATE)
     manifest = {
         "kind": "routers",
         "step": 0,
@@ -86,7 +93,7 @@ def write_step(
         "base_fingerprint": fingerprint,
         "routing": routing.to_dict(),
     }
-    layout.write_manifest(folder, manifest)
+    write_manifest(folder, manifest)
 
 
 def write_published(

@@ -6,8 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_mod.conversion import checkpoint as layout
-from megatron_mod.conversion import checksums, megatron_lm
+from megatron_mod.checkpoint import checksums
+from megatron_mod.checkpoint.manifest import (
+    HUGGINGFACE,
+    MANIFEST,
+    ROUTERS,
+    STATE,
+    content_fingerprint,
+    read_manifest,
+    resolve_step,
+    verify_checkpoint,
+)
+from megatron_mod.conversion import megatron_lm
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.families.base import Family
 from megatron_mod.conversion.hf_reader import COMPANION_FILES, read_config
@@ -35,7 +45,7 @@ class Base:
     @property
     def state(self) -> Path:
         """The distributed checkpoint of the weights (not for ``huggingface``)."""
-        return self.path / layout.STATE if self.kind == "checkpoint" else self.path
+        return self.path / STATE if self.kind == "checkpoint" else self.path
 
     def fingerprint(self) -> str:
         """A name for the content of all that is read of it, checked; called by all ranks alike.
@@ -44,7 +54,7 @@ class Base:
             ValueError: a file of our checkpoint is damaged.
         """
         if self.kind == "checkpoint":
-            return layout.fingerprint(layout.verify(self.path))
+            return content_fingerprint(verify_checkpoint(self.path))
         names = [p.name for p in self.path.iterdir() if p.is_file()]
         if self.kind == "huggingface":
             names = [n for n in names if n in COMPANION_FILES or n.endswith(_WEIGHTS)]
@@ -53,7 +63,7 @@ class Base:
         return checksums.fingerprint(
             checksums.file_table(self.path, names)
             | {
-                f"{layout.HUGGINGFACE}/{name}": entry
+                f"{HUGGINGFACE}/{name}": entry
                 for name, entry in checksums.file_table(self.huggingface, beside).items()
             }
         )
@@ -73,7 +83,7 @@ def open_base(path: str | Path, *, hf_path: str | Path | None = None) -> Base:
             supported.
     """
     path = Path(path)
-    if (path / "config.json").is_file() and not (path / layout.MANIFEST).is_file():
+    if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
         kind, huggingface = "huggingface", path
     elif (found := megatron_lm.find_iteration(path)) is not None:
         if hf_path is None:
@@ -83,11 +93,11 @@ def open_base(path: str | Path, *, hf_path: str | Path | None = None) -> Base:
             )
         kind, path, huggingface = "megatron_lm", found, Path(hf_path)
     else:
-        files = layout.read_manifest(path, kind="base")["files"]
+        files = read_manifest(path, kind="base")["files"]
         # These are small, and read before ranks meet and check the rest.
-        small = {n: files[n] for n in files if n.startswith(f"{layout.HUGGINGFACE}/")}
+        small = {n: files[n] for n in files if n.startswith(f"{HUGGINGFACE}/")}
         checksums.verify(path, small, together=False)
-        kind, huggingface = "checkpoint", path / layout.HUGGINGFACE
+        kind, huggingface = "checkpoint", path / HUGGINGFACE
     if hf_path is not None and kind != "megatron_lm" and Path(hf_path) != path:
         raise ValueError(
             f"model.hf_path = {hf_path}: would be ignored, because {path} has its own config.json "
@@ -117,14 +127,14 @@ def open_source(load: str | Path, *, base: str | Path | None = None) -> Source:
         ValueError: nothing of the kind, a damaged file, or a base that is not the one the routers
             were trained on.
     """
-    step = layout.resolve_step(load)
-    if (step / layout.ROUTERS).is_dir():  # a base with imported routers
-        step = step / layout.ROUTERS
-    if not (step / layout.MANIFEST).is_file() or layout.read_manifest(step)["kind"] == "base":
+    step = resolve_step(load)
+    if (step / ROUTERS).is_dir():  # a base with imported routers
+        step = step / ROUTERS
+    if not (step / MANIFEST).is_file() or read_manifest(step)["kind"] == "base":
         found = open_base(step)
         found.fingerprint()
         return Source(found)
-    manifest = layout.verify(step)
+    manifest = verify_checkpoint(step)
     if base is None and not (step / manifest["base"]).exists():
         raise ValueError(
             f"{(step / manifest['base']).resolve()}: the base that {load} was trained on is not "

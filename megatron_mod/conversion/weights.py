@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_mod.checkpoint.distributed import StateReader
 from megatron_mod.conversion import mappings
 from megatron_mod.conversion.check import (
     check_hf_names,
@@ -22,7 +23,6 @@ from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.megatron_lm import LayerReader
 from megatron_mod.conversion.source import Base
-from megatron_mod.conversion.state import StateReader
 
 
 class Weight(NamedTuple):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from megatron_mod.folders import new_folder
+from megatron_mod.checkpoint.folders import new_folder
 
 FORMAT = 1  # of an entry's files; part of every key
 SECONDS_BETWEEN_LOOKS = 0.2

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from megatron_mod.checkpoint.folders import new_folder
 from megatron_mod.data.sources import Record, files_of, read_file, read_named
-from megatron_mod.folders import new_folder
 
 Messages = list[dict[str, str]]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mod.folders import new_folder
+from megatron_mod.checkpoint.folders import new_folder
 
 DEFAULT_PORTIONS = {
     "vicuna_sharegpt": 2.9,

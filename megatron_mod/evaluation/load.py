@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megatron_mod.config.model_folder import is_megatron
-from megatron_mod.conversion import checkpoint as layout
-from megatron_mod.conversion.hf_reader import read_config
+from megatron_mod.conversion.restore import restore_model
 from megatron_mod.conversion.source import open_source
 from megatron_mod.evaluation.backend import Backend
 from megatron_mod.evaluation.huggingface import load_huggingface
 from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.megatron_backend import MegatronBackend
-from megatron_mod.evaluation.work import Work
 from megatron_mod.parallel.topology import Topology
-from megatron_mod.training.restore import restore_model
 
 
 def load_backend(
@@ -44,50 +40,13 @@ def load_backend(
     if is_megatron(load):
         model = restore_model(open_source(load, base=base), ranks, dtype=getattr(torch, dtype))
         return MegatronBackend(*model, **settings)
-    return _huggingface(load, dtype, settings, trust_remote_code=trust_remote_code)
+    return open_huggingface(load, dtype, settings, trust_remote_code=trust_remote_code)
 
 
-@dataclass(frozen=True)
-class Routed:
-    """A model with routers, what counts its work, and where its thresholds are kept.
-
-    ``folder`` is an export or the step folder of a training, ``settings`` the JSON file in it whose
-    ``routing`` holds the thresholds.
-    """
-
-    backend: Backend
-    work: Work
-    folder: Path
-    settings: Path
-
-
-def load_routed(
-    load: str | Path, ranks: Topology, *, dtype: str, base: str | None = None, **settings
-) -> Routed:
-    """As ``load_backend``, of an export or a training run.
-
-    Raises:
-        ValueError: also a model without routers.
-    """
-    if is_megatron(load):
-        source = open_source(load, base=base)
-        work, folder, name = Work(source.base.arch, source.routing), source.step, layout.MANIFEST
-    else:
-        folder, name = Path(load), "config.json"
-        work = Work.of(read_config(load), folder / name)
-    if work.routing is None or not work.routing.layers:
-        raise ValueError(f"--load {load}: has no routers; give an export or a training run.")
-    if is_megatron(load):
-        model = restore_model(source, ranks, dtype=getattr(torch, dtype))
-        backend: Backend = MegatronBackend(*model, **settings)
-    else:
-        backend = _huggingface(load, dtype, settings)
-    return Routed(backend, work, folder, folder / name)
-
-
-def _huggingface(
+def open_huggingface(
     load: str | Path, dtype: str, settings: dict, *, trust_remote_code: bool = False
 ) -> HuggingFaceBackend:
+    """A backend on a Hugging Face folder, whole on every rank; arguments of ``load_backend``."""
     model, tokenizer = load_huggingface(
         load, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_mod.config.model_folder import is_run
 from megatron_mod.conversion.hf_reader import HFReader, read_config
+from megatron_mod.conversion.restore import restore_model
 from megatron_mod.conversion.source import Base, open_source
 from megatron_mod.conversion.weights import hf_weights
 from megatron_mod.data.batch import MicroBatch
@@ -25,7 +26,6 @@ from megatron_mod.parallel import device
 from megatron_mod.parallel.agree import together
 from megatron_mod.parallel.topology import Topology
 from megatron_mod.routing.masks import valid_tokens
-from megatron_mod.training.restore import restore_model
 
 PROMPT_WORDS = (64, 200)
 

@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from megatron_mod.calibration.figure import DENSE, ROUTED, STATIC
 from megatron_mod.report.observed import Decisions
 
-ROUTED, STATIC, DENSE = "tab:blue", "tab:orange", "black"
 SHARE = {"cmap": "viridis", "vmin": 0.0, "vmax": 1.0, "aspect": "auto", "interpolation": "nearest"}
 
 
@@ -84,32 +84,6 @@ def scores(found: Decisions) -> Figure:
         axes.tick_params(labelsize=7)
         axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     figure.supxlabel("logit")
-    return figure
-
-
-def quality_against_work(
-    curve: Sequence[dict], *, dense_perplexity: float, chosen: dict, name: str = "chosen"
-) -> Figure:
-    """Perplexity over counted work saved: routers, the best static removal, and the dense model.
-
-    ``curve``, ``chosen``: points as ``CurvePoint.to_dict`` gives them.
-    """
-    figure, axes = _figure(height=4.5)
-    points = [*curve, chosen]
-    for prefix, color, label in (
-        ("", ROUTED, "routers"),
-        ("static_", STATIC, "best static removal"),
-    ):
-        pairs = [(one[f"{prefix}counted_speedup"], one[f"{prefix}perplexity"]) for one in points]
-        axes.plot(*zip(*sorted(pairs), strict=True), "o-", color=color, label=label)
-    axes.axhline(dense_perplexity, color=DENSE, linestyle=":", label="dense")
-    where = (chosen["counted_speedup"], chosen["perplexity"])
-    axes.plot(*where, "*", color=ROUTED, markersize=18, label=name)
-    axes.set_xlabel("speed-up in counted work")
-    axes.set_ylabel("perplexity")
-    if axes.get_ylim()[1] > 5 * dense_perplexity:
-        axes.set_yscale("log")
-    axes.legend()
     return figure
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
+from megatron_mod.calibration.curve import NEAR, Curve
+from megatron_mod.calibration.routed import load_routed
+from megatron_mod.calibration.search import Calibration
 from megatron_mod.data.dataset import load_data
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.evaluation.backend import Backend
-from megatron_mod.evaluation.calibration import Calibration
-from megatron_mod.evaluation.curve import NEAR, Curve
-from megatron_mod.evaluation.load import load_routed
 from megatron_mod.evaluation.perplexity import holds_conversations, read_rows
 from megatron_mod.evaluation.rows import Row, evenly
 from megatron_mod.parallel.topology import Topology

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_mod.evaluation.calibration import Calibration, Point
+from megatron_mod.calibration.search import Calibration, Point
 from megatron_mod.routing.config import logit_border
 
 TOKENS = 20  # of the most and of the least skipped ones

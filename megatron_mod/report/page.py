@@ -12,7 +12,8 @@ from statistics import fmean
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from megatron_mod.folders import write_durably
+from megatron_mod.calibration.figure import quality_against_work
+from megatron_mod.checkpoint.folders import write_durably
 from megatron_mod.report import figures
 from megatron_mod.report.measured import Measured
 from megatron_mod.report.run import Run
@@ -48,7 +49,7 @@ def draw(run: Run, measured: Measured | None) -> dict[str, Figure]:
     if measured:
         found["decisions"] = figures.decisions(measured.decisions)
         found["scores"] = figures.scores(measured.decisions)
-        found["quality"] = figures.quality_against_work(
+        found["quality"] = quality_against_work(
             measured.curve,
             dense_perplexity=measured.dense_perplexity,
             chosen=measured.trained,

@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_mod.checkpoint.manifest import CONFIG, read_manifest, resolve_step
 from megatron_mod.config import cli
 from megatron_mod.config.model_folder import TrainingRun
 from megatron_mod.config.schema import Config
-from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training.metrics import LOG, read_log
 
@@ -33,7 +33,7 @@ class Run:
     @property
     def settings(self) -> str:
         """``config.yaml``."""
-        return (self.folder / layout.CONFIG).read_text(encoding="utf-8")
+        return (self.folder / CONFIG).read_text(encoding="utf-8")
 
 
 def read_run(folder: str | Path) -> Run:
@@ -46,13 +46,13 @@ def read_run(folder: str | Path) -> Run:
     if problem := TrainingRun().problem(str(folder)):
         raise ValueError(f"{folder}: {problem}.")
     routing = None
-    if (step := layout.resolve_step(folder)) != folder:
-        routing = RoutingConfig.from_dict(layout.read_manifest(step)["routing"])
+    if (step := resolve_step(folder)) != folder:
+        routing = RoutingConfig.from_dict(read_manifest(step)["routing"])
     records = [record for _, record in read_log(folder / LOG)[0]]
     summary = folder / "summary.json"
     return Run(
         folder=folder,
-        config=cli.parse(["--config", str(folder / layout.CONFIG)]),
+        config=cli.parse(["--config", str(folder / CONFIG)]),
         routing=routing,
         steps=[record for record in records if "loss" in record],
         validations=[record for record in records if "validation_loss" in record],

@@ -16,11 +16,11 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_mod.conversion import checkpoint as layout
+from megatron_mod.checkpoint.distributed import load_state, save_state
+from megatron_mod.checkpoint.folders import write_durably
+from megatron_mod.checkpoint.manifest import STATE, read_manifest, write_manifest
 from megatron_mod.conversion.load import load_base as load_base
 from megatron_mod.conversion.routers import AVERAGE, ROUTER
-from megatron_mod.conversion.state import load_state, save_state
-from megatron_mod.folders import write_durably
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.parallel import device
 from megatron_mod.parallel.agree import on_first_rank
@@ -59,7 +59,7 @@ def save_step(folder: Path, state: RunState, *, step: int, manifest: dict) -> No
         "optimizer": optimizer.tensors() if steps else {},
         "random": _random_states(),
     }
-    target = folder / layout.STATE
+    target = folder / STATE
     on_first_rank(target.mkdir)
     save_state(content, target)
     averaged = manifest["averaged"] and state.average.count > 0
@@ -73,7 +73,7 @@ def save_step(folder: Path, state: RunState, *, step: int, manifest: dict) -> No
     }
     own = {"averaged": averaged, "progress": progress}
     values = {"kind": "routers", "step": step, **manifest, **own}
-    on_first_rank(lambda: layout.write_manifest(folder, values))
+    on_first_rank(lambda: write_manifest(folder, values))
 
 
 def load_step(folder: Path, state: RunState, *, same_topology: bool) -> int:
@@ -81,7 +81,7 @@ def load_step(folder: Path, state: RunState, *, same_topology: bool) -> int:
 
     Random states belong to ranks and are read only if every rank is what it was.
     """
-    manifest = layout.read_manifest(folder)
+    manifest = read_manifest(folder)
     progress = manifest["progress"]
     routers = _routers(state.models)
     optimizer = OptimizerState(state.optimizer, state.models, loading=True)
@@ -93,7 +93,7 @@ def load_step(folder: Path, state: RunState, *, same_topology: bool) -> int:
         wanted["optimizer"] = optimizer.tensors()
     if same_topology:
         wanted["random"] = _random_states()
-    loaded = load_state(wanted, folder / layout.STATE)
+    loaded = load_state(wanted, folder / STATE)
 
     by_layer = {_layer_of(key): tensor for key, tensor in loaded.get("model", {}).items()}
     for layer, router in state.average.routers.items():

@@ -12,7 +12,7 @@ from statistics import fmean
 import torch.distributed as dist
 import xxhash
 
-from megatron_mod.folders import remove, write_durably, writing
+from megatron_mod.checkpoint.folders import remove, write_durably, writing
 from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.routing.config import RoutingConfig
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_mod.checkpoint.folders import require_writable
+from megatron_mod.checkpoint.manifest import read_manifest, step_folders
 from megatron_mod.config.cli import to_yaml
 from megatron_mod.config.schema import Config
-from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.conversion.source import Base, check_base
-from megatron_mod.folders import require_writable
 from megatron_mod.parallel.topology import print_once
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import checkpoint
@@ -47,9 +47,9 @@ def check_settings(config: Config) -> None:
             f"checkpoint.save = {run}: already exists and holds no training run; remove it or give "
             "another output folder."
         )
-    for step in layout.steps(run):
+    for step in step_folders(run):
         with contextlib.suppress(ValueError):
-            manifest = layout.read_manifest(step)
+            manifest = read_manifest(step)
             break
     else:
         return

@@ -11,9 +11,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_mod.config.schema import CheckpointConfig
-from megatron_mod.conversion import checkpoint as layout
-from megatron_mod.folders import (
+from megatron_mod.checkpoint.folders import (
     only_writer,
     partial_name,
     publish,
@@ -24,12 +22,23 @@ from megatron_mod.folders import (
     write_durably,
     writing,
 )
+from megatron_mod.checkpoint.manifest import (
+    CONFIG,
+    LATEST,
+    run_of,
+    settings_run,
+    settings_text,
+    step_folder,
+    step_folders,
+    verify_checkpoint,
+)
+from megatron_mod.config.schema import CheckpointConfig
 from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.parallel.topology import print_once
 from megatron_mod.training.metrics import LOG
 
 SUMMARY = "summary.json"
-_WRITTEN_ANEW = (layout.CONFIG, layout.LATEST, LOG, SUMMARY)
+_WRITTEN_ANEW = (CONFIG, LATEST, LOG, SUMMARY)
 
 
 def is_new(folder: Path) -> bool:
@@ -42,7 +51,7 @@ def is_new(folder: Path) -> bool:
 
 def holds_run(folder: Path) -> bool:
     """Whether a run has started in a folder, with or without a checkpoint so far."""
-    return (folder / layout.CONFIG).is_file() or bool(layout.steps(folder))
+    return (folder / CONFIG).is_file() or bool(step_folders(folder))
 
 
 def _leftovers(folder: Path) -> list[Path]:
@@ -81,18 +90,18 @@ class RunFolder:
         Raises:
             ValueError: checkpoints of several runs, and nothing that says which are its own.
         """
-        return on_first_rank(lambda: layout.run_of(self.path) or uuid.uuid4().hex)
+        return on_first_rank(lambda: run_of(self.path) or uuid.uuid4().hex)
 
     def write_settings(self, run: str, settings: str) -> None:
         """Record the settings, as ``--config`` takes them, for people and for the report: a run
         goes on by those in its checkpoints."""
-        path = self.path / layout.CONFIG
-        if on_first_rank(lambda: path.exists() and layout.settings_run(self.path) is None):
+        path = self.path / CONFIG
+        if on_first_rank(lambda: path.exists() and settings_run(self.path) is None):
             print_once(
                 f"warning: {path}: is not what the run wrote, and is written anew; the settings "
                 "in its checkpoints hold."
             )
-        on_first_rank(lambda: write_durably(path, layout.settings_text(run, settings)))
+        on_first_rank(lambda: write_durably(path, settings_text(run, settings)))
 
     def require_room(self, size: int) -> None:
         """Refuse to begin when a checkpoint of ``size`` bytes would not fit."""
@@ -105,10 +114,10 @@ class RunFolder:
             ValueError: a damaged file, unless ``checkpoint.on_corrupt`` is ``previous`` and an
                 earlier step is whole.
         """
-        steps = on_first_rank(lambda: layout.steps(self.path))
+        steps = on_first_rank(lambda: step_folders(self.path))
         for step in steps:
             try:
-                manifest = layout.verify(step)
+                manifest = verify_checkpoint(step)
             except ValueError as error:
                 if self.settings.on_corrupt == "stop" or step == steps[-1]:
                     raise ValueError(
@@ -138,10 +147,10 @@ class RunFolder:
         Neither is needed to go on: what stands against it is said, and does not stop the run.
         """
         try:
-            for old in layout.steps(self.path)[keep:] if keep else ():
+            for old in step_folders(self.path)[keep:] if keep else ():
                 with writing(old):
                     remove(old)
-            write_durably(self.path / layout.LATEST, step.name + "\n")
+            write_durably(self.path / LATEST, step.name + "\n")
         except ValueError as error:
             print_once(f"warning: {step.name} is saved, but {error}")
 
@@ -155,7 +164,7 @@ class RunFolder:
             ValueError: it cannot be written; with ``checkpoint.on_save_error: continue`` only if
                 it is the run's last.
         """
-        folder = layout.step_folder(self.path, step)
+        folder = step_folder(self.path, step)
         partial = folder.with_name(f".{folder.name}.incomplete")
         try:
             on_first_rank(lambda: self._make_room(partial, size))

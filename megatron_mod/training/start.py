@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from megatron_mod.checkpoint.manifest import ROUTERS
 from megatron_mod.config.schema import Config
-from megatron_mod.conversion import checkpoint as layout
+from megatron_mod.conversion.restore import put_routers
 from megatron_mod.conversion.routers import read_routers
 from megatron_mod.conversion.source import Base
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.training.restore import put_routers
 
 
 def start_routers(model: ModelChunks, config: Config, base: Base, routing: RoutingConfig) -> None:
@@ -17,7 +17,7 @@ def start_routers(model: ModelChunks, config: Config, base: Base, routing: Routi
     Raises:
         ValueError: they were made for other layers or another way of deciding than the settings'.
     """
-    beside = base.path / layout.ROUTERS
+    beside = base.path / ROUTERS
     folder = config.model.routers or (beside if beside.is_dir() else None)
     if folder is None:
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mod.conversion import checkpoint as layout
+from megatron_mod.checkpoint.manifest import ROUTERS
 from megatron_mod.conversion.convert import export_routers, megatron_to_hf
 from megatron_mod.conversion.routers import write_step
 from megatron_mod.conversion.source import open_base, open_source
@@ -23,8 +23,8 @@ SCHEMES = ("attn_sequence", "block_token_all")
 
 def calibrated(load: Path, data: Path, topology: dict, save: Path | None = None) -> dict:
     """The report of one calibration, without what it was asked."""
-    from megatron_mod.evaluation.budget import BudgetRequest
-    from megatron_mod.evaluation.calibrate import calibrate
+    from megatron_mod.calibration.budget import BudgetRequest
+    from megatron_mod.calibration.calibrate import calibrate
 
     request = BudgetRequest(
         str(load), str(data), capacity=0.5, scope="layer", curve=(0.7,), batch_size=3,
@@ -97,7 +97,7 @@ def test_routers_beside_a_base_move_with_their_base(tmp_path, single_process):
     base = open_base(tmp_path / "base")
     weights = {layer: torch.randn(1, 32) for layer in (1, 2)}
     where = {"base": "..", "fingerprint": base.fingerprint()}
-    write_step(base.path / layout.ROUTERS, cases.routing_config(), weights, **where)
+    write_step(base.path / ROUTERS, cases.routing_config(), weights, **where)
     rows = [{"prompt": f"{n} why?", "completion": f"so {n * n}"} for n in range(12)]
     data = write_lines(tmp_path / "data.jsonl", rows)
     for save in (None, tmp_path / "copy"):
@@ -107,8 +107,8 @@ def test_routers_beside_a_base_move_with_their_base(tmp_path, single_process):
 
 
 def in_this_process(load: Path, data: Path, save: Path | None, **settings) -> dict:
-    from megatron_mod.evaluation.budget import BudgetRequest
-    from megatron_mod.evaluation.calibrate import calibrate
+    from megatron_mod.calibration.budget import BudgetRequest
+    from megatron_mod.calibration.calibrate import calibrate
     from megatron_mod.parallel.topology import Topology
 
     settings = {"curve": (), "save": save and str(save), **settings}
@@ -117,7 +117,7 @@ def in_this_process(load: Path, data: Path, save: Path | None, **settings) -> di
 
 
 def test_other_budgets_need_an_export(tmp_path):
-    from megatron_mod.evaluation.budget import BudgetRequest
+    from megatron_mod.calibration.budget import BudgetRequest
 
     (tmp_path / "latest").write_text("step_00000001\n")
     data = write_lines(tmp_path / "data.jsonl", [])

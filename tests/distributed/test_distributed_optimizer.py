@@ -14,7 +14,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_mod.conversion.state import load_tensors
+from megatron_mod.checkpoint.distributed import load_tensors
 from tests.distributed import resume_cases
 from tests.end_to_end.test_resume import spoil
 from tests.helpers.ranks import run_ranks

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from megatron_mod.evaluation import export_timing
-from megatron_mod.evaluation.budget import BudgetRequest
-from megatron_mod.evaluation.calibrate import calibrate
+from megatron_mod.calibration import export_timing
+from megatron_mod.calibration.budget import BudgetRequest
+from megatron_mod.calibration.calibrate import calibrate
 from megatron_mod.evaluation.load import load_backend
 from megatron_mod.evaluation.perplexity import perplexity, read_rows
 from megatron_mod.parallel.topology import Topology

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_mod import folders
+from megatron_mod.checkpoint import folders
+from megatron_mod.checkpoint.folders import new_folder
 from megatron_mod.conversion import convert, mappings
 from megatron_mod.conversion.families import FAMILIES
 from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.hf_writer import HFWriter
 from megatron_mod.conversion.mappings import QKV
-from megatron_mod.folders import new_folder
 from tests.helpers import tiny
 
 pytestmark = pytest.mark.usefixtures("single_process")

@@ -15,11 +15,11 @@ from transformers import AutoTokenizer
 pytest.importorskip("lm_eval", reason="needs the 'eval' extra")
 
 from megatron_mod.config.evaluation import Request
+from megatron_mod.evaluation.evaluate import evaluate as evaluate_on
+from megatron_mod.evaluation.evaluate import table
 from megatron_mod.evaluation.huggingface import load_huggingface
 from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.lm_eval_model import BackendLM
-from megatron_mod.evaluation.report import evaluate as evaluate_on
-from megatron_mod.evaluation.report import table
 from megatron_mod.evaluation.tasks import find_tasks
 from tests.helpers import asked, formula
 from tests.helpers.routed import save_export

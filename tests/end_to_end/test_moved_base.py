@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 
+from megatron_mod.calibration.routed import load_routed
+from megatron_mod.checkpoint.manifest import read_manifest
 from megatron_mod.config.evaluation import Request
 from megatron_mod.config.model_folder import ModelFolder
-from megatron_mod.conversion.checkpoint import read_manifest
 from megatron_mod.conversion.source import open_source
-from megatron_mod.evaluation.load import load_backend, load_routed
+from megatron_mod.evaluation.load import load_backend
 from megatron_mod.evaluation.parity import compare
 from megatron_mod.parallel.topology import Topology
 from tests.helpers.runs import Trainer

@@ -16,8 +16,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from megatron_mod.checkpoint.distributed import load_tensors
 from megatron_mod.config import cli
-from megatron_mod.conversion.state import load_tensors
 from tests.helpers import tiny
 
 ROOT = Path(__file__).resolve().parents[2]

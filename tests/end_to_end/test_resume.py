@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mod.checkpoint.distributed import load_tensors
+from megatron_mod.checkpoint.folders import only_writer
 from megatron_mod.conversion import convert
 from megatron_mod.conversion.routers import AVERAGE, ROUTER_KEY, read_step
 from megatron_mod.conversion.source import open_source
-from megatron_mod.conversion.state import load_tensors
-from megatron_mod.folders import only_writer
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import loop, run_folder
 from megatron_mod.training.checkpoint import RANDOM

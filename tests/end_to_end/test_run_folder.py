@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mod import folders
+from megatron_mod.checkpoint import checksums, folders
+from megatron_mod.checkpoint import distributed as state
+from megatron_mod.checkpoint.manifest import manifest_text, read_manifest, settings_run
 from megatron_mod.config.model_folder import is_megatron
-from megatron_mod.conversion import checkpoint as layout
-from megatron_mod.conversion import checksums, convert, state
+from megatron_mod.conversion import convert
 from megatron_mod.conversion.routers import read_step
 from megatron_mod.conversion.source import open_base, open_source
 from megatron_mod.training import loop, run_folder
@@ -143,9 +144,9 @@ def test_every_byte_of_a_manifest_counts(trainer, run):
             damaged[position] ^= 1
             (copy / path.name).write_bytes(damaged)
             with pytest.raises(ValueError, match=f"{copy / path.name}: "):
-                layout.read_manifest(copy)
+                read_manifest(copy)
         (copy / path.name).write_bytes(content)
-        assert layout.read_manifest(copy)
+        assert read_manifest(copy)
 
 
 @pytest.mark.parametrize(
@@ -193,9 +194,9 @@ def test_checkpoints_of_an_earlier_format_are_refused(trainer, run):
 @pytest.mark.parametrize("name", ["../step_00000002/megatron_mod.json", "/etc/hostname"])
 def test_a_manifest_lists_files_of_its_folder(trainer, run, name):
     path = run / "step_00000004" / "megatron_mod.json"
-    values = layout.read_manifest(path.parent)
+    values = read_manifest(path.parent)
     values["files"][name] = {"bytes": 1, "xxh3_128": ""}
-    path.write_text(layout.manifest_text(values))
+    path.write_text(manifest_text(values))
     refused(trainer, run, f"lists {name}, which is not a file of this folder")
 
 
@@ -268,14 +269,14 @@ def test_damaged_settings_are_said_and_bind_nobody(trainer, whole, run, capsys, 
     trainer.train(run)
     assert f"warning: {run}/config.yaml: is not what the run wrote" in capsys.readouterr().out
     assert metrics(run) == metrics(whole)
-    assert layout.settings_run(run) == layout.settings_run(whole)
+    assert settings_run(run) == settings_run(whole)
 
 
 def test_lost_settings_are_written_again(trainer, whole, run):
     (run / "config.yaml").unlink()
     trainer.train(run)
     assert metrics(run) == metrics(whole)
-    assert layout.settings_run(run) == layout.settings_run(whole)
+    assert settings_run(run) == settings_run(whole)
 
 
 @pytest.mark.parametrize(

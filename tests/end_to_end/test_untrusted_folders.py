@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from megatron_mod.conversion import checkpoint as layout
+from megatron_mod.checkpoint.distributed import StateReader, load_tensors
+from megatron_mod.checkpoint.index import read_index
+from megatron_mod.checkpoint.manifest import STATE, read_manifest, write_manifest
 from megatron_mod.conversion import convert
 from megatron_mod.conversion.source import open_base
-from megatron_mod.conversion.state import StateReader, load_tensors
-from megatron_mod.conversion.state_index import read_index
 from tests.helpers.runs import Trainer, metrics
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -62,16 +62,16 @@ def run(whole, tmp_path):
 def theirs(trainer, tmp_path):
     """A base as Megatron-LM keeps it."""
     folder = tmp_path / "megatron"
-    shutil.copytree(trainer.base / layout.STATE, folder / "iter_0000001")
+    shutil.copytree(trainer.base / STATE, folder / "iter_0000001")
     (folder / "latest_checkpointed_iteration.txt").write_text("1")
     return folder
 
 
 def reseal(folder: Path) -> None:
     """Write the manifest that belongs to the files as they are now."""
-    values = layout.read_manifest(folder)
+    values = read_manifest(folder)
     del values["files"]
-    layout.write_manifest(folder, values)
+    write_manifest(folder, values)
 
 
 def rewrite_index(state: Path, change) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_mod.evaluation.inference_speed import Pair
+from megatron_mod.benchmark.inference_speed import Pair
 
 ROOM = 60e9  # bytes: the weights are made twice before they are shared
 

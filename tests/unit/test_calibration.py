@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from megatron_mod.calibration.search import Calibration
 from megatron_mod.evaluation.backend import Observation
-from megatron_mod.evaluation.calibration import Calibration
 from megatron_mod.evaluation.rows import Row, Score
 from megatron_mod.evaluation.work import Work
 from megatron_mod.hf.modeling_mod import border_at, common_border, settled_border, threshold_at

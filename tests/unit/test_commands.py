@@ -31,9 +31,10 @@ NAMES = sorted(
     for path in Path(commands.__file__).parent.glob("*.py")
     if path.stem not in ("__init__", "command")
 )
+LAUNCHED = {"train": "pretrain_router.py", "quickstart_report": "quickstart_report.py"}
 SCRIPTS = {
-    name: "launch/pretrain_router.py"
-    if name == "train"
+    name: f"launch/{LAUNCHED[name]}"
+    if name in LAUNCHED
     else f"tools/{name.replace('benchmark_', 'benchmark/')}.py"
     for name in NAMES
 }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
+from megatron_mod.benchmark.data_speed import measure, retokenised
 from megatron_mod.data.encoding import Encoder
-from megatron_mod.evaluation.data_speed import measure, retokenised
 from tests.helpers import tiny
 from tests.helpers.text import write_lines
 

@@ -8,8 +8,8 @@ import pickle
 
 import pytest
 
-from megatron_mod import folders
-from megatron_mod.folders import (
+from megatron_mod.checkpoint import folders
+from megatron_mod.checkpoint.folders import (
     is_full,
     new_folder,
     only_writer,

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_mod.evaluation import speed
-from megatron_mod.evaluation.inference_speed import (
+from megatron_mod.benchmark.inference_speed import (
     Pair,
     decisions_of,
     decode_bytes,
@@ -16,6 +15,7 @@ from megatron_mod.evaluation.inference_speed import (
     kept_share,
     prefill_flops,
 )
+from megatron_mod.evaluation import speed
 from megatron_mod.evaluation.work import Work
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig

@@ -34,13 +34,13 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_mod.conversion.checkpoint import CONTENT
-from megatron_mod.conversion.checksums import digest_of
-from megatron_mod.conversion.state_index import (
+from megatron_mod.checkpoint.checksums import digest_of
+from megatron_mod.checkpoint.folders import ChunkedFile, causes
+from megatron_mod.checkpoint.index import (
     IndexReader,
     require_tensors,
 )
-from megatron_mod.folders import ChunkedFile, causes
+from megatron_mod.checkpoint.manifest import CONTENT
 from megatron_mod.parallel.agree import on_first_rank
 
 

@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_mod.conversion import checkpoint as layout
+from megatron_mod.calibration.routed import Routed
+from megatron_mod.checkpoint.folders import new_folder, write_durably
+from megatron_mod.checkpoint.manifest import MANIFEST, manifest_text
 from megatron_mod.conversion.hf_reader import member
-from megatron_mod.evaluation.load import Routed
-from megatron_mod.folders import new_folder, write_durably
 
 
 def write_thresholds(
@@ -33,8 +33,8 @@ def write_thresholds(
     settings["routing"]["threshold"] = list(thresholds)
     if "base" in settings:  # relative for routers that lie in their base
         settings["base"] = str((model.folder / settings["base"]).resolve())
-    is_manifest = model.settings.name == layout.MANIFEST
-    text = layout.manifest_text(settings) if is_manifest else json.dumps(settings, indent=2) + "\n"
+    is_manifest = model.settings.name == MANIFEST
+    text = manifest_text(settings) if is_manifest else json.dumps(settings, indent=2) + "\n"
     if save is None:
         add(model.folder)
         write_durably(model.settings, text)

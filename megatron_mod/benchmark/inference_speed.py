@@ -18,7 +18,7 @@ from megatron_mod.conversion.export import portable_config
 from megatron_mod.conversion.hf_reader import read_config
 from megatron_mod.evaluation import speed
 from megatron_mod.evaluation.huggingface import load_huggingface, load_model
-from megatron_mod.evaluation.quickstart import long_prompts
+from megatron_mod.evaluation.prompts import long_prompts
 from megatron_mod.evaluation.work import Work
 from megatron_mod.hf.modeling_mod import MoDLlamaConfig, MoDLlamaForCausalLM
 from megatron_mod.parallel import device

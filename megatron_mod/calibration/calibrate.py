@@ -9,20 +9,20 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_mod.calibration.budget import find
+from megatron_mod.calibration.curve import NEAR, Curve, CurvePoint
+from megatron_mod.calibration.export_timing import ExportTiming
+from megatron_mod.calibration.figure import quality_against_work
+from megatron_mod.calibration.routed import Routed, load_routed
+from megatron_mod.calibration.search import Calibration
+from megatron_mod.calibration.thresholds_file import write_thresholds
 from megatron_mod.config.budget import BudgetRequest
 from megatron_mod.config.evaluation import TEXT_LENGTH
-from megatron_mod.evaluation.budget import find
-from megatron_mod.evaluation.calibration import Calibration
-from megatron_mod.evaluation.curve import NEAR, Curve, CurvePoint
-from megatron_mod.evaluation.export_timing import ExportTiming
 from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
-from megatron_mod.evaluation.load import Routed, load_routed
 from megatron_mod.evaluation.perplexity import holds_conversations, read_rows
 from megatron_mod.evaluation.rows import Row, evenly
-from megatron_mod.evaluation.thresholds_file import write_thresholds
 from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.parallel.topology import Topology, print_once
-from megatron_mod.report import figures
 
 REPORT, FIGURE = "calibration.json", "calibration.png"
 
@@ -115,7 +115,7 @@ def say(text: str) -> None:
 def add(report: dict, folder: Path) -> None:
     """Write report and figure into a folder."""
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    figure = figures.quality_against_work(
+    figure = quality_against_work(
         report["curve"],
         dense_perplexity=report["dense_perplexity"],
         chosen=report["chosen"],

@@ -28,9 +28,9 @@ from pathlib import Path
 
 import xxhash
 
+from megatron_mod.checkpoint import checksums
+from megatron_mod.checkpoint.folders import files_below
 from megatron_mod.config import model_folder
-from megatron_mod.conversion import checksums
-from megatron_mod.folders import files_below
 
 MANIFEST, LATEST = model_folder.MANIFEST, model_folder.LATEST
 HUGGINGFACE = model_folder.HUGGINGFACE
@@ -104,7 +104,7 @@ def read_manifest(folder: str | Path, *, kind: str | None = None) -> dict:
     return manifest
 
 
-def verify(folder: str | Path) -> dict:
+def verify_checkpoint(folder: str | Path) -> dict:
     """The manifest, once the folder is where it belongs and every file has the checksum it lists;
     called by all ranks alike.
 
@@ -130,7 +130,7 @@ def _check_place(step: Path, manifest: dict) -> None:
         raise ValueError(f"{step}: was written by another run than the one in {step.parent}.")
 
 
-def fingerprint(manifest: dict) -> str:
+def content_fingerprint(manifest: dict) -> str:
     """A name for the content of a base: its tensors, config and tokenizer. How the tensors lie in
     files is no part of it, so that the same conversion gives the same name wherever it is made."""
     files = manifest["files"]
@@ -142,7 +142,7 @@ def step_folder(run: Path, step: int) -> Path:
     return run / f"step_{step:08d}"
 
 
-def steps(run: Path) -> list[Path]:
+def step_folders(run: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
     found = [path for path in run.glob("step_*") if _STEP.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
@@ -151,7 +151,7 @@ def steps(run: Path) -> list[Path]:
 def resolve_step(folder: str | Path) -> Path:
     """The folder itself, or the newest step of a training run's folder."""
     folder = Path(folder)
-    return folder if (folder / MANIFEST).is_file() else next(iter(steps(folder)), folder)
+    return folder if (folder / MANIFEST).is_file() else next(iter(step_folders(folder)), folder)
 
 
 def settings_text(run: str, settings: str) -> str:
@@ -180,7 +180,7 @@ def run_of(folder: Path) -> str | None:
     if run := settings_run(folder):
         return run
     found: dict[str | None, str] = {}
-    for step in steps(folder):
+    for step in step_folders(folder):
         try:
             found.setdefault(read_manifest(step).get("run"), step.name)
         except ValueError:

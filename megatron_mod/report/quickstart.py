@@ -11,11 +11,11 @@ import torch
 from tqdm import tqdm
 
 from megatron_mod.data.dataset import load_samples
-from megatron_mod.data.python_docs import topic_text
 from megatron_mod.evaluation import speed, static
 from megatron_mod.evaluation.huggingface import load_huggingface, load_model
 from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.perplexity import perplexity
+from megatron_mod.evaluation.prompts import long_prompts
 from megatron_mod.evaluation.rows import Row
 from megatron_mod.routing.config import RoutingConfig
 
@@ -65,7 +65,7 @@ def build_report(
         with_static = perplexity(dense_backend, held_out_rows)
 
     context = min(CONTEXT, dense.config.max_position_embeddings - speed.NEW_TOKENS)
-    prompts = long_prompts(tokenizer, length=context)
+    prompts = long_prompts(tokenizer, length=context, count=PROMPTS)
     timing = speed.compare([dense, routed], tqdm(prompts, desc="timing", unit="prompt"))
     parities = {entry["hf_path"]: entry["max_rel"] for entry in json.loads(read(parity))}
     summary = json.loads(read(Path(run) / "summary.json"))
@@ -106,21 +106,6 @@ def build_report(
         },
         "export_path": str(Path(export).resolve()),
     }
-
-
-def long_prompts(tokenizer, *, length: int, count: int = PROMPTS) -> list[torch.Tensor]:
-    """Chat prompts of ``length`` tokens about different parts of the language reference."""
-    words = topic_text().split(" ")
-    prompts = []
-    for index in range(count):
-        start = index * len(words) // count
-        page = " ".join(words[start : start + 2 * length])
-        message = {"role": "user", "content": f"Summarise this page.\n\n{page}"}
-        if tokenizer.chat_template:
-            page = tokenizer.apply_chat_template([message], tokenize=False)
-        ids = tokenizer(page, add_special_tokens=False)["input_ids"]
-        prompts.append(torch.tensor([ids[:length]]))
-    return prompts
 
 
 @torch.no_grad()

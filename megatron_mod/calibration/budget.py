@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from megatron_mod.calibration.search import Calibration, Point
 from megatron_mod.config.budget import BudgetRequest
 from megatron_mod.config.rules import Percentage
-from megatron_mod.evaluation.calibration import Calibration, Point
 
 FAR = 0.1  # from a capacity that was asked for
 

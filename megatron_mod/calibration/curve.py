@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_mod.evaluation.calibration import Calibration, Point
+from megatron_mod.calibration.search import Calibration, Point
 from megatron_mod.evaluation.static import removed_layers
 
 NEAR = 0.02  # what a curve's capacity may differ from the one asked for

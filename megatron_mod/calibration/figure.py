@@ -1,0 +1,36 @@
+"""The picture of a calibration: quality against work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+ROUTED, STATIC, DENSE = "tab:blue", "tab:orange", "black"
+
+
+def quality_against_work(
+    curve: Sequence[dict], *, dense_perplexity: float, chosen: dict, name: str = "chosen"
+) -> Figure:
+    """Perplexity over counted work saved: routers, the best static removal, and the dense model.
+
+    ``curve``, ``chosen``: points as ``CurvePoint.to_dict`` gives them.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    points = [*curve, chosen]
+    for prefix, color, label in (
+        ("", ROUTED, "routers"),
+        ("static_", STATIC, "best static removal"),
+    ):
+        pairs = [(one[f"{prefix}counted_speedup"], one[f"{prefix}perplexity"]) for one in points]
+        axes.plot(*zip(*sorted(pairs), strict=True), "o-", color=color, label=label)
+    axes.axhline(dense_perplexity, color=DENSE, linestyle=":", label="dense")
+    where = (chosen["counted_speedup"], chosen["perplexity"])
+    axes.plot(*where, "*", color=ROUTED, markersize=18, label=name)
+    axes.set_xlabel("speed-up in counted work")
+    axes.set_ylabel("perplexity")
+    if axes.get_ylim()[1] > 5 * dense_perplexity:
+        axes.set_yscale("log")
+    axes.legend()
+    return figure
