@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_mod.calibration.routed import Routed
+from megatron_mod.checkpoint.companions import member
 from megatron_mod.checkpoint.folders import new_folder, write_durably
 from megatron_mod.checkpoint.manifest import MANIFEST, manifest_text
-from megatron_mod.conversion.hf_reader import member
 
 
 def write_thresholds(

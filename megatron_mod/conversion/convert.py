@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_mod.checkpoint.companions import check_companions, copy_companions
 from megatron_mod.checkpoint.distributed import save_tensors
 from megatron_mod.checkpoint.folders import new_folder, require_room
 from megatron_mod.checkpoint.manifest import (
@@ -23,7 +24,6 @@ from megatron_mod.checkpoint.manifest import (
 )
 from megatron_mod.conversion import mappings, routers
 from megatron_mod.conversion.check import check_hf_names, check_tied, megatron_shapes
-from megatron_mod.conversion.companions import check_companions, copy_companions
 from megatron_mod.conversion.export import add_routing, make_portable
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.finite import cast

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import re
 from contextlib import ExitStack
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_mod.checkpoint.companions import member, read_json
 from megatron_mod.conversion.config_types import check_types
 from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_writer import DTYPE_NAMES
 
-# Everything a user needs beside the weights to run the model: copied along as it is.
-COMPANION_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 
 def read_config(folder: str | Path) -> dict:
@@ -45,63 +37,6 @@ def read_config(folder: str | Path) -> dict:
     config = read_json(folder, "config.json")
     check_types(config, folder / "config.json")
     return config
-
-
-def read_json(folder: Path, name: str) -> dict:
-    """A JSON object of a model folder.
-
-    Raises:
-        ValueError: the file holds something else, or lies outside of the folder.
-    """
-    path = member(folder, name)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold a JSON object.")
-    return values
-
-
-def member(folder: Path, name: str) -> Path:
-    """A file of a model folder, which may come from anywhere, by its name in there.
-
-    A link is followed within the folder and, from a snapshot in Hugging Face's own cache, to the
-    blobs that the cache keeps of it.
-
-    Raises:
-        ValueError: the name, or a link, leads out of the folder.
-    """
-    path = folder / name
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts:
-        raise ValueError(
-            f"{folder}: names {name!r} as a file of its own, which lies outside of it."
-        )
-    if not path.exists():
-        return path
-    root, target = folder.resolve(), path.resolve()
-    if target.is_relative_to(root) or _is_own_blob(target, root):
-        return path
-    raise ValueError(
-        f"{path}: is a link to {target}, outside of the model's folder; put the file itself there."
-    )
-
-
-def _is_own_blob(target: Path, snapshot: Path) -> bool:
-    """Whether a file is the content of a snapshot ``CACHE/models--NAME/snapshots/REVISION``: it
-    lies in ``models--NAME/blobs``, or by its hash in ``CACHE/blobs``."""
-    model = snapshot.parent.parent
-    if snapshot.parent.name != "snapshots" or not model.name.startswith("models--"):
-        return False
-    if target.is_relative_to(model / "blobs"):
-        return True
-    shared = model.parent / "blobs"
-    return target.is_relative_to(shared) and bool(
-        _SHARED_BLOB.fullmatch(target.relative_to(shared).as_posix())
-    )
 
 
 class HFReader:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_mod.checkpoint import checksums
+from megatron_mod.checkpoint.companions import COMPANION_FILES
 from megatron_mod.checkpoint.manifest import (
     HUGGINGFACE,
     MANIFEST,
@@ -20,7 +21,7 @@ from megatron_mod.checkpoint.manifest import (
 from megatron_mod.conversion import megatron_lm
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.families.base import Family
-from megatron_mod.conversion.hf_reader import COMPANION_FILES, read_config
+from megatron_mod.conversion.hf_reader import read_config
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
 

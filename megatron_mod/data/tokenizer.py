@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerFast
 
-from megatron_mod.conversion.companions import check_companions
+from megatron_mod.checkpoint.companions import check_companions
 
 SENTENCEPIECE, VOCABULARY = "tokenizer.model", "vocab.json"
 SETTINGS = ("tokenizer.json", "tokenizer_config.json")

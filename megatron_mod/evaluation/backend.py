@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from megatron_mod.checkpoint.companions import read_json
 from megatron_mod.conversion.config_types import TOKENS, check_fields
-from megatron_mod.conversion.hf_reader import read_json
 from megatron_mod.evaluation.rows import Row, Score
 from megatron_mod.routing.scheme import Scheme
 

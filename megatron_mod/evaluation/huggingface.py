@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_mod.checkpoint.companions import check_companions
 from megatron_mod.conversion.check import check_tied
-from megatron_mod.conversion.companions import check_companions
 from megatron_mod.conversion.export import MODELLING_FILE, MODULE, routing_of
 from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_reader import HFReader, read_config
