@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_mod.config.errors import one_message
 from megatron_mod.data.python_docs import write_splits
 
 
@@ -24,9 +25,10 @@ def main() -> None:
         "held_out": args.held_out,
         "train": 0,
     }
-    for name, path in write_splits(args.save, sizes).items():
-        with path.open(encoding="utf-8") as lines:
-            print(f"{path}: {sum(1 for _ in lines)} {name} records")
+    with one_message():
+        for name, path in write_splits(args.save, sizes).items():
+            with path.open(encoding="utf-8") as lines:
+                print(f"{path}: {sum(1 for _ in lines)} {name} records")
 
 
 if __name__ == "__main__":
