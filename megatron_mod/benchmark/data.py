@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mod.benchmark.data_speed import measure
+from megatron_mod.benchmark.data_speed import measure, needed_tokens_per_second
 from megatron_mod.data.tokenizer import open_tokenizer
 
 
@@ -18,9 +18,9 @@ def compare(data: str, tokenizer: str, *, flops: float, parameters: float, **set
     Raises:
         ValueError: a folder without a tokenizer.
     """
+    needed = needed_tokens_per_second(parameters=parameters, flops=flops)
     result = measure(data, open_tokenizer(tokenizer), **settings)
-    # A forward pass alone, at the device's peak: 2 operations a parameter and token.
-    result["needed_tokens_per_second"] = flops / (2 * parameters)
+    result["needed_tokens_per_second"] = needed
     _print(result)
     return result
 
