@@ -6,7 +6,12 @@ from setuptools import find_packages, setup
 
 QUICKSTART = ["gguf>=0.17", "accelerate>=1.0"]
 EVAL = ["lm-eval>=0.4.13,<0.5", "accelerate>=1.0"]  # tools/evaluate.py --tasks
-TEST = ["pytest>=8", "ruff>=0.17,<0.18"]  # formatting differs between ruff releases
+TEST = [
+    "pytest>=8",
+    "ruff>=0.17,<0.18",  # formatting differs between releases
+    "mypy>=2.4,<2.5",  # so do findings
+    "types-PyYAML",
+]
 
 # Each module of megatron_mod/commands but what they share is a command of its name.
 COMMANDS = sorted(
@@ -19,6 +24,8 @@ setup(
     name="megatron_mod",
     version="0.1.0",
     description="Mixture-of-Depths routers for existing language models, on Megatron-core",
+    author="The megatron_mod developers",
+    license="Apache-2.0",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",

@@ -6,4 +6,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1
 ruff check .
 ruff format --check .
+mypy
 exec python -m pytest "$@"

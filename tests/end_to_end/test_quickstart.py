@@ -21,7 +21,6 @@ from megatron_mod.config import cli
 from tests.helpers import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def run(*command: object, ok: bool = True, **environment: str) -> str:
@@ -300,12 +299,13 @@ def test_quickstart_refuses_before_it_starts(tiny_hf, tmp_path):
         assert not (tmp_path / "x").exists()
 
 
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_readme_shows_one_complete_configuration(tmp_path):
-    (block,) = readme_blocks("yaml")
+def test_the_page_of_settings_shows_one_complete_configuration(tmp_path):
+    (block,) = blocks("configs/README.md", "yaml")
     shown = yaml.safe_load(block)
     assert [f"{section}.{field}" for section in shown for field in shown[section]] == list(
         cli.FIELDS
@@ -321,7 +321,9 @@ def test_readme_shows_one_complete_configuration(tmp_path):
 
 def test_readme_commands_run(quickstart, tiny_hf, tmp_path):
     """The step-by-step commands, with the tiny model in SmolLM2's place and its few steps."""
-    (commands,) = (block for block in readme_blocks("bash") if "convert_hf_to_megatron" in block)
+    (commands,) = (
+        block for block in blocks("README.md", "bash") if "convert_hf_to_megatron" in block
+    )
     commands = commands.replace("\\\n", " ").replace("runs/", f"{tmp_path}/")
     done = []
     for line in commands.splitlines():

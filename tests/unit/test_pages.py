@@ -1,0 +1,65 @@
+"""The pages that people read: their links lead somewhere, their commands have these options."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_mod.config.cli import FIELDS
+from tests.unit.test_commands import SCHEMAS, SCRIPTS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("", ".github", "configs", "megatron_mod", "tools")
+    for path in (ROOT / folder).glob("**/*.md" if folder else "*.md")
+)
+ROOMS = sorted(p.parent.name for p in ROOT.glob("megatron_mod/*/__init__.py"))
+COMMANDS = {script: name for name, script in SCRIPTS.items()}
+
+
+def commands(page: str) -> list[list[str]]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    lines = "".join(re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+    lines = re.sub(r"\[[^]\n]*\]", "", lines.replace("\\\n", " "))
+    return [
+        words
+        for line in lines.splitlines()
+        if (words := shlex.split(line, comments=True)) and any(word in COMMANDS for word in words)
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_commands_have_the_options_that_are_shown(page):
+    for words in commands(page):
+        (place,) = (place for place, word in enumerate(words) if word in COMMANDS)
+        name = COMMANDS[words[place]]
+        given = [w.partition("=")[0][2:] for w in words[place + 1 :] if w.startswith("--")]
+        if name == "train":
+            known = {"config", *FIELDS}
+        else:
+            schema = SCHEMAS[name]
+            fields = schema.__dataclass_fields__
+            aliases = [a for field in fields.values() for a in field.metadata.get("aliases", ())]
+            known = {field.replace("_", "-") for field in fields}
+            known |= {alias.removeprefix("--") for alias in aliases}
+            known |= {option for option in given if "." in option and option in FIELDS}
+        for option in given:
+            plain = option if option in known else option.replace("_", "-")
+            assert plain in known, f"{name}: --{option}"
+
+
+def test_every_room_has_a_page():
+    for room in ROOMS:
+        assert (ROOT / "megatron_mod" / room / "README.md").is_file(), room
