@@ -19,8 +19,8 @@ from megatron_mod.evaluation.rows import Row
 from megatron_mod.parallel import topology
 from megatron_mod.routing.config import resolve_layers
 from megatron_mod.routing.scheme import Scheme
-from megatron_mod.training.loop import describe, prepare
 from megatron_mod.training.loop import train as run_training
+from megatron_mod.training.plan import prepare
 
 CAPACITY, MAX_LENGTH, DEEPEST = 0.75, 160, 15
 
@@ -120,7 +120,6 @@ def train(args: Trainings, name: str, weight: float) -> dict:
         config = cli.parse([*arguments, *args.settings])
         plan = prepare(config)
         with topology.joined(plan.topology, seed=config.train.seed):
-            describe(config, plan)
             run_training(config, plan)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return next(r for r in map(json.loads, reversed(lines)) if "validation_loss" in r)

@@ -20,11 +20,11 @@ def main(arguments: list[str] | None = None) -> None:
         check_outputs(config)
         # The heavy imports come after the command line has been understood.
         from megatron_mod.parallel import topology
-        from megatron_mod.training.loop import describe, prepare, train
+        from megatron_mod.training.loop import train
+        from megatron_mod.training.plan import prepare
 
         limit = {"minutes": config.train.timeout, "setting": "train.timeout"}
         topology.meet(**limit)
         plan = prepare(config)
         with topology.joined(plan.topology, seed=config.train.seed, **limit):
-            describe(config, plan)
             train(config, plan)

@@ -24,16 +24,16 @@ from megatron_mod.conversion.check import (
 from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.megatron_lm import LayerReader, has_stacked_layers
-from megatron_mod.conversion.routers import ROUTER
 from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.model.builder import ModelChunks
+from megatron_mod.model.trainable import BASE, parts_of
 from megatron_mod.parallel.agree import together
 
-NOT_IN_BASE = (ROUTER, "_extra_state")
+_EXTRA = "_extra_state"  # what Transformer Engine's modules keep beside their parameters
 
 
 def load_base(model: ModelChunks, base: Base | str | Path) -> None:
-    """Fill everything but the routers, whatever topology wrote the base; called by all ranks alike.
+    """Fill the part ``BASE``, whatever topology wrote the base; called by all ranks alike.
 
     Of a Hugging Face folder each rank reads the rows and columns it holds, and nothing else.
 
@@ -60,11 +60,17 @@ def _load_state(model: ModelChunks, base: Base) -> None:
             require_finite(tensor, wanted[key].key, where=base.state)
     missing, unexpected = model.load_state_dict(loaded, strict=False)
     assert not unexpected, unexpected
-    assert all(key.endswith(NOT_IN_BASE) for key in missing), missing
+    part = parts_of(model)
+    assert all(key.endswith(_EXTRA) or part(key) != BASE for key in missing), missing
 
 
 def _base_part(model: ModelChunks) -> dict:
-    return {k: v for k, v in model.sharded_state_dict().items() if not k.endswith(NOT_IN_BASE)}
+    part = parts_of(model)
+    return {
+        key: value
+        for key, value in model.sharded_state_dict().items()
+        if part(key) == BASE and not key.endswith(_EXTRA)
+    }
 
 
 @contextlib.contextmanager

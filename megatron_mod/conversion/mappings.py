@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-class Run(NamedTuple):
+class RowRange(NamedTuple):
     """Rows ``start .. stop - 1`` of a Hugging Face tensor."""
 
     name: str
@@ -36,7 +36,7 @@ class Mapping(Protocol):
         """The Hugging Face tensors this row consumes or produces."""
         ...
 
-    def runs(self, rows: int) -> list[Run]:
+    def runs(self, rows: int) -> list[RowRange]:
         """What the parameter's ``rows`` rows are made of, from the first to the last."""
         ...
 
@@ -52,8 +52,8 @@ class Direct:
     def hf(self) -> tuple[str, ...]:
         return (self.hf_name,)
 
-    def runs(self, rows: int) -> list[Run]:
-        return [Run(self.hf_name, 0, rows)]
+    def runs(self, rows: int) -> list[RowRange]:
+        return [RowRange(self.hf_name, 0, rows)]
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ class QKV:
     def hf(self) -> tuple[str, ...]:
         return (self.query, self.key, self.value)
 
-    def runs(self, rows: int) -> list[Run]:
+    def runs(self, rows: int) -> list[RowRange]:
         head_dim = rows // (self.num_query_groups * (self.queries_per_group + 2))
         found = []
         for group in range(self.num_query_groups):
             for name, heads in zip(self.hf, (self.queries_per_group, 1, 1), strict=True):
                 size = heads * head_dim
-                found.append(Run(name, group * size, (group + 1) * size))
+                found.append(RowRange(name, group * size, (group + 1) * size))
         return found
 
 
@@ -97,8 +97,8 @@ class GatedMLP:
     def hf(self) -> tuple[str, ...]:
         return (self.gate, self.up)
 
-    def runs(self, rows: int) -> list[Run]:
-        return [Run(name, 0, rows // 2) for name in self.hf]
+    def runs(self, rows: int) -> list[RowRange]:
+        return [RowRange(name, 0, rows // 2) for name in self.hf]
 
 
 def to_megatron(

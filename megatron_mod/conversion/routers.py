@@ -32,14 +32,13 @@ from megatron_mod.conversion.config_types import (
 from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_reader import HFReader, read_config
 from megatron_mod.model.architecture import Architecture
+from megatron_mod.model.trainable import AVERAGE
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.scheme import GRANULARITIES, Scheme
 
-ROUTER = "router.weight"  # what a router's key ends with
-ROUTER_KEY = f"decoder.layers.{{}}.{ROUTER}"
+ROUTER_KEY = "decoder.layers.{}.router.weight"
 HF_ROUTER_KEY = "model.layers.{}.router.weight"
 OURS = "megatron_mod"  # the published config's field for settings it has none for
-AVERAGE = "average."  # before the key of a router's mean over a training's last steps
 
 
 def read_routers(folder: str | Path, arch: Architecture) -> tuple[RoutingConfig, dict[int, Tensor]]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.layer import RoutedTransformerLayer
 from megatron_mod.model.specs import get_routed_layer_specs
+from megatron_mod.model.trainable import ROUTERS, open_parts
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.router import Router
@@ -33,18 +36,16 @@ class _EndOfBackward(torch.autograd.Function):
 
 class RoutedGPTModel(GPTModel):
     """Megatron's ``GPTModel`` whose padded vocabulary entries stay out of the softmax, and whose
-    backward pass ends at the model's first router.
+    backward pass ends at the first thing that trains.
 
     ``trains_below``: whether an earlier pipeline stage has anything to train. If not, the
-    schedule still gets a gradient to send, but none is computed below this stage's first router.
+    schedule still gets a gradient to send, but none is computed below this stage's first.
     """
 
-    def __init__(
-        self, *args, unpadded_vocab_size: int, trains_below: bool = True, **kwargs
-    ) -> None:
+    def __init__(self, *args, unpadded_vocab_size: int, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.unpadded_vocab_size = unpadded_vocab_size
-        self.trains_below = trains_below
+        self.trains_below = True
 
     def forward(self, *args, **kwargs) -> Tensor:
         """As ``GPTModel``'s."""
@@ -172,10 +173,13 @@ def build_model(
     routing: RoutingConfig | None,
     *,
     implementation: str = "local",
+    trained: Sequence[str] = (ROUTERS,),
 ) -> ModelChunks:
-    """This rank's part of the model on its device, weights not yet loaded, all frozen but routers.
+    """This rank's part of the model on its device, weights not yet loaded; called by all ranks.
 
-    ``implementation``: see ``specs.choose_implementation``.
+    Args:
+        implementation: see ``specs.choose_implementation``.
+        trained: the parts that train (see ``trainable.py``); all else is frozen.
 
     Raises:
         ValueError: degrees that do not divide the model.
@@ -185,7 +189,8 @@ def build_model(
     model = ModelChunks(
         [_build_chunk(arch, config, routing, stage, implementation) for stage in stages]
     )
-    freeze_all_but_routers(model)
+    open_parts(model, trained)
+    _tell_what_trains_below(model)
     return model.to(device.device())
 
 
@@ -197,7 +202,6 @@ def _build_chunk(
     implementation: str,
 ) -> RoutedGPTModel:
     where = {"ignore_virtual": False, "vp_stage": vp_stage}
-    first_layer = get_transformer_layer_offset(config, vp_stage)
     return RoutedGPTModel(
         config=config,
         transformer_layer_spec=get_routed_layer_specs(
@@ -205,7 +209,6 @@ def _build_chunk(
         ),
         vocab_size=padded_vocab_size(arch.vocab_size, tensor=config.tensor_model_parallel_size),
         unpadded_vocab_size=arch.vocab_size,
-        trains_below=routing is not None and min(routing.layers) < first_layer,
         max_sequence_length=arch.max_sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(**where),
         post_process=parallel_state.is_pipeline_last_stage(**where),
@@ -218,8 +221,12 @@ def _build_chunk(
     )
 
 
-def freeze_all_but_routers(model: ModelChunks) -> None:
-    """Leave only the routers' weights trainable; call before wrapping the model in DDP."""
-    model.requires_grad_(False)
-    for router in model.routers().values():
-        router.requires_grad_(True)
+def _tell_what_trains_below(model: ModelChunks) -> None:
+    """Tell each chunk whether an earlier one, here or on another rank, has anything to train."""
+    group = model[0].pg_collection.pp
+    mine = [any(p.requires_grad for p in chunk.parameters()) for chunk in model]
+    of_ranks: list = [None] * group.size()
+    dist.all_gather_object(of_ranks, mine, group=group)
+    in_order = [trains for chunk in zip(*of_ranks, strict=True) for trains in chunk]
+    for number, chunk in enumerate(model):
+        chunk.trains_below = any(in_order[: number * group.size() + group.rank()])

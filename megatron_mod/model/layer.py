@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -15,6 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
+from megatron_mod.model.trainable import ROUTERS
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.decision import keep_mask
 from megatron_mod.routing.router import Router
@@ -32,6 +34,8 @@ class RoutedTransformerLayer(TransformerLayer):
     scatters them again: its tensor-parallel ranks then decide on the same numbers, and
     only chosen tokens take part in its reductions.
     """
+
+    adds: ClassVar[dict[str, str]] = {"router": ROUTERS}
 
     def __init__(self, config, *args, routing: RoutingConfig, **kwargs) -> None:
         if config.hidden_dropout:

@@ -1,35 +1,33 @@
-"""The mean of the routers over the last steps of a training."""
+"""The mean of what trains over the last steps of a training."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from megatron_mod.routing.router import Router
 
-
-class RouterAverage:
-    """Running mean of router weights (Polyak and Juditsky, 1992).
+class ParameterAverage:
+    """Running mean of parameters (Polyak and Juditsky, 1992), by their keys.
 
     A penalty that switches on and off makes capacity swing about its target; the mean over
     the swings lies closer to it than the step at which training happens to end.
     """
 
-    def __init__(self, routers: dict[int, Router]) -> None:
-        self.routers = routers
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.parameters = parameters
         self.count = 0
-        self.mean: dict[int, Tensor] = {}
+        self.mean: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the routers as they are now into the mean."""
+        """Take the parameters as they are now into the mean."""
         self.count += 1
-        for layer, router in self.routers.items():
-            mean = self.mean.setdefault(layer, router.weight.detach().clone())
-            mean += (router.weight - mean) / self.count
+        for key, parameter in self.parameters.items():
+            mean = self.mean.setdefault(key, parameter.detach().clone())
+            mean += (parameter - mean) / self.count
 
     def forget(self) -> None:
         """Start over: the steps taken in so far are no longer the last."""
@@ -37,11 +35,11 @@ class RouterAverage:
 
     @contextlib.contextmanager
     def applied(self, when: bool = True) -> Iterator[None]:
-        """Have the mean in the routers for the block; without any update they stay as they are.
+        """Have the mean in the parameters for the block; without any update they stay as they are.
 
-        The optimizer goes on from the routers it knows, so they come back after the block.
+        The optimizer goes on from the values it knows, so they come back after the block.
         """
-        own = {layer: self.routers[layer].weight.detach().clone() for layer in self.mean}
+        own = {key: self.parameters[key].detach().clone() for key in self.mean}
         self._put(self.mean if when else {})
         try:
             yield
@@ -49,6 +47,6 @@ class RouterAverage:
             self._put(own if when else {})
 
     @torch.no_grad()
-    def _put(self, weights: dict[int, Tensor]) -> None:
-        for layer, weight in weights.items():
-            self.routers[layer].weight.copy_(weight)
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for key, value in values.items():
+            self.parameters[key].copy_(value)

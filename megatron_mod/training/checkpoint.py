@@ -1,11 +1,9 @@
-"""Saves what training changes (routers, optimizer, run state) and reads it back."""
+"""Saves what training changes (what trains, optimizer, run state) and reads it back."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,13 +17,11 @@ from torch import Tensor
 from megatron_mod.checkpoint.distributed import load_state, save_state
 from megatron_mod.checkpoint.folders import write_durably
 from megatron_mod.checkpoint.manifest import STATE, read_manifest, write_manifest
-from megatron_mod.conversion.load import load_base as load_base
-from megatron_mod.conversion.routers import AVERAGE, ROUTER
-from megatron_mod.model.builder import ModelChunks
+from megatron_mod.model.trainable import AVERAGE, Trainable
 from megatron_mod.parallel import device
 from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.routing.capacity import CapacityController
-from megatron_mod.training.average import RouterAverage
+from megatron_mod.training.average import ParameterAverage
 from megatron_mod.training.faults import FaultCounter, require_finite
 from megatron_mod.training.metrics import Metrics
 from megatron_mod.training.optimizer_state import OptimizerState
@@ -36,26 +32,26 @@ _TRACKED = "megatron."
 
 @dataclass
 class RunState:
-    """Everything that steps change. ``models``: this rank's chunks."""
+    """Everything that steps change."""
 
-    models: ModelChunks
+    trainable: Trainable
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     controller: CapacityController
-    average: RouterAverage
+    average: ParameterAverage
     metrics: Metrics
     faults: FaultCounter
 
 
 def save_step(folder: Path, state: RunState, *, step: int, manifest: dict) -> None:
     """Fill a step's folder, which exists and is empty; called by all ranks."""
-    require_finite(step, [router.weight for router in state.average.routers.values()])
-    optimizer = OptimizerState(state.optimizer, state.models, loading=False)
+    trainable = state.trainable
+    require_finite(step, trainable.parameters.values())
+    optimizer = OptimizerState(state.optimizer, trainable.model, loading=False)
     steps = optimizer.steps()
-    routers = _routers(state.models)
     content = {
-        "model": routers,
-        "average": _average(routers, state.average, state.average.mean),
+        "model": trainable.sharded(),
+        "average": trainable.sharded(state.average.mean, prefix=AVERAGE),
         "optimizer": optimizer.tensors() if steps else {},
         "random": _random_states(),
     }
@@ -83,57 +79,32 @@ def load_step(folder: Path, state: RunState, *, same_topology: bool) -> int:
     """
     manifest = read_manifest(folder)
     progress = manifest["progress"]
-    routers = _routers(state.models)
-    optimizer = OptimizerState(state.optimizer, state.models, loading=True)
-    wanted = {"model": routers}
+    trainable = state.trainable
+    optimizer = OptimizerState(state.optimizer, trainable.model, loading=True)
+    wanted = {"model": trainable.sharded()}
     if progress["averaged_steps"]:
-        empty = {layer: torch.empty_like(r.weight) for layer, r in state.average.routers.items()}
-        wanted["average"] = _average(routers, state.average, empty)
+        empty = {key: torch.empty_like(p) for key, p in trainable.parameters.items()}
+        wanted["average"] = trainable.sharded(empty, prefix=AVERAGE)
     if progress["optimizer_steps"]:
         wanted["optimizer"] = optimizer.tensors()
     if same_topology:
         wanted["random"] = _random_states()
     loaded = load_state(wanted, folder / STATE)
 
-    by_layer = {_layer_of(key): tensor for key, tensor in loaded.get("model", {}).items()}
-    for layer, router in state.average.routers.items():
-        router.weight.data.copy_(by_layer[layer])
+    trainable.put(loaded.get("model", {}))
     if progress["optimizer_steps"]:
         tensors = {**loaded.get("optimizer", {}), **loaded.get("model", {})}
         optimizer.load(tensors, steps=progress["optimizer_steps"])
     state.scheduler.step(increment=progress["scheduler_steps"] - state.scheduler.num_steps)
     state.average.count = progress["averaged_steps"]
-    state.average.mean = {_layer_of(key): t for key, t in loaded.get("average", {}).items()}
+    averages = loaded.get("average", {})
+    state.average.mean = {key.removeprefix(AVERAGE): t for key, t in averages.items()}
     state.controller.load_state_dict(progress["controller"])
     state.metrics.load_state_dict(progress["metrics"])
     state.faults.load_state_dict(progress["faults"])
     if same_topology:
         _write_random(loaded["random"])
     return manifest["step"]
-
-
-def _routers(models: ModelChunks) -> dict[str, ShardedTensor]:
-    """This rank's routers by their keys in a checkpoint."""
-    found = {}
-    for model in models:
-        for value in model.sharded_state_dict().values():
-            if value.key.endswith(ROUTER):
-                found[value.key] = value
-    return found
-
-
-def _average(
-    routers: dict[str, ShardedTensor], average: RouterAverage, data: dict[int, Tensor]
-) -> dict[str, ShardedTensor]:
-    return {
-        AVERAGE + key: replace(value, key=AVERAGE + key, data=data[_layer_of(key)])
-        for key, value in routers.items()
-        if _layer_of(key) in data
-    }
-
-
-def _layer_of(key: str) -> int:
-    return int(re.search(r"decoder\.layers\.(\d+)\.", key)[1])
 
 
 def random_sizes() -> dict[str, int]:
@@ -166,25 +137,6 @@ def _write_random(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["torch"])
     if device.HAS_GPU:
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def frozen_digests(model: torch.nn.Module) -> dict[str, str]:
-    """A digest of every frozen parameter of this rank, to the last bit."""
-    return {
-        name: hashlib.blake2b(
-            parameter.detach().cpu().contiguous().view(torch.uint8).numpy(), digest_size=16
-        ).hexdigest()
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad
-    }
-
-
-def count_changed(before: dict[str, str], after: dict[str, str]) -> int:
-    """Frozen parameters, over all ranks, whose digest changed."""
-    changed = torch.tensor(sum(before[name] != after[name] for name in before))
-    changed = changed.to(device.device())
-    dist.all_reduce(changed)
-    return int(changed)
 
 
 def write_json(path: Path, values: dict) -> None:

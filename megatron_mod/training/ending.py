@@ -1,4 +1,4 @@
-"""What a finished training says: where the result is, and what to type next."""
+"""What a finished training says: its summary, where the result is, and what to type next."""
 
 from __future__ import annotations
 
@@ -7,8 +7,34 @@ import shlex
 from pathlib import Path
 
 from megatron_mod.config.schema import Config
+from megatron_mod.parallel import device
+from megatron_mod.training.checkpoint import RunState
+from megatron_mod.training.plan import Plan
 
 _ROOT = Path(__file__).resolve().parents[2]
+
+
+def summary(config: Config, plan: Plan, state: RunState, *, changed: int) -> dict:
+    """``summary.json``; ``changed``: how many frozen parameters are not what they were."""
+    metrics = state.metrics
+    first, last = metrics.first or {}, metrics.last or {}
+    return {
+        "device": device.describe(),
+        "world_size": plan.topology.world_size,
+        "parallel": plan.topology.to_dict(),
+        "train": {
+            "steps": config.train.steps,
+            "skipped_steps": state.faults.skipped,
+            "tokens": metrics.tokens,
+            "tokens_per_second": metrics.tokens_per_second(),
+            "padding": metrics.padding(),
+            "loss_first": first.get("loss"),
+            "loss_last": last.get("loss"),
+            "trainable_parameters": state.trainable.count(),
+            "frozen_parameters_changed": changed,
+        },
+        "capacity_last": last.get("capacity"),
+    }
 
 
 def next_steps(config: Config, *, steps: int) -> str:

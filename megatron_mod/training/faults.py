@@ -65,7 +65,7 @@ def not_finite(loss: Tensor, models: Iterable[torch.nn.Module]) -> Tensor:
 
 
 def require_finite(step: int, weights: Iterable[torch.Tensor]) -> None:
-    """Refuse to save routers that are not finite; called by all ranks.
+    """Refuse to save what is no longer finite; called by all ranks.
 
     Raises:
         ValueError: some are not.

@@ -76,7 +76,7 @@ def _flat(values: dict) -> dict[str, object]:
     return {f"{section}.{k}": v for section, fields in values.items() for k, v in fields.items()}
 
 
-class Run:
+class RunCheckpoints:
     """Saves the state of a run, and goes on from what an earlier job saved; all ranks alike."""
 
     def __init__(
@@ -92,11 +92,6 @@ class Run:
         self.config = config
         self.folder = folder
         self.base = base
-        # Routers, their average and Adam's two moments in float32, each rank's random states, and
-        # as much again to spare.
-        random = dist.get_world_size() * sum(checkpoint.random_sizes().values())
-        routers = 4 * 4 * len(routing.layers) * base.arch.hidden_size
-        self._size = 2**20 + 2 * (routers + random)
         self._manifest = {
             "run": folder.identity(),
             "base": str(base.path.resolve()),
@@ -122,7 +117,7 @@ class Run:
         step = self._load(*found, state) if found else 0
         state.metrics.continue_after(step, found and found[1]["progress"]["metrics"])
         if not found or step < self.config.train.steps:
-            self.folder.require_room(self._size)
+            self.folder.require_room(_size(state))
         self.folder.write_settings(self._manifest["run"], to_yaml(self.config))
         return step
 
@@ -156,7 +151,7 @@ class Run:
         return step
 
     def save(self, step: int, state: RunState, *, leaving: bool = False) -> None:
-        """Save after ``step``; the last step's checkpoint exports the routers' average, if any.
+        """Save after ``step``; the last step's checkpoint exports the average, if any.
 
         ``leaving``: whether the job ends here, so that this one has to be written.
         """
@@ -165,9 +160,16 @@ class Run:
         self.folder.save(
             step,
             lambda folder: checkpoint.save_step(folder, state, step=step, manifest=manifest),
-            size=self._size,
+            size=_size(state),
             last=last or leaving,
         )
+
+
+def _size(state: RunState) -> int:
+    """Bytes of a checkpoint, at most: what trains, its average and Adam's two moments, each rank's
+    random states, and as much again to spare; called by all ranks."""
+    random = dist.get_world_size() * sum(checkpoint.random_sizes().values())
+    return 2**20 + 2 * (4 * state.trainable.nbytes() + random)
 
 
 def _topology(config: Config) -> dict:

@@ -9,15 +9,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mod.conversion.convert import hf_to_megatron
+from megatron_mod.conversion.load import load_base
 from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.batch import collate
 from megatron_mod.data.chat import Sample
 from megatron_mod.data.loader import Loader, StepBatch
 from megatron_mod.evaluation.parity import max_relative_difference, prompt_batch
 from megatron_mod.model.builder import build_model, transformer_config
+from megatron_mod.model.trainable import count_changed, frozen_digests
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.training import checkpoint
 from megatron_mod.training.optimizer import wrap_ddp
 from megatron_mod.training.step import run_schedule
 from tests.helpers.ranks import meet
@@ -44,7 +45,7 @@ def build(base: Path | Base, ranks, *, sequence_parallel: bool = False, routing=
         first_stage_layers=first,
     )
     model = build_model(base.arch, megatron, routing)
-    checkpoint.load_base(model, base)
+    load_base(model, base)
     return model
 
 
@@ -116,7 +117,7 @@ def gradients(
                 router.weight.data.copy_(routers[layer])
             for layer in model.routed_layers().values():
                 layer.check_decisions = True
-            frozen = checkpoint.frozen_digests(model)
+            frozen = frozen_digests(model)
             chunks = wrap_ddp(model, use_distributed_optimizer=distributed)
             for chunk in chunks:
                 chunk.zero_grad_buffer()
@@ -146,9 +147,7 @@ def gradients(
                 "evaluated_capacity": evaluated.capacity.tolist(),
                 "capacity": result.capacity.tolist(),
                 "gradients": grads,
-                "frozen_changed": checkpoint.count_changed(
-                    frozen, checkpoint.frozen_digests(model)
-                ),
+                "frozen_changed": count_changed(frozen, frozen_digests(model)),
             }
     return found
 

@@ -12,7 +12,8 @@ from megatron.core import dist_checkpointing
 from megatron_mod.config import cli
 from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.source import open_base
-from megatron_mod.training.loop import prepare, train
+from megatron_mod.training.loop import train
+from megatron_mod.training.plan import prepare
 from tests.distributed import cases
 from tests.helpers.ranks import meet
 

@@ -225,7 +225,7 @@ MISTAKES = [
 
 def start(settings, monkeypatch, *, world: int) -> None:
     """What ``pretrain_router`` does before ranks meet, in this process."""
-    from megatron_mod.training.loop import prepare
+    from megatron_mod.training.plan import prepare
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", str(world))

@@ -14,8 +14,9 @@ import torch
 from megatron_mod.checkpoint.distributed import load_tensors
 from megatron_mod.checkpoint.folders import only_writer
 from megatron_mod.conversion import convert
-from megatron_mod.conversion.routers import AVERAGE, ROUTER_KEY, read_step
+from megatron_mod.conversion.routers import ROUTER_KEY, read_step
 from megatron_mod.conversion.source import open_source
+from megatron_mod.model.trainable import AVERAGE
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import loop, run_folder
 from megatron_mod.training.checkpoint import RANDOM

@@ -39,7 +39,8 @@ class Trainer:
 
     def train(self, run: Path, **changes: object) -> dict:
         """What launch/pretrain_router.py does once ranks have met; the run's summary."""
-        from megatron_mod.training.loop import prepare, train
+        from megatron_mod.training.loop import train
+        from megatron_mod.training.plan import prepare
 
         config = cli.parse(self.arguments(run, **changes))
         return train(config, prepare(config))

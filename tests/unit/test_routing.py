@@ -180,10 +180,10 @@ def test_capacity_is_one_number_or_one_per_layer():
 
 
 def test_average_is_the_mean_of_what_it_saw():
-    from megatron_mod.training.average import RouterAverage
+    from megatron_mod.training.average import ParameterAverage
 
     router = Router(4)
-    average = RouterAverage({3: router})
+    average = ParameterAverage({"router": router.weight})
     with average.applied():  # nothing seen: nothing changes
         assert not router.weight.any()
     seen = torch.randn(5, 1, 4)

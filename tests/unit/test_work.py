@@ -1,129 +1,104 @@
-"""What a routed layer really computes, counted, and how often it waits for the device."""
+"""Counted work beside what torch's counter sees an export compute, and bytes beside its tensors."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
-from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.routing.scheme import GRANULARITIES
+from megatron_mod.evaluation.work import Work
+from tests.helpers import formula, tiny
+from tests.helpers.routed import save_export
 
-HIDDEN, FFN, HEADS, LENGTH, ROWS = 32, 48, 4, 16, 3
-CASES = [(name, None) for name in GRANULARITIES]
-CASES += [("attn_token", "selected"), ("block_token", "selected")]
-
-
-@pytest.fixture
-def layer_of(single_process):
-    """Makes the only layer of a model, and the rotary table it is called with."""
-    from megatron_mod.model.architecture import Architecture
-    from megatron_mod.model.builder import build_model, transformer_config
-
-    def make(granularity: str, keys_values: str | None = None, **changes: object):
-        arch = Architecture(
-            num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=FFN, num_attention_heads=HEADS,
-            num_query_groups=HEADS, kv_channels=HIDDEN // HEADS, vocab_size=16,
-            max_sequence_length=64, layernorm_epsilon=1e-5, rotary_base=10000.0,
-            tied_embeddings=True,
-        )  # fmt: skip
-        routing = RoutingConfig(granularity, (0,), (0.5,), keys_values=keys_values, **changes)
-        config = transformer_config(arch, dtype=torch.float32)
-        torch.manual_seed(4)
-        model = build_model(arch, config, routing)[0]
-        for parameter in model.parameters():
-            parameter.data.normal_(0.0, 0.3)
-        rotary = model.rotary_pos_emb(LENGTH)
-        return model.decoder.layers[0], rotary
-
-    return make
+LENGTH, ROUTED = 12, (1, 2)
 
 
-def grid() -> torch.Tensor:
-    return torch.randn(LENGTH, ROWS, HIDDEN, generator=torch.Generator().manual_seed(8))
+@pytest.fixture(scope="module", params=["llama", "mistral"])
+def dense(request, tmp_path_factory):
+    changes = {"num_key_value_heads": 2}
+    if request.param == "mistral":
+        changes["sliding_window"] = 5
+    return tiny.save_model(tmp_path_factory.mktemp("work") / "hf", request.param, **changes)
 
 
-def expected_work(granularity: str, keys_values: str | None, kept: list[int]) -> int:
-    """Floating-point operations of a layer whose rows keep ``kept`` tokens each."""
-    everything, chosen = LENGTH * ROWS, sum(kept)
-    rows = sum(n > 0 for n in kept)
-    projection = 2 * HIDDEN * HIDDEN  # a token's, one of query, key, value and output
-    scores = 4 * HIDDEN  # a pair of tokens', logits and weighted sum
-    mlp = 3 * 2 * HIDDEN * FFN  # a token's, gated
-    attention = {
-        "dense": everything * 4 * projection + ROWS * LENGTH**2 * scores,
-        "all": (2 * everything + 2 * chosen) * projection + rows * max(kept) * LENGTH * scores,
-        "selected": chosen * 4 * projection + rows * max(kept) ** 2 * scores,
-    }
-    target = granularity.split("_")[0]
-    which = "dense" if target == "mlp" else (keys_values or "selected")
-    router = everything * 2 * HIDDEN
-    return router + attention[which] + (everything if target == "attn" else chosen) * mlp
+def unseen_pairs(work: Work, kept: dict[int, torch.Tensor]) -> int:
+    """Operations on pairs of a query and a key it does not see, which torch computes and hides."""
+    routing, total = work.routing, 0
+    everyone = torch.ones(LENGTH, dtype=torch.bool)
+    at = torch.arange(LENGTH)
+    for layer in range(work.arch.num_layers):
+        queries = keys = everyone
+        if layer in kept and routing.scheme.target != "mlp":
+            queries = kept[layer]
+            keys = everyone if routing.keys_values == "all" else queries
+            if not queries.any():
+                continue
+        distance = at[queries][:, None] - at[keys]
+        seen = (distance >= 0) & (distance < (work.arch.window_size or LENGTH))
+        total += int(seen.logical_not().sum())
+    return 4 * work.arch.num_attention_heads * work.arch.kv_channels * total
 
 
-@pytest.mark.parametrize(("granularity", "keys_values"), CASES)
-@pytest.mark.parametrize("threshold", [0.5, 1e-9, 1 - 1e-9], ids=["some", "all", "none"])
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "sparse_training"])
-def test_counted_work_is_that_of_the_kept_units(
-    layer_of, granularity, keys_values, threshold, training
-):
-    if granularity.endswith("token") and not granularity.startswith("mlp"):
-        keys_values = keys_values or "all"
-    layer, rotary = layer_of(
-        granularity, keys_values, threshold=threshold, training_compute="sparse"
+@pytest.mark.parametrize("scheme", formula.SCHEMES)
+@pytest.mark.parametrize("threshold", [0.5, 0.0, 1.0], ids=["some", "all", "none"])
+def test_prefill_is_what_torch_counts(dense, scheme, threshold, tmp_path):
+    generator = torch.Generator().manual_seed(5)
+    routers = {layer: torch.randn(1, 32, generator=generator) for layer in ROUTED}
+    if scheme.endswith("sequence"):  # one keeps and one skips
+        routers[2] = -routers[1]
+    routing = formula.SCHEMES[scheme]
+    folder = save_export(tmp_path / "export", dense, routers, threshold=threshold, **routing)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    ids = torch.randint(3, 100, (1, LENGTH), generator=generator)
+    with (
+        torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter
+    ):  # fmt: skip
+        model(ids, use_cache=False, logits_to_keep=1)
+    made = model.model.record.decisions
+    kept = {layer: made[layer][0].flatten().expand(LENGTH) for layer in ROUTED}
+    work = Work.of(json.loads((folder / "config.json").read_text()))
+    assert counter.get_total_flops() == work.prefill(LENGTH, kept) + unseen_pairs(work, kept)
+
+
+def test_a_dense_model_decodes_with_all_it_has(dense):
+    work = Work.of(json.loads((dense / "config.json").read_text()))
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    matrices = sum(
+        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name
     )
-    layer.train(training)
-    decided = []
-    layer._choose = lambda *args, choose=layer._choose: decided.append(choose(*args)) or decided[-1]
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        layer(grid(), rotary_pos_emb=rotary)
-    (chosen,) = decided
-    index = getattr(chosen, "index", torch.arange(LENGTH * ROWS))
-    kept = torch.bincount(index % ROWS, minlength=ROWS).tolist()
-    some = threshold == 0.5
-    assert some == (0 < sum(kept) < LENGTH * ROWS), "the case is not what it should be"
-    if sum(kept) == LENGTH * ROWS:
-        keys_values = "selected"  # nothing is left out, and queries and keys are one projection
-    if not any(kept):
-        keys_values = "selected"  # nobody asks for the keys
-    assert counter.get_total_flops() == expected_work(granularity, keys_values, kept)
+    stored = min(7, (work.arch.window_size or 99) - 1)
+    cache = 2 * 4 * work.arch.num_query_groups * work.arch.kv_channels * stored
+    for batch in (1, 3):
+        found = work.decode_bytes([7] * batch, {}, {}, element_size=4)
+        assert found == 4 * (matrices + batch * cache)
 
 
-class Synchronisations(TorchDispatchMode):
-    """Counts the operations that make the host wait for numbers from the device."""
+def test_what_nobody_keeps_is_not_read(dense):
+    work = Work.of(json.loads((dense / "config.json").read_text()))
+    arch = work.arch
+    key = 2 * 32 * arch.num_query_groups * arch.kv_channels
+    weights = {
+        "attn": 2 * 32 * arch.num_attention_heads * arch.kv_channels + key,
+        "mlp": 3 * 32 * arch.ffn_hidden_size,
+    }
+    weights["block"] = weights["attn"] + weights["mlp"]
+    everything = work.decode_bytes([0, 0], {}, {}, element_size=1)
+    none, one = torch.tensor([False, False]), torch.tensor([True, False])
+    for name, settings in formula.SCHEMES.items():
+        routed = routed_work(arch, **settings)
+        target = settings["granularity"].split("_")[0]
+        offered = key if settings.get("keys_values") == "all" else 0
+        found = routed.decode_bytes([0, 0], {1: none}, {1: [0, 0]}, element_size=1)
+        assert found == everything + 32 - weights[target] + offered, name
+        found = routed.decode_bytes([0, 0], {1: one}, {1: [0, 0]}, element_size=1)
+        assert found == everything + 32, name
 
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
 
-    def __init__(self, monkeypatch) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-        to_list = torch.Tensor.tolist
-        monkeypatch.setattr(
-            torch.Tensor, "tolist", lambda tensor: self.seen.append("tolist") or to_list(tensor)
-        )
+def routed_work(arch, **routing) -> Work:
+    from megatron_mod.routing.config import RoutingConfig
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.split(".")[0]
-        if name in self.NAMES:
-            self.seen.append(name)
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("granularity", "keys_values"), CASES)
-@pytest.mark.parametrize("compute", ["dense", "sparse"])
-def test_the_host_waits_only_for_the_number_of_chosen_tokens(
-    layer_of, granularity, keys_values, compute, monkeypatch
-):
-    layer, rotary = layer_of(granularity, keys_values, training_compute=compute)
-    hidden = grid().requires_grad_()
-    with Synchronisations(monkeypatch) as counted:
-        output, _ = layer(hidden, rotary_pos_emb=rotary)
-        output.square().sum().backward()
-        assert counted.seen == ([] if compute == "dense" else ["tolist"])
-        counted.seen.clear()
-        layer.eval()
-        layer(grid(), rotary_pos_emb=rotary)
-        assert counted.seen == ["tolist"]  # the shapes of what is computed
-    assert layer.router.weight.grad.abs().max() > 0
+    return Work(arch, RoutingConfig(layers=(1,), capacity=(0.5,), **routing))

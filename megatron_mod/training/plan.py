@@ -1,0 +1,109 @@
+"""What a training is to do, checked before it starts, and said when it does."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+from megatron_mod.config.schema import Config
+from megatron_mod.config.validate import check_batches
+from megatron_mod.conversion.source import Base, open_base
+from megatron_mod.data.dataset import Samples, load_data
+from megatron_mod.data.loader import Loader
+from megatron_mod.data.tokenizer import load_tokenizer
+from megatron_mod.model.architecture import check_parallel
+from megatron_mod.model.specs import choose_implementation
+from megatron_mod.parallel import device, topology
+from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.training.resume import check_settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose settings have been checked against the model, the data and the world size."""
+
+    base: Base
+    routing: RoutingConfig
+    topology: topology.Topology
+    implementation: str
+    train: Samples
+    validation: Samples | None
+
+
+def prepare(config: Config) -> Plan:
+    """Check everything that can be checked before ranks meet, and read the data.
+
+    Raises:
+        ValueError: naming the field, its value, the constraint and the remedy.
+    """
+    if int(os.environ.get("RANK", 0)):  # what is said about the data is said once
+        logging.getLogger("megatron_mod").setLevel(logging.ERROR)
+    p = config.parallel
+    implementation = choose_implementation(config.model.transformer_impl)
+    base = open_base(config.model.checkpoint or config.model.hf_path, hf_path=config.model.hf_path)
+    arch = base.arch
+    check_settings(config)
+    plan = topology.plan(
+        tensor=p.tensor_model_parallel_size,
+        pipeline=p.pipeline_model_parallel_size,
+        context=p.context_parallel_size,
+        virtual_pipeline=p.virtual_pipeline_model_parallel_size,
+        world_size=topology.environment_world_size(),
+    )
+    check_parallel(
+        arch,
+        tensor=plan.tensor,
+        pipeline=plan.pipeline,
+        virtual_pipeline=plan.virtual_pipeline,
+        first_stage_layers=p.num_layers_in_first_pipeline_stage,
+    )
+    check_batches(
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_ranks=plan.data,
+        pipeline=plan.pipeline if plan.virtual_pipeline else 1,
+    )
+    if config.data.max_length > arch.max_sequence_length:
+        raise ValueError(
+            f"data.max_length = {config.data.max_length}: the model reads at most "
+            f"{arch.max_sequence_length} tokens (max_position_embeddings)."
+        )
+    routing = config.router.resolve(num_layers=arch.num_layers)
+    tokenizer = load_tokenizer(
+        config.data.tokenizer or base.huggingface, vocab_size=arch.vocab_size
+    )
+    train_data, validation = load_data(config.data, tokenizer, seed=config.train.seed)
+    return Plan(base, routing, plan, implementation, train_data, validation)
+
+
+def make_loader(config: Config, plan: Plan, samples: Samples, *, data_rank: int) -> Loader:
+    """The steps of this data-parallel rank."""
+    ranks = plan.topology
+    return Loader(
+        samples,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        seed=config.train.seed,
+        data_rank=data_rank,
+        data_ranks=ranks.data,
+        multiple=(ranks.tensor if config.parallel.sequence_parallel else 1)
+        * (2 * ranks.context if ranks.context > 1 else 1),
+        group=ranks.pipeline if ranks.virtual_pipeline else 1,
+        row_length=config.data.max_length if config.data.packing else None,
+        parts=samples.weights,
+    )
+
+
+def description(config: Config, plan: Plan, *, parameters: int) -> str:
+    """What is about to run: ranks, model, and what of it trains, so many ``parameters``."""
+    t, routing, arch = plan.topology, plan.routing, plan.base.arch
+    return (
+        f"{t.world_size} rank(s) on {device.describe()}: tensor {t.tensor} x pipeline {t.pipeline}"
+        f"{f' x context {t.context}' if t.context > 1 else ''} x data {t.data}\n"
+        f"{arch.num_layers} layers ({plan.implementation}) frozen in {config.model.dtype};"
+        f" training {len(routing.layers)} routers ({parameters} parameters, float32),"
+        f" {routing.granularity} on layers {list(routing.layers)}\n"
+        f"{len(plan.train)} training and {len(plan.validation or ())} validation samples;"
+        f" {config.train.steps} steps of {config.train.global_batch_size} sequences"
+    )

@@ -1,0 +1,129 @@
+"""What a routed layer really computes, counted, and how often it waits for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.scheme import GRANULARITIES
+
+HIDDEN, FFN, HEADS, LENGTH, ROWS = 32, 48, 4, 16, 3
+CASES = [(name, None) for name in GRANULARITIES]
+CASES += [("attn_token", "selected"), ("block_token", "selected")]
+
+
+@pytest.fixture
+def layer_of(single_process):
+    """Makes the only layer of a model, and the rotary table it is called with."""
+    from megatron_mod.model.architecture import Architecture
+    from megatron_mod.model.builder import build_model, transformer_config
+
+    def make(granularity: str, keys_values: str | None = None, **changes: object):
+        arch = Architecture(
+            num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=FFN, num_attention_heads=HEADS,
+            num_query_groups=HEADS, kv_channels=HIDDEN // HEADS, vocab_size=16,
+            max_sequence_length=64, layernorm_epsilon=1e-5, rotary_base=10000.0,
+            tied_embeddings=True,
+        )  # fmt: skip
+        routing = RoutingConfig(granularity, (0,), (0.5,), keys_values=keys_values, **changes)
+        config = transformer_config(arch, dtype=torch.float32)
+        torch.manual_seed(4)
+        model = build_model(arch, config, routing)[0]
+        for parameter in model.parameters():
+            parameter.data.normal_(0.0, 0.3)
+        rotary = model.rotary_pos_emb(LENGTH)
+        return model.decoder.layers[0], rotary
+
+    return make
+
+
+def grid() -> torch.Tensor:
+    return torch.randn(LENGTH, ROWS, HIDDEN, generator=torch.Generator().manual_seed(8))
+
+
+def expected_work(granularity: str, keys_values: str | None, kept: list[int]) -> int:
+    """Floating-point operations of a layer whose rows keep ``kept`` tokens each."""
+    everything, chosen = LENGTH * ROWS, sum(kept)
+    rows = sum(n > 0 for n in kept)
+    projection = 2 * HIDDEN * HIDDEN  # a token's, one of query, key, value and output
+    scores = 4 * HIDDEN  # a pair of tokens', logits and weighted sum
+    mlp = 3 * 2 * HIDDEN * FFN  # a token's, gated
+    attention = {
+        "dense": everything * 4 * projection + ROWS * LENGTH**2 * scores,
+        "all": (2 * everything + 2 * chosen) * projection + rows * max(kept) * LENGTH * scores,
+        "selected": chosen * 4 * projection + rows * max(kept) ** 2 * scores,
+    }
+    target = granularity.split("_")[0]
+    which = "dense" if target == "mlp" else (keys_values or "selected")
+    router = everything * 2 * HIDDEN
+    return router + attention[which] + (everything if target == "attn" else chosen) * mlp
+
+
+@pytest.mark.parametrize(("granularity", "keys_values"), CASES)
+@pytest.mark.parametrize("threshold", [0.5, 1e-9, 1 - 1e-9], ids=["some", "all", "none"])
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "sparse_training"])
+def test_counted_work_is_that_of_the_kept_units(
+    layer_of, granularity, keys_values, threshold, training
+):
+    if granularity.endswith("token") and not granularity.startswith("mlp"):
+        keys_values = keys_values or "all"
+    layer, rotary = layer_of(
+        granularity, keys_values, threshold=threshold, training_compute="sparse"
+    )
+    layer.train(training)
+    decided = []
+    layer._choose = lambda *args, choose=layer._choose: decided.append(choose(*args)) or decided[-1]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        layer(grid(), rotary_pos_emb=rotary)
+    (chosen,) = decided
+    index = getattr(chosen, "index", torch.arange(LENGTH * ROWS))
+    kept = torch.bincount(index % ROWS, minlength=ROWS).tolist()
+    some = threshold == 0.5
+    assert some == (0 < sum(kept) < LENGTH * ROWS), "the case is not what it should be"
+    if sum(kept) == LENGTH * ROWS:
+        keys_values = "selected"  # nothing is left out, and queries and keys are one projection
+    if not any(kept):
+        keys_values = "selected"  # nobody asks for the keys
+    assert counter.get_total_flops() == expected_work(granularity, keys_values, kept)
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts the operations that make the host wait for numbers from the device."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+    def __init__(self, monkeypatch) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        to_list = torch.Tensor.tolist
+        monkeypatch.setattr(
+            torch.Tensor, "tolist", lambda tensor: self.seen.append("tolist") or to_list(tensor)
+        )
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        if name in self.NAMES:
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("granularity", "keys_values"), CASES)
+@pytest.mark.parametrize("compute", ["dense", "sparse"])
+def test_the_host_waits_only_for_the_number_of_chosen_tokens(
+    layer_of, granularity, keys_values, compute, monkeypatch
+):
+    layer, rotary = layer_of(granularity, keys_values, training_compute=compute)
+    hidden = grid().requires_grad_()
+    with Synchronisations(monkeypatch) as counted:
+        output, _ = layer(hidden, rotary_pos_emb=rotary)
+        output.square().sum().backward()
+        assert counted.seen == ([] if compute == "dense" else ["tolist"])
+        counted.seen.clear()
+        layer.eval()
+        layer(grid(), rotary_pos_emb=rotary)
+        assert counted.seen == ["tolist"]  # the shapes of what is computed
+    assert layer.router.weight.grad.abs().max() > 0

@@ -1,0 +1,104 @@
+"""What trains is told by the module that adds it; whatever it is, it is saved and gone on from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_mod.checkpoint.distributed import load_tensors
+from megatron_mod.parallel.topology import plan
+from tests.helpers.runs import Trainer, metrics
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 2, bias=False)  # as Megatron's experts call theirs
+
+
+class Layer(nn.Module):
+    adds = {"router": "routers", "adapters": "adapters"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Gate()
+        self.router = nn.Linear(4, 1, bias=False)
+        self.adapters = nn.ModuleDict({"router": nn.Linear(4, 4)})
+
+
+def test_a_part_is_what_its_owner_says_whatever_it_is_called():
+    from megatron_mod.model.trainable import BASE, frozen_digests, open_parts, parts_of
+
+    model = nn.ModuleList([Layer(), Gate()])
+    part = parts_of(model)
+    assert {name: part(name) for name in model.state_dict()} == {
+        "0.mlp.router.weight": BASE,
+        "0.router.weight": "routers",
+        "0.adapters.router.weight": "adapters",
+        "0.adapters.router.bias": "adapters",
+        "1.router.weight": BASE,
+    }
+    for opened in ([], ["routers"], ["routers", "adapters"], [BASE]):
+        open_parts(model, opened)
+        trains = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trains == {name for name in model.state_dict() if part(name) in opened}
+        assert trains.isdisjoint(frozen_digests(model))
+        assert trains | set(frozen_digests(model)) == set(model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory, single_process):
+    return Trainer(tmp_path_factory.mktemp("trainer"))
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Routed layers with a small matrix of their own, which trains with the router."""
+    from megatron_mod.model.layer import RoutedTransformerLayer
+    from megatron_mod.model.trainable import ROUTERS
+
+    make, forward = RoutedTransformerLayer.__init__, RoutedTransformerLayer.forward
+
+    def with_stand_in(self, config, *args, **kwargs):
+        make(self, config, *args, **kwargs)
+        self.stand_in = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        nn.init.zeros_(self.stand_in.weight)
+
+    def with_its_output(self, hidden_states, *args, **kwargs):
+        output, rest = forward(self, hidden_states, *args, **kwargs)
+        return output + self.stand_in(hidden_states), rest
+
+    monkeypatch.setattr(RoutedTransformerLayer, "__init__", with_stand_in)
+    monkeypatch.setattr(RoutedTransformerLayer, "forward", with_its_output)
+    adds = {"router": ROUTERS, "stand_in": ROUTERS}
+    monkeypatch.setattr(RoutedTransformerLayer, "adds", adds)
+
+
+def test_what_is_added_needs_nothing_else_to_be_saved_and_gone_on_from(
+    trainer, stand_ins, tmp_path
+):
+    from megatron_mod.conversion.restore import restore_model
+    from megatron_mod.conversion.source import open_source
+
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    summary = trainer.train(whole, optimizer__lr=0.01)["train"]
+    assert summary["trainable_parameters"] == 2 * (32 + 32 * 32)
+    assert summary["frozen_parameters_changed"] == 0
+    trainer.train(halves, optimizer__lr=0.01)
+    for step in ("step_00000004", "step_00000006"):  # as a job that was killed leaves it
+        for path in sorted((halves / step).rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        (halves / step).rmdir()
+    trainer.train(halves, optimizer__lr=0.01)
+    assert metrics(halves) == metrics(whole)
+    saved, again = (load_tensors(run / "step_00000006" / "state") for run in (whole, halves))
+    assert saved.keys() == again.keys()
+    trained = [key for key in saved if not key.startswith("random.")]
+    assert all(torch.equal(saved[key], again[key]) for key in trained)
+
+    model, _ = restore_model(open_source(whole), plan(tensor=1, pipeline=1, world_size=1))
+    for index, layer in model.routed_layers().items():
+        mean = saved[f"average.decoder.layers.{index}.stand_in.weight"]
+        assert mean.any()
+        assert torch.equal(layer.stand_in.weight, mean)
