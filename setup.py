@@ -8,6 +8,13 @@ QUICKSTART = ["gguf>=0.17", "accelerate>=1.0"]
 EVAL = ["lm-eval>=0.4.13,<0.5", "accelerate>=1.0"]  # tools/evaluate.py --tasks
 TEST = ["pytest>=8", "ruff>=0.17,<0.18"]  # formatting differs between ruff releases
 
+# Each module of megatron_mod/commands but what they share is a command of its name.
+COMMANDS = sorted(
+    path.stem
+    for path in Path(__file__).with_name("megatron_mod").joinpath("commands").glob("*.py")
+    if path.stem not in ("__init__", "command")
+)
+
 setup(
     name="megatron_mod",
     version="0.1.0",
@@ -24,6 +31,7 @@ setup(
         "transformers>=4.57,<6",
         "safetensors>=0.5",
         "jsonargparse[signatures]>=4.40",
+        "docstring-parser>=0.15",
         "pyyaml",
         "rich>=13",
         "tqdm",
@@ -36,5 +44,11 @@ setup(
         "protobuf",  # Transformers reads sentencepiece models with it
         "xxhash>=3",
     ],
+    entry_points={
+        "console_scripts": [
+            f"megatron-mod-{name.replace('_', '-')} = megatron_mod.commands.{name}:main"
+            for name in COMMANDS
+        ]
+    },
     extras_require={"quickstart": QUICKSTART, "eval": EVAL, "test": TEST + QUICKSTART + EVAL},
 )

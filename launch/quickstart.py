@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import prologue  # noqa: F401
 
+from megatron_mod.config.rules import NewFolder
 from megatron_mod.process import one_message, run_command
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ def arguments() -> argparse.Namespace:
         )
     if args.steps is not None and args.steps < 0:
         parser.error(f"--steps {args.steps}: must be at least 0.")
-    if args.out.exists():
-        parser.error(f"--out {args.out}: already exists; remove it or give another output folder.")
+    if problem := NewFolder().problem(str(args.out)):
+        parser.error(f"--out {args.out}: {problem}.")
     return args
 
 
@@ -91,13 +92,14 @@ class Steps:
 
 def read_architecture(hf_path: Path, *, tensor: int, pipeline: int) -> Architecture:
     """The model's shape, refused here rather than after minutes of work."""
+    from megatron_mod.config.ranks import OPTIONS
     from megatron_mod.conversion.families import family_of
     from megatron_mod.conversion.hf_reader import read_config
     from megatron_mod.model.architecture import check_parallel
 
     hf_config = read_config(hf_path)
     arch = family_of(hf_config).architecture_of(hf_config)
-    check_parallel(arch, tensor=tensor, pipeline=pipeline)
+    check_parallel(arch, tensor=tensor, pipeline=pipeline, names=OPTIONS)
     return arch
 
 

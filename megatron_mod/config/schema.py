@@ -6,10 +6,21 @@ dataclasses, and ``--help`` is made from their docstrings.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+from megatron_mod.config.rules import (
+    AT_LEAST_0,
+    COUNT,
+    SEED,
+    SHARE,
+    OutputFolder,
+    Range,
+    setting,
+)
 from megatron_mod.routing.config import RoutingConfig, resolve_capacity, resolve_layers
+
+MINUTES_OF_A_YEAR = 525_600
 
 
 @dataclass
@@ -67,16 +78,25 @@ class RouterConfig:
     granularity: Literal[
         "attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token"
     ] = "attn_sequence"
-    layers: dict[str, int] | list[int] = field(default_factory=lambda: {"deepest": 16})
-    capacity: float | list[float] = 0.5
+    layers: dict[str, int] | list[int] = setting(AT_LEAST_0, default={"deepest": 16})
+    capacity: float | list[float] = setting(Range(above=0, most=1), default=0.5)
     scope: Literal["layer", "model"] = "model"
-    capacity_loss_weight: float = 1.0
-    capacity_warmup_fraction: float = 0.0
-    threshold: float = 0.5
+    capacity_loss_weight: float = setting(
+        Range(
+            above=0,
+            why=", or nothing holds the capacity; to train without a budget set router.capacity "
+            "to 1.0",
+        ),
+        default=1.0,
+    )
+    capacity_warmup_fraction: float = setting(SHARE, default=0.0)
+    threshold: float = setting(
+        Range(above=0, below=1, why=" (0 keeps everything, 1 nothing)"), default=0.5
+    )
     pooling: Literal["all", "prompt"] | None = None
     keys_values: Literal["all", "selected"] | None = None
     training_compute: Literal["dense", "sparse"] = "dense"
-    check_decisions_interval: int = 0
+    check_decisions_interval: int = setting(AT_LEAST_0, default=0)
 
     def resolve(self, *, num_layers: int) -> RoutingConfig:
         """These settings for a model of ``num_layers`` layers.
@@ -130,9 +150,9 @@ class DataConfig:
 
     train: dict[str, float] | list[str] | str
     validation: list[str] | str | None = None
-    validation_split: float = 0.0
-    max_train_samples: int | None = None
-    max_length: int = 2048
+    validation_split: float = setting(Range(least=0, below=1), default=0.0)
+    max_train_samples: int | None = setting(COUNT, default=None)
+    max_length: int = setting(Range(least=2), default=2048)
     template: Literal["auto", "published", "tokenizer"] = "auto"
     tokenizer: str | None = None
     packing: bool = False
@@ -158,11 +178,11 @@ class ParallelConfig:
         use_distributed_optimizer: data-parallel ranks split the optimizer's state.
     """
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
-    num_layers_in_first_pipeline_stage: int | None = None
+    tensor_model_parallel_size: int = setting(COUNT, default=1)
+    pipeline_model_parallel_size: int = setting(COUNT, default=1)
+    virtual_pipeline_model_parallel_size: int | None = setting(Range(least=2), default=None)
+    context_parallel_size: int = setting(COUNT, default=1)
+    num_layers_in_first_pipeline_stage: int | None = setting(COUNT, default=None)
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
 
@@ -175,7 +195,7 @@ class TrainConfig:
         steps: optimizer steps; 0 saves the untrained routers.
         global_batch_size: documents (sequences) a step, over all ranks, packed or not.
         micro_batch_size: rows a forward pass; divides global_batch_size / data ranks.
-        seed: of the data order and of initialisation.
+        seed: of the data order and of initialisation; 0 to 4294967295.
         validation_interval: steps between measurements on data.validation; 0: none.
         max_skipped_steps: steps in a row that may be skipped because the loss or a gradient is not
             finite, before the run stops; 0 stops at the first.
@@ -183,13 +203,13 @@ class TrainConfig:
             stops and names it; also of every collective.
     """
 
-    steps: int
-    global_batch_size: int = 64
-    micro_batch_size: int = 1
-    seed: int = 1234
-    validation_interval: int = 0
-    max_skipped_steps: int = 3
-    timeout: float = 10.0
+    steps: int = setting(AT_LEAST_0)
+    global_batch_size: int = setting(COUNT, default=64)
+    micro_batch_size: int = setting(COUNT, default=1)
+    seed: int = setting(SEED, default=1234)
+    validation_interval: int = setting(AT_LEAST_0, default=0)
+    max_skipped_steps: int = setting(AT_LEAST_0, default=3)
+    timeout: float = setting(Range(above=0, below=MINUTES_OF_A_YEAR), default=10.0)
 
 
 @dataclass
@@ -205,11 +225,11 @@ class OptimizerConfig:
             final checkpoint; 0 keeps the last step's; 0 to 1.
     """
 
-    lr: float = 1e-3
-    warmup_fraction: float = 0.03
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
-    average_fraction: float = 0.0
+    lr: float = setting(Range(above=0), default=1e-3)
+    warmup_fraction: float = setting(SHARE, default=0.03)
+    weight_decay: float = setting(AT_LEAST_0, default=0.0)
+    clip_grad: float = setting(AT_LEAST_0, default=1.0)
+    average_fraction: float = setting(SHARE, default=0.0)
 
 
 @dataclass
@@ -227,9 +247,9 @@ class CheckpointConfig:
             `continue` to the next one; the last step's must be written.
     """
 
-    save: str
-    interval: int = 0
-    keep: int = 3
+    save: str = setting(OutputFolder())
+    interval: int = setting(AT_LEAST_0, default=0)
+    keep: int = setting(AT_LEAST_0, default=3)
     on_corrupt: Literal["stop", "previous"] = "stop"
     on_save_error: Literal["stop", "continue"] = "stop"
 
@@ -242,7 +262,7 @@ class LoggingConfig:
         interval: steps between progress lines, at least 1.
     """
 
-    interval: int = 1
+    interval: int = setting(COUNT, default=1)
 
 
 @dataclass

@@ -12,6 +12,7 @@ A training step (what ``pretrain_router`` writes, under ``checkpoint.save``)::
     RUN/step_00000100/megatron_mod.json   kind, step, base and its fingerprint, routing, checksums
     RUN/step_00000100/state/              routers, their average, optimizer, schedule, run state
     RUN/latest                            the name of the newest step folder
+    RUN/config.yaml                       the resolved configuration
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_mod.config import model_folder
 from megatron_mod.conversion import checksums
 from megatron_mod.folders import files_below
 
-MANIFEST = "megatron_mod.json"
+MANIFEST, LATEST = model_folder.MANIFEST, model_folder.LATEST
+HUGGINGFACE = model_folder.HUGGINGFACE
 STATE = "state"
-HUGGINGFACE = "huggingface"
 ROUTERS = "routers"
-LATEST = "latest"
 FORMAT = 2
 
 
@@ -49,6 +50,8 @@ def read_manifest(folder: str | Path, *, kind: str | None = None) -> dict:
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
+        if model_folder.is_started_run(folder):
+            raise ValueError(f"{folder}: {model_folder.NOT_SAVED}.")
         state = "has no " + MANIFEST if folder.is_dir() else "does not exist"
         raise ValueError(
             f"{folder}: {state}; give a folder that tools/convert_hf_to_megatron.py or "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -27,8 +26,6 @@ from megatron_mod.conversion.weights import hf_weights
 from megatron_mod.folders import new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS.update({"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40})
 
 
 def hf_to_megatron(
@@ -166,19 +163,6 @@ def copy_companions(source: Path, target: Path, *, dtype: str | None = None) -> 
         config = json.loads(path.read_text(encoding="utf-8"))
         key = "dtype" if "dtype" in config else "torch_dtype"
         path.write_text(json.dumps({**config, key: dtype}, indent=2) + "\n", encoding="utf-8")
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``5GB``, ``500MB``, ``2GiB`` or ``1000``.
-
-    Raises:
-        ValueError: not a size, or none above zero.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    size = match and match[2].upper() in _UNITS and int(float(match[1]) * _UNITS[match[2].upper()])
-    if not size:
-        raise ValueError(f"--max-shard-size {text}: give a size such as 5GB, 500MB or 2GiB.")
-    return size
 
 
 def _as(like: Tensor, dtype: str | None) -> Tensor:

@@ -111,6 +111,11 @@ def open_source(load: str | Path, *, base: str | Path | None = None) -> Source:
         found.fingerprint()
         return Source(found)
     manifest = layout.verify(step)
+    if base is None and not (step / manifest["base"]).exists():
+        raise ValueError(
+            f"{(step / manifest['base']).resolve()}: the base that {load} was trained on is not "
+            "there any more; say where it is now with --base DIR."
+        )
     found = open_base(base or step / manifest["base"], hf_path=manifest.get("base_config"))
     check_base(found.fingerprint(), manifest, step=step, base=found.path)
     return Source(found, step, RoutingConfig.from_dict(manifest["routing"]))

@@ -9,14 +9,15 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_mod.evaluation.budget import BudgetRequest
+from megatron_mod.config.budget import BudgetRequest
+from megatron_mod.config.evaluation import TEXT_LENGTH
+from megatron_mod.evaluation.budget import find
 from megatron_mod.evaluation.calibration import Calibration
 from megatron_mod.evaluation.curve import NEAR, Curve, CurvePoint
 from megatron_mod.evaluation.export_timing import ExportTiming
 from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.load import Routed, load_routed
 from megatron_mod.evaluation.perplexity import holds_conversations, read_rows
-from megatron_mod.evaluation.request import TEXT_LENGTH
 from megatron_mod.evaluation.rows import Row, evenly
 from megatron_mod.evaluation.thresholds_file import write_thresholds
 from megatron_mod.parallel.agree import on_first_rank
@@ -33,7 +34,7 @@ def calibrate(request: BudgetRequest, ranks: Topology) -> dict:
         ValueError: nothing to calibrate, or a budget that cannot be met; nothing is written.
     """
     settings = {name: getattr(request, name) for name in ("max_length", "batch_size", "pooling")}
-    model = load_routed(request.load, ranks, dtype=request.dtype, **settings)
+    model = load_routed(request.load, ranks, dtype=request.dtype, base=request.base, **settings)
     rows = calibration_rows(request, model)
     before = model.backend.thresholds
     scope = request.scope or model.work.routing.scope
@@ -52,7 +53,7 @@ def calibrate(request: BudgetRequest, ranks: Topology) -> dict:
         calibration = Calibration(
             model.backend, rows, model.work, scope=scope, after_pass=passes.update
         )
-        chosen = request.find(calibration)
+        chosen = find(request, calibration)
         curve = Curve(calibration, timing=timing)
         say(HEADER)
         say(dense_line(calibration))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from megatron_mod.evaluation.calibration import Calibration, Point
 from megatron_mod.evaluation.static import removed_layers
 
-CAPACITIES = (0.9, 0.75, 0.6, 0.5, 0.4, 0.25)
 NEAR = 0.02  # what a curve's capacity may differ from the one asked for
 
 

@@ -12,12 +12,19 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_mod.config.model_folder import is_run
+from megatron_mod.conversion.source import open_source
 from megatron_mod.data.batch import MicroBatch
+from megatron_mod.data.python_docs import topic_text
 from megatron_mod.evaluation.forward import run_forward
 from megatron_mod.evaluation.rows import Row, collate_rows
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.parallel import device
+from megatron_mod.parallel.topology import Topology
 from megatron_mod.routing.masks import valid_tokens
+from megatron_mod.training.restore import restore_model
+
+PROMPT_WORDS = (64, 200)
 
 
 def prompt_batch(rows: Sequence[Sequence[int]]) -> MicroBatch:
@@ -32,6 +39,20 @@ def megatron_logits(model: ModelChunks, batches: Sequence[MicroBatch]) -> list[T
         return gather_from_tensor_model_parallel_region(logits)[..., : model.unpadded_vocab_size]
 
     return run_forward(model.eval(), batches, len(batches), read=whole_vocabulary)
+
+
+def compare(
+    load: str | Path, hf_path: str | Path, ranks: Topology, *, base: str | Path | None = None
+) -> float:
+    """``max_relative_difference`` of a base checkpoint or a training run on some real English, the
+    start of Python's language reference; called by all ranks.
+
+    ``base``: where the base of a training run is now, if not where it was.
+    """
+    model, tokenizer = restore_model(open_source(load, base=base if is_run(load) else None), ranks)
+    words = topic_text().split()
+    rows = tokenizer([" ".join(words[:count]) for count in PROMPT_WORDS])["input_ids"]
+    return max_relative_difference(model, hf_path, [prompt_batch(rows)])
 
 
 @torch.no_grad()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from megatron_mod.config.evaluation import TEXT_LENGTH, Request
 from megatron_mod.evaluation.backend import Backend
 from megatron_mod.evaluation.perplexity import perplexity, read_rows
-from megatron_mod.evaluation.request import TEXT_LENGTH, Request
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

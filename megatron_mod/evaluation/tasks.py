@@ -9,9 +9,9 @@ from pathlib import Path
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from megatron_mod.config.evaluation import Request
 from megatron_mod.evaluation.backend import Backend
 from megatron_mod.evaluation.lm_eval_model import BackendLM
-from megatron_mod.evaluation.request import Request
 
 BOOTSTRAP = 100_000  # lm-eval's own; only for metrics without a formula for their error
 

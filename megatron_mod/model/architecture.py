@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from megatron_mod.config.ranks import SETTINGS, degree
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,11 @@ def check_parallel(
     pipeline: int,
     virtual_pipeline: int | None = None,
     first_stage_layers: int | None = None,
+    names: Mapping[str, str] = SETTINGS,
 ) -> None:
     """Refuse degrees that do not divide the model.
+
+    ``names``: what the user calls the degrees, ``SETTINGS`` or ``OPTIONS``.
 
     Raises:
         ValueError: naming the field, its value, the constraint and what would fit.
@@ -47,18 +53,18 @@ def check_parallel(
         if number % tensor:
             fits = _divisors(arch.num_attention_heads, arch.num_query_groups, arch.ffn_hidden_size)
             raise ValueError(
-                f"parallel.tensor_model_parallel_size = {tensor}: does not divide this model's "
-                f"{number} {what}; use one of {fits}."
+                f"{degree('tensor', tensor, names)}: does not divide this model's {number} {what}; "
+                f"use one of {fits}."
             )
     if virtual_pipeline is not None:
         _check_virtual(arch, pipeline=pipeline, virtual=virtual_pipeline, first=first_stage_layers)
     if first_stage_layers is not None:
         _check_first_stage(arch, pipeline=pipeline, layers=first_stage_layers)
     elif arch.num_layers % pipeline:
+        uneven = ", or set parallel.num_layers_in_first_pipeline_stage" * (names is SETTINGS)
         raise ValueError(
-            f"parallel.pipeline_model_parallel_size = {pipeline}: does not divide this model's "
-            f"{arch.num_layers} layers; use one of {_divisors(arch.num_layers)}, or set "
-            "parallel.num_layers_in_first_pipeline_stage."
+            f"{degree('pipeline', pipeline, names)}: does not divide this model's "
+            f"{arch.num_layers} layers; use one of {_divisors(arch.num_layers)}{uneven}."
         )
 
 

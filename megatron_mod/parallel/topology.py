@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_mod.config.ranks import check_ranks
 from megatron_mod.parallel import device
 from megatron_mod.parallel.heartbeat import Heartbeat
 from megatron_mod.process import Stopped
@@ -57,16 +59,10 @@ def plan(
     Raises:
         ValueError: the degrees do not divide the world size.
     """
-    model_parallel = tensor * pipeline * context
-    if min(tensor, pipeline, context) < 1 or world_size % model_parallel:
-        raise ValueError(
-            f"parallel.tensor_model_parallel_size ({tensor}) x "
-            f"parallel.pipeline_model_parallel_size ({pipeline}) x "
-            f"parallel.context_parallel_size ({context}) = {model_parallel} does not "
-            f"divide the {world_size} ranks started; start a multiple of {model_parallel} "
-            "(torchrun --nproc_per_node), or change the degrees."
-        )
-    return Topology(tensor, pipeline, world_size // model_parallel, context, virtual_pipeline)
+    degrees = {"tensor": tensor, "pipeline": pipeline, "context": context}
+    check_ranks(degrees, world_size=world_size)
+    data = world_size // math.prod(degrees.values())
+    return Topology(tensor, pipeline, data, context, virtual_pipeline)
 
 
 def environment_world_size() -> int:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mod.config import cli
+from megatron_mod.config.model_folder import CONFIG, TrainingRun
 from megatron_mod.config.schema import Config
 from megatron_mod.conversion import checkpoint as layout
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.training.run_folder import CONFIG
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,8 @@ def read_run(folder: str | Path) -> Run:
         ValueError: not such a folder.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise ValueError(
-            f"{folder}: holds no training run; give the checkpoint.save folder of one (with "
-            f"{CONFIG} and metrics.jsonl)."
-        )
+    if problem := TrainingRun().problem(str(folder)):
+        raise ValueError(f"{folder}: {problem}.")
     routing = None
     if (folder / layout.LATEST).is_file():
         manifest = layout.read_manifest(layout.resolve_step(folder))

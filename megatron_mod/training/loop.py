@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mod.config.cli import to_yaml
+from megatron_mod.config.model_folder import CONFIG
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
 from megatron_mod.conversion.source import Base, open_base
@@ -34,7 +35,7 @@ from megatron_mod.training.faults import FaultCounter, not_finite
 from megatron_mod.training.metrics import Metrics
 from megatron_mod.training.optimizer import build_optimizer, wrap_ddp
 from megatron_mod.training.resume import Run, check_settings
-from megatron_mod.training.run_folder import CONFIG, RunFolder
+from megatron_mod.training.run_folder import RunFolder
 from megatron_mod.training.signals import StopRequest, stopped
 from megatron_mod.training.start import start_routers
 from megatron_mod.training.step import StepResult, run_schedule

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_mod.config.ranks import OPTIONS
 from megatron_mod.conversion.load import load_base
 from megatron_mod.conversion.routers import read_step
 from megatron_mod.conversion.source import Source
@@ -24,7 +25,7 @@ def restore_model(
         ValueError: a topology that does not fit it.
     """
     base = source.base
-    check_parallel(base.arch, tensor=ranks.tensor, pipeline=ranks.pipeline)
+    check_parallel(base.arch, tensor=ranks.tensor, pipeline=ranks.pipeline, names=OPTIONS)
     config = transformer_config(
         base.arch, dtype=dtype, tensor=ranks.tensor, pipeline=ranks.pipeline
     )

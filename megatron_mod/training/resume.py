@@ -8,13 +8,14 @@ from pathlib import Path
 import torch.distributed as dist
 import yaml
 
+from megatron_mod.config.model_folder import CONFIG
 from megatron_mod.config.schema import Config
 from megatron_mod.conversion.source import Base, check_base
 from megatron_mod.parallel.topology import print_once
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import checkpoint
 from megatron_mod.training.checkpoint import RunState
-from megatron_mod.training.run_folder import CONFIG, RunFolder
+from megatron_mod.training.run_folder import RunFolder
 
 # Everything else says what is computed. The base may have moved: its fingerprint is compared.
 _MAY_CHANGE = {

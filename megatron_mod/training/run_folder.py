@@ -17,8 +17,6 @@ from megatron_mod.folders import only_writer, publish, remove, write_durably
 from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.parallel.topology import print_once
 
-CONFIG = "config.yaml"
-
 
 class RunFolder:
     """``checkpoint.save`` while a job runs; every method is called by all ranks alike."""

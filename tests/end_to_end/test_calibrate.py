@@ -213,7 +213,7 @@ def test_more_than_all_that_is_routed_cannot_be_saved(case, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"capacity": 1.5}, "--capacity 1.5: must be from 0"),
+        ({"capacity": 1.5}, "--capacity 1.5: must be 0 to 1"),
         ({"speedup": 1.0}, "--speedup 1: must be above 1"),
         ({"max_perplexity_increase": "0.01"}, "0.01: write a percentage"),
         ({"capacity": 0.5, "curve": (2.0,)}, "--curve 2: must be"),
@@ -253,10 +253,11 @@ def test_the_command_changes_an_export_in_place_and_evaluation_sees_it(case, tmp
     assert capacity == pytest.approx(0.4, abs=0.02)
 
 
-def test_a_budget_must_be_given():
-    done = tool("calibrate_router", "--load", "export", "--data", "data.jsonl")
-    assert done.returncode == 2
-    assert "one of the arguments --capacity --speedup --max-perplexity-increase" in done.stderr
+@pytest.mark.parametrize("budgets", [{}, {"capacity": 0.5, "speedup": 1.1}])
+def test_one_budget_must_be_given(budgets):
+    names = "exactly one of --capacity --speedup --max-perplexity-increase"
+    with pytest.raises(ValueError, match=names):
+        BudgetRequest("export", "data.jsonl", **budgets)
 
 
 def tool(name: str, *arguments) -> subprocess.CompletedProcess:

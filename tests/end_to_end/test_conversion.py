@@ -84,14 +84,6 @@ def test_dtype_is_changed_in_weights_and_config(tmp_path, dtype):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == dtype
 
 
-def test_sizes():
-    sizes = {"5GB": 5 * 10**9, "1.5 MB": 1500000, "2GiB": 2 * 2**30, "7": 7}
-    assert {text: convert.parse_size(text) for text in sizes} == sizes
-    for text in ("", "GB", "5 parrots", "0", "-1"):
-        with pytest.raises(ValueError, match="give a size such as"):
-            convert.parse_size(text)
-
-
 def edit_config(folder, *dropped, **changes):
     path = folder / "config.json"
     config = {**json.loads(path.read_text()), **changes}

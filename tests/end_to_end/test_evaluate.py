@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 
 pytest.importorskip("lm_eval", reason="needs the 'eval' extra")
 
+from megatron_mod.config.evaluation import Request
 from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend, load_huggingface
 from megatron_mod.evaluation.lm_eval_model import BackendLM
-from megatron_mod.evaluation.request import Request
 from megatron_mod.evaluation.tasks import find_tasks
 from tests.helpers import asked, formula
 from tests.helpers.routed import save_export
@@ -178,7 +178,7 @@ def test_perplexity_of_conversations_equals_hugging_faces_loss(case, tmp_path):
 def test_what_would_be_ignored_is_refused(case, tmp_path):
     hf, _, _, exports = case
     (tmp_path / "choices.yaml").write_text(TASK.format(data="nowhere") + "num_fewshot: 0\n")
-    with pytest.raises(ValueError, match="include_path .*no such folder"):
+    with pytest.raises(ValueError, match="--include.path nowhere: no such folder"):
         find_tasks(Request(str(hf), tasks=("tiny_choices",), include_path="nowhere"))
     settings = {"include_path": str(tmp_path), "num_fewshot": 2}
     with pytest.raises(ValueError, match="--num_fewshot 2: .*'tiny_choices' fixes 0"):
@@ -205,12 +205,14 @@ def test_what_would_be_ignored_is_refused(case, tmp_path):
         ({"tasks": ("a",), "limit": 0}, "--limit 0"),
         ({"perplexity": "nowhere.txt"}, "--perplexity nowhere.txt: no such file"),
         ({"tasks": ("a",), "json": "nowhere/out.json"}, "--json .* folder does not exist"),
-        ({"tasks": ("a",)}, "neither a Hugging Face folder"),
+        ({"tasks": ("a",), "load": "tests"}, "neither a Hugging Face folder"),
+        ({"tasks": ("a",), "load": "nowhere"}, "--load nowhere: no such folder"),
+        ({"tasks": ("a",), "base": "tests"}, "--base tests: would be ignored"),
     ],
 )
-def test_a_request_that_makes_no_sense_is_refused(settings, message, tmp_path):
+def test_a_request_that_makes_no_sense_is_refused(case, settings, message):
     with pytest.raises(ValueError, match=message):
-        Request(str(tmp_path), **settings)
+        Request(**{"load": str(case[0]), **settings})
 
 
 def test_parallel_degrees_need_a_megatron_checkpoint(case):

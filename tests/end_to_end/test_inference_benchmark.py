@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_mod.commands import benchmark_inference
 from tests.helpers import tiny
 from tests.helpers.routed import save_export
 
-SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "benchmark" / "inference.py"
 PHASE = {"dense_s", "routed_s", "speedup", "ideal", "share", "saving_share"}
 
 
@@ -30,20 +27,15 @@ def folders(tmp_path_factory):
     return folder / "dense", folder / "dense_export", folder / "other_export"
 
 
-@pytest.fixture
-def benchmark(monkeypatch):
-    def run(*options: object) -> None:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, options)])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-
-    return run
+def benchmark(*options: object) -> None:
+    benchmark_inference.main([str(option) for option in options])
 
 
 SMALL = ("--repetitions", 1, "--new-tokens", 2)
 
 
 @pytest.mark.parametrize("capacity", [None, 0.5])
-def test_an_export_beside_its_original(benchmark, folders, tmp_path, capsys, capacity):
+def test_an_export_beside_its_original(folders, tmp_path, capsys, capacity):
     dense, export, _ = folders
     report = tmp_path / "report.json"
     options = () if capacity is None else ("--capacity", capacity)
@@ -71,7 +63,7 @@ def test_an_export_beside_its_original(benchmark, folders, tmp_path, capsys, cap
     assert [tuple(map(int, line.split("|")[1:3])) for line in lines] == cells
 
 
-def test_random_weights(benchmark, tmp_path, capsys):
+def test_random_weights(tmp_path, capsys):
     report = tmp_path / "report.json"
     benchmark(
         "--shapes", "tiny", "--granularity", "attn_token", "--keys-values", "selected",
@@ -108,15 +100,21 @@ REFUSALS = {
         ("--dense", "D", "--routed", "E", "--keys-values", "all"),
         ["--keys-values all", "--shapes"],
     ),
-    "capacity": (("--dense", "D", "--routed", "E", "--capacity", 1.5), ["--capacity 1.5", "0 to"]),
-    "batch": ((*SHAPES, "--batches", 2, 0), ["--batches", "1 or more"]),
-    "new_tokens": ((*SHAPES, "--new-tokens", 0), ["--new-tokens 0", "1 or more"]),
+    "capacity": (
+        ("--dense", "D", "--routed", "E", "--capacity", 1.5),
+        ["--capacity 1.5", "0 to 1"],
+    ),
+    "batch": ((*SHAPES, "--batches", 2, 0), ["--batches 0", "at least 1"]),
+    "new_tokens": ((*SHAPES, "--new-tokens", 0), ["--new-tokens 0", "at least 1"]),
     "positions": ((*SHAPES, "--contexts", 64, 250), ["--contexts 250", "256", "at most 232"]),
     "positions_of_folder": (
         ("--dense", "D", "--routed", "E", "--contexts", 120),
         ["--contexts 120", "128", "at most 104"],
     ),
-    "no_folder": (("--dense", "/nowhere/hf", "--routed", "E"), ["/nowhere/hf", "no such folder"]),
+    "no_folder": (
+        ("--dense", "/nowhere/hf", "--routed", "E"),
+        ["--dense /nowhere/hf: no such folder"],
+    ),
     "swapped": (("--dense", "E", "--routed", "D", "--contexts", 16), ["--dense", "export"]),
     "other": (("--dense", "D", "--routed", "O", "--contexts", 16), ["--routed", "another shape"]),
     "json": ((*SHAPES, "--contexts", 64, "--json", "/nowhere/r.json"), ["/nowhere/r.json"]),
@@ -124,7 +122,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_makes_no_sense_is_refused(benchmark, folders, capsys, case):
+def test_what_makes_no_sense_is_refused(folders, capsys, case):
     options, said = REFUSALS[case]
     named = dict(zip("DEO", folders, strict=True))
     with pytest.raises(SystemExit) as ended:

@@ -279,7 +279,7 @@ def test_tools_refuse_with_a_message(tmp_path):
         printed = run(
             sys.executable, f"tools/{tool}", *options, "--save", tmp_path / "out", ok=False
         )
-        assert "error: nowhere:" in printed
+        assert f"error: {options[0]} nowhere: no such folder" in printed
         assert "Traceback" not in printed
         assert not (tmp_path / "out").exists()
 

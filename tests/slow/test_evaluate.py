@@ -66,7 +66,7 @@ def test_two_ranks_report_what_lm_evals_hf_model_finds(degree, tmp_path, single_
 
 
 def test_an_unknown_task_is_told_with_the_nearest_names(tmp_path):
-    from megatron_mod.evaluation.request import Request
+    from megatron_mod.config.evaluation import Request
     from megatron_mod.evaluation.tasks import find_tasks
 
     hf = asked.save_model(tmp_path / "hf")

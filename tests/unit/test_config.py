@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from megatron_mod.config import cli
-from megatron_mod.config.validate import check_batches
+from megatron_mod.config.ranks import OPTIONS, check_ranks
+from megatron_mod.config.validate import check_batches, check_outputs
 from megatron_mod.model.architecture import Architecture, check_parallel
 from megatron_mod.parallel.topology import plan
 
@@ -43,6 +44,16 @@ def test_the_command_line_overrides_the_file(parse):
     assert config.router.capacity == 0.3
     assert config.router.layers == {"deepest": 2}
     assert config.optimizer.lr == 0.5
+
+
+def test_a_section_comes_from_a_file_or_inline(parse, tmp_path):
+    path = tmp_path / "section"
+    path.write_text("scope: layer\nthreshold: 0.25\n")
+    assert parse("--router", str(path)).router.threshold == 0.25
+    assert parse("--router", "{scope: layer}").router.scope == "layer"
+    path.write_text("threshold: 0.25\nthreshold: 0.5\n")
+    with pytest.raises(ValueError, match="section, line 2: .*'threshold' is set twice"):
+        parse("--router", str(path))
 
 
 def test_lists_are_lists(parse):
@@ -80,8 +91,8 @@ def test_what_is_saved_parses_to_the_same(parse, tmp_path):
     ("arguments", "sections", "message"),
     [
         (["--router.capcity", "0.5"], {}, "'router.capcity'; did you mean 'router.capacity'"),
-        (["--train.timeout", "0"], {}, "train.timeout = 0.0: minutes, above 0"),
-        (["--train.timeout", ".inf"], {}, "train.timeout = inf: minutes, above 0"),
+        (["--train.timeout", "0"], {}, "train.timeout = 0.0: must be above 0 and below 525600"),
+        (["--train.timeout", ".inf"], {}, "train.timeout = inf: must be above 0 and below 525600"),
         ([], {"router": {"treshold": 0.5}}, "'router.treshold'; did you mean 'router.threshold'"),
         ([], {"optimiser": {"lr": 1}}, "'optimiser'; did you mean 'optimizer'"),
         (["--train.steps", "many"], {}, "train.steps"),
@@ -104,6 +115,15 @@ def test_what_is_saved_parses_to_the_same(parse, tmp_path):
         (["--data.template", "chatml"], {}, "data.template"),
         (["--model.dtype", "float16"], {}, "model.dtype"),
         (["--optimizer.lr", "nan"], {}, "optimizer.lr"),
+        (["--optimizer.lr", ".inf"], {}, "optimizer.lr = inf: must be above 0 and at most 1e+09"),
+        (["--optimizer.lr", "1e39"], {}, "optimizer.lr = 1e+39: must be above 0 and at most"),
+        (["--train.seed", "1" * 23], {}, "must be 0 to 4294967295"),
+        (["--lr", "1"], {}, "'lr'; did you mean 'optimizer.lr'"),
+        (["--trainer.seed", "1"], {}, "'trainer.seed'; did you mean 'train.seed'"),
+        (["--router", "{scop: layer}"], {}, "'router.scop'; did you mean 'router.scope'"),
+        (["--router", "{scope: layer, scope: model}"], {}, "'scope' is set twice"),
+        (["--train.steps"], {}, "train.steps: expected one argument"),
+        (["--config"], {}, "--config: needs a file"),
         (["stray"], {}, "stray"),
     ],
 )  # fmt: skip
@@ -127,6 +147,75 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     path.write_text("model: [")
     with pytest.raises(ValueError, match="not valid YAML"):
         cli.parse(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"train:\n  steps: 3\n  steps: 4\n", "line 3: not valid YAML: 'steps' is set twice"),
+        (b"train: {}\ndata: {}\ntrain: {}\n", "'train' is set twice, first in line 1"),
+        (b"train:\n  steps: 3\ntrain.steps: 4\n", "line 3: train.steps is set twice, first in"),
+        (b"train:\n  seed: six\n", "train.seed = six (FILE, line 2): must be a whole number."),
+        (b"train:\n  seed: -1\n", "train.seed = -1 (FILE, line 2): must be 0 to 4294967295."),
+        (b"train:\n  sed: 1\n", "line 2: unknown key 'train.sed'; did you mean 'train.seed'?"),
+        (b"train: 7\n", "line 1: section 'train' must hold fields, not 7"),
+        (b"optimizer:\n  lr: .nan\n", "optimizer.lr = nan (FILE, line 2): must be above 0"),
+        ("train:\n  # gr\xfc\xdfe\n".encode("latin-1"), "line 2: is not UTF-8"),
+        (b"train: {steps: 3", "not valid YAML"),
+        (b"train: \0", "not valid YAML"),
+        (b"", "must hold sections"),
+        (b"? [a, b]\n: 3\n", "not valid YAML"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_file_is_told_with_its_line(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text)
+    required = ["--model.checkpoint=a", "--data.train=b", "--checkpoint.save=c", "--train.steps=1"]
+    with pytest.raises(ValueError) as caught:
+        cli.parse(["--config", str(path), *required])
+    assert message.replace("FILE", str(path)) in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_ends_anywhere_is_one_message_at_most(tmp_path):
+    shipped = (ROOT / "configs" / "smollm2" / "135m_attn_sequence.yaml").read_bytes()
+    path = tmp_path / "config.yaml"
+    said = []
+    for end in range(0, len(shipped), 67):
+        path.write_bytes(shipped[:end])
+        try:
+            cli.parse(["--config", str(path)])
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 10
+    assert not any("\n" in message for message in said)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "type_in_words"),
+    [
+        ("router.capacity", "x", "a number or a list of numbers"),
+        ("router.layers", "x", "a mapping to whole numbers or a list of whole numbers"),
+        ("router.layers.deepest", "x", "a mapping to whole numbers or a list of whole numbers"),
+        ("data.max_train_samples", "x", "a whole number or null"),
+        ("model.transformer_impl", "x", "local, transformer_engine or null"),
+        ("data.packing", "x", "true or false"),
+        ("train.seed", "2.5", "a whole number"),
+    ],
+)
+def test_a_wrong_type_is_one_short_line(parse, field, value, type_in_words):
+    with pytest.raises(ValueError) as caught:
+        parse(f"--{field}", value)
+    assert str(caught.value) == f"{field} = {value}: must be {type_in_words}."
+
+
+def test_folders_that_cannot_be_written_are_refused_at_the_start_only(parse, tmp_path):
+    (tmp_path / "file").touch()
+    config = parse("--checkpoint.save", str(tmp_path / "file" / "run"))
+    with pytest.raises(ValueError, match=r"checkpoint\.save = .*file is not a folder"):
+        check_outputs(config)
+    check_outputs(parse("--checkpoint.save", str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=str)
@@ -167,6 +256,16 @@ def test_world_size_must_fit():
     assert plan(tensor=2, pipeline=2, world_size=8).data == 2
     with pytest.raises(ValueError, match="= 4 does not divide the 6 ranks"):
         plan(tensor=2, pipeline=2, world_size=6)
+
+
+def test_tools_name_their_own_options():
+    degrees = {"tensor": 3, "pipeline": 1}
+    with pytest.raises(ValueError, match=r"--tensor \(3\) x --pipeline \(1\) = 3 does not divide"):
+        check_ranks(degrees, world_size=2, names=OPTIONS)
+    with pytest.raises(ValueError, match="^--tensor 2: does not divide .* 9 attention heads"):
+        check_parallel(SMOL, tensor=2, pipeline=1, names=OPTIONS)
+    with pytest.raises(ValueError, match=r"^--pipeline 4: .* use one of \[[^]]*\]\.$"):
+        check_parallel(SMOL, tensor=1, pipeline=4, names=OPTIONS)
 
 
 def test_batches_must_be_shared_evenly():

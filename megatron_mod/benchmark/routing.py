@@ -1,0 +1,193 @@
+"""Times of a routed layer beside the dense layer's, and beside the work that it saves."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_mod.model.architecture import Architecture
+from megatron_mod.model.builder import build_model, transformer_config
+from megatron_mod.model.specs import choose_implementation
+from megatron_mod.parallel import device, topology
+from megatron_mod.routing.config import GRANULARITIES, RoutingConfig
+
+# hidden size, MLP channels, heads, query groups, channels a head; SmolLM2's, Llama-3-8B's and less
+SIZES = {
+    "tiny": (128, 384, 4, 2, 32),
+    "small": (576, 1536, 9, 3, 64),
+    "medium": (2048, 5632, 16, 8, 128),
+    "large": (4096, 14336, 32, 8, 128),
+}
+CAPACITIES = (0.25, 0.5, 0.75, 0.95)
+SCHEMES = [(name, None) for name in GRANULARITIES]
+SCHEMES += [("attn_token", "selected"), ("block_token", "selected")]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all layers are timed with."""
+
+    batch: int
+    length: int
+    repetitions: int
+    training: bool
+    implementation: str
+    dtype: torch.dtype
+
+
+def layer_of(size: str, routing: RoutingConfig | None, args: Setting):
+    """A model's only layer with its rotary table."""
+    hidden, ffn, heads, groups, channels = SIZES[size]
+    arch = Architecture(
+        num_layers=1, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=heads,
+        num_query_groups=groups, kv_channels=channels, vocab_size=16,
+        max_sequence_length=args.length, layernorm_epsilon=1e-5, rotary_base=10000.0,
+        tied_embeddings=True,
+    )  # fmt: skip
+    config = transformer_config(arch, dtype=args.dtype)
+    model = build_model(arch, config, routing, implementation=args.implementation)[0]
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.02)
+    return model.decoder.layers[0], model.rotary_pos_emb(args.length)
+
+
+class Timed:
+    """A layer, its inputs, and the times it took."""
+
+    def __init__(self, name: str, layer, rotary, args: Setting, size: str) -> None:
+        self.name, self.layer, self.rotary, self.training = name, layer, rotary, args.training
+        layer.train(args.training)
+        generator = torch.Generator().manual_seed(2)
+        shape = (args.length, args.batch, SIZES[size][0])
+        self.hidden = torch.randn(shape, generator=generator).to(device.device(), args.dtype)
+        self.hidden.requires_grad_(args.training)
+        self.times: list[float] = []
+
+    def run(self) -> None:
+        output, _ = self.layer(self.hidden, attention_mask=None, rotary_pos_emb=self.rotary)
+        if self.training:
+            output.sum().backward()
+
+    def measure(self) -> None:
+        device.synchronize()
+        start = time.perf_counter()
+        with torch.set_grad_enabled(self.training):
+            self.run()
+        device.synchronize()
+        self.times.append(time.perf_counter() - start)
+
+    def set_capacity(self, capacity: float) -> float:
+        """Move the threshold between the units' logits; returns the share that is kept."""
+        layer = self.layer
+        with torch.no_grad():
+            logits = layer.router(layer.input_layernorm(self.hidden))
+            if layer.routing.per_sequence:
+                logits = logits.mean(0)
+            ordered = logits.flatten().sort(descending=True).values.tolist()
+        kept = round(capacity * len(ordered))
+        border = (ordered[kept - 1] + ordered[min(kept, len(ordered) - 1)]) / 2
+        layer.routing = replace(layer.routing, threshold=1 / (1 + math.exp(-border)))
+        return kept / len(ordered)
+
+    @torch.no_grad()
+    def work(self) -> int:
+        """Floating-point operations of a forward pass."""
+        was, self.training = self.training, False
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            self.run()
+        self.training = was
+        return counter.get_total_flops()
+
+
+def compare(size: str, args: Setting) -> list[dict]:
+    """All schemes of one size, a row for each capacity."""
+    rows = []
+    for granularity, keys_values in SCHEMES:
+        dense = Timed("dense", *layer_of(size, None, args), args, size)
+        routed = []
+        for capacity in CAPACITIES:
+            routing = RoutingConfig(
+                granularity, (0,), (capacity,), keys_values=keys_values, training_compute="sparse"
+            )
+            timed = Timed(granularity, *layer_of(size, routing, args), args, size)
+            timed.capacity = timed.set_capacity(capacity)
+            routed.append(timed)
+        for repetition in range(args.repetitions + 2):
+            for timed in (dense, *routed):
+                timed.measure()
+                if repetition < 2:  # warming up
+                    timed.times.clear()
+        time_dense, work_dense = statistics.median(dense.times), dense.work()
+        times = [statistics.median(timed.times) for timed in routed]
+        meets = break_even([timed.capacity for timed in routed], times, time_dense)
+        for timed, seconds in zip(routed, times, strict=True):
+            ideal = 1 - timed.work() / work_dense
+            rows.append(
+                {
+                    "size": size,
+                    "granularity": granularity,
+                    "keys_values": timed.layer.routing.keys_values,
+                    "capacity": timed.capacity,
+                    "dense_ms": 1e3 * time_dense,
+                    "routed_ms": 1e3 * seconds,
+                    "speedup": time_dense / seconds,
+                    "ideal_speedup": 1 / (1 - ideal),
+                    "share_of_ideal_saving": (1 - seconds / time_dense) / ideal
+                    if ideal > 0.01
+                    else None,
+                    "break_even_capacity": meets,
+                }
+            )
+            print(line(rows[-1]), flush=True)
+    return rows
+
+
+def share_of(ideal: float, reached: float) -> float | None:
+    return reached / ideal if ideal > 0.01 else None
+
+
+def break_even(capacities: list[float], times: list[float], dense: float) -> float | None:
+    """The capacity whose time is ``dense`` on the least-squares line; ``None``: there is none."""
+    if len(set(capacities)) < 2:
+        return None
+    slope, intercept = statistics.linear_regression(capacities, times)
+    return (dense - intercept) / slope if slope > 0 else None
+
+
+def line(row: dict) -> str:
+    share, meets = row["share_of_ideal_saving"], row["break_even_capacity"]
+    return (
+        f"| {row['size']} | {row['granularity']} {row['keys_values'] or ''} |"
+        f" {row['capacity']:.2f} | {row['dense_ms']:.2f} | {row['routed_ms']:.2f} |"
+        f" {row['speedup']:.2f} | {row['ideal_speedup']:.2f} |"
+        f" {'-' if share is None else f'{100 * share:.0f} %'} |"
+        f" {'-' if meets is None else f'{meets:.2f}'} |"
+    )
+
+
+def measure(
+    sizes: Sequence[str],
+    *,
+    batch: int,
+    length: int,
+    repetitions: int,
+    training: bool,
+    implementation: str | None,
+) -> list[dict]:
+    """Print a table of all schemes and capacities at each of the sizes; its rows."""
+    chosen = choose_implementation(implementation)
+    dtype = torch.bfloat16 if device.HAS_GPU else torch.float32
+    setting = Setting(batch, length, repetitions, training, chosen, dtype)
+    print(f"{device.describe()}, {chosen}, {dtype}, {torch.__version__}")
+    print("| size | scheme | capacity | dense ms | routed ms | speed-up | ideal | share | meets |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    with topology.single_process():
+        return [row for size in sizes for row in compare(size, setting)]

@@ -1,0 +1,57 @@
+"""The ranks of a job and the degrees of parallelism they are put to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_mod.config.options import Options, option
+from megatron_mod.config.rules import COUNT, InputFolder, setting
+
+# What a training and the tools call the degrees.
+SETTINGS = {
+    "tensor": "parallel.tensor_model_parallel_size",
+    "pipeline": "parallel.pipeline_model_parallel_size",
+    "context": "parallel.context_parallel_size",
+}
+OPTIONS = {"tensor": option("tensor"), "pipeline": option("pipeline")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOptions(Options):
+    """Options of a command that ``torchrun`` may run on several ranks.
+
+    Args:
+        tensor: tensor-parallel ranks of a Megatron checkpoint.
+        pipeline: pipeline-parallel ranks of a Megatron checkpoint.
+        base: where the base checkpoint of a training run is now, if it was moved.
+    """
+
+    tensor: int = setting(COUNT, default=1)
+    pipeline: int = setting(COUNT, default=1)
+    base: str | None = setting(InputFolder(), default=None)
+
+
+def check_ranks(
+    degrees: Mapping[str, int], *, world_size: int, names: Mapping[str, str] = SETTINGS
+) -> None:
+    """Refuse parallel degrees that do not divide the ranks that were started.
+
+    ``names``: what the user calls the degrees, ``SETTINGS`` or ``OPTIONS``.
+
+    Raises:
+        ValueError: naming all of them, and a number of ranks that fits.
+    """
+    product = math.prod(degrees.values())
+    if world_size % product:
+        factors = " x ".join(f"{names[which]} ({value})" for which, value in degrees.items())
+        raise ValueError(
+            f"{factors} = {product} does not divide the {world_size} ranks started; start a "
+            f"multiple of {product} (torchrun --nproc_per_node), or change the degrees."
+        )
+
+
+def degree(which: str, value: int, names: Mapping[str, str]) -> str:
+    """A degree as messages name it: ``--tensor 3``, or ``parallel.... = 3``."""
+    return f"{names[which]} {value}" if names is OPTIONS else f"{names[which]} = {value}"
