@@ -159,7 +159,7 @@ def _in_file(path: Path) -> Iterator[Given]:
 
 def _in_section(section: str, text: str) -> Iterator[Given]:
     """``--section FILE`` or ``--section '{field: value, ...}'``."""
-    path = Path(text) if text.endswith((".yaml", ".yml", ".json")) else None
+    path = None if text.lstrip().startswith("{") else Path(text)
     content, lines = read_yaml(path) if path else parse_yaml(text, name=f"--{section}")
     if not isinstance(content, dict):
         raise ValueError(f"--{section} {text}: must hold fields, or be a file that does.")

@@ -46,6 +46,16 @@ def test_the_command_line_overrides_the_file(parse):
     assert config.optimizer.lr == 0.5
 
 
+def test_a_section_comes_from_a_file_or_inline(parse, tmp_path):
+    path = tmp_path / "section"
+    path.write_text("scope: layer\nthreshold: 0.25\n")
+    assert parse("--router", str(path)).router.threshold == 0.25
+    assert parse("--router", "{scope: layer}").router.scope == "layer"
+    path.write_text("threshold: 0.25\nthreshold: 0.5\n")
+    with pytest.raises(ValueError, match="section, line 2: .*'threshold' is set twice"):
+        parse("--router", str(path))
+
+
 def test_lists_are_lists(parse):
     config = parse("--router.layers", "[3, 4]", router={"capacity": [0.5, 0.25]})
     assert config.router.layers == [3, 4]
@@ -81,8 +91,8 @@ def test_what_is_saved_parses_to_the_same(parse, tmp_path):
     ("arguments", "sections", "message"),
     [
         (["--router.capcity", "0.5"], {}, "'router.capcity'; did you mean 'router.capacity'"),
-        (["--train.timeout", "0"], {}, "train.timeout = 0.0: minutes, above 0"),
-        (["--train.timeout", ".inf"], {}, "train.timeout = inf: minutes, above 0"),
+        (["--train.timeout", "0"], {}, "train.timeout = 0.0: must be above 0 and below 525600"),
+        (["--train.timeout", ".inf"], {}, "train.timeout = inf: must be above 0 and below 525600"),
         ([], {"router": {"treshold": 0.5}}, "'router.treshold'; did you mean 'router.threshold'"),
         ([], {"optimiser": {"lr": 1}}, "'optimiser'; did you mean 'optimizer'"),
         (["--train.steps", "many"], {}, "train.steps"),
