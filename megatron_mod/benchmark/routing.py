@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_mod.hf.modeling_mod import border_at, threshold_at
+from megatron_mod.hf.thresholds_mod import border_at, threshold_at
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.builder import build_model, transformer_config
 from megatron_mod.model.specs import choose_implementation

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_mod.evaluation.backend import Backend
 from megatron_mod.evaluation.rows import Row
 from megatron_mod.evaluation.work import Work
-from megatron_mod.hf.modeling_mod import border_at, common_border, settled_border, threshold_at
+from megatron_mod.hf.thresholds_mod import border_at, common_border, settled_border, threshold_at
 from megatron_mod.routing.config import logit_border
 
 TOLERANCE = 0.005  # between capacities that are told apart

@@ -15,11 +15,8 @@ from megatron_mod.conversion.config_types import (
     is_share,
     is_whole,
 )
-from megatron_mod.hf import __file__ as _hf_package
+from megatron_mod.hf import FILES, MODULE
 from megatron_mod.routing.config import RoutingConfig
-
-MODULE = "modeling_mod"  # the modelling file that travels with an export
-MODELLING_FILE = Path(_hf_package).with_name(f"{MODULE}.py")
 
 
 def portable_config(hf_config: dict) -> dict:
@@ -53,7 +50,7 @@ def make_portable(folder: Path) -> None:
 
 
 def add_routing(folder: Path, routing: RoutingConfig) -> None:
-    """Turn the folder's config into that of a routed model and add the modelling file.
+    """Turn the folder's config into that of a routed model and add its code.
 
     The model type is one of our own, so that opening the folder without ``trust_remote_code`` is an
     error and not silently the dense model. Transformers chooses a tokenizer by it too, so the
@@ -77,7 +74,8 @@ def add_routing(folder: Path, routing: RoutingConfig) -> None:
         routing=routing.to_dict(),
     )
     _write(path, config)
-    shutil.copyfile(MODELLING_FILE, folder / MODELLING_FILE.name)
+    for file in FILES:
+        shutil.copyfile(file, folder / file.name)
 
 
 def dense_config(config: dict) -> dict:

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from megatron_mod.checkpoint.companions import check_companions
 from megatron_mod.conversion.check import check_tied
-from megatron_mod.conversion.export import MODELLING_FILE, MODULE, routing_of
+from megatron_mod.conversion.export import routing_of
 from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_reader import HFReader, read_config
 from megatron_mod.data.tokenizer import open_tokenizer, require_fit
-from megatron_mod.hf import modeling_mod
+from megatron_mod.hf import FILES, MODULE, modeling_mod
 
 TRUST = "--trust-remote-code"
 
@@ -39,7 +39,7 @@ def load_model(
 ):
     """A Hugging Face model with torch's attention, original and export alike.
 
-    An export runs on this package's own class, which its modelling file must be a copy of.
+    An export runs on this package's own class, which its code must be a copy of.
 
     Args:
         trust_remote_code: run other code that the folder brings.
@@ -103,22 +103,26 @@ def _class_of(folder: Path, config: Mapping[str, object]) -> type:
         return AutoModelForCausalLM
     name = f"MoD{model_type.removeprefix('mod_').capitalize()}ForCausalLM"
     model_class = getattr(modeling_mod, name, None)
-    copied = folder / MODELLING_FILE.name
+    differing = [file.name for file in FILES if not _is_copy(folder / file.name, file)]
     modules = {str(name).split(".")[0] for name in (auto_map or {}).values()}
     is_ours = (
         model_class is not None
         and config.get("architectures") == [name]
         and modules <= {MODULE}
-        and copied.is_file()
-        and copied.read_bytes() == MODELLING_FILE.read_bytes()
+        and not differing
     )
     if not is_ours:
+        file = f"{MODULE}.py" if len(differing) != 1 else differing[0]
         raise ValueError(
-            f"{copied}: is not the modelling file of this release, and is not run unasked; export "
-            f"the run again, or read it and give {TRUST} (tools/evaluate.py, "
+            f"{folder / file}: is not the modelling file of this release, and is not run unasked; "
+            f"export the run again, or read it and give {TRUST} (tools/evaluate.py, "
             "tools/compare_logits.py)."
         )
     return model_class
+
+
+def _is_copy(copied: Path, original: Path) -> bool:
+    return copied.is_file() and copied.read_bytes() == original.read_bytes()
 
 
 def _require_whole(folder: Path, found: Mapping[str, object]) -> None:

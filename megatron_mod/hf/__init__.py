@@ -1,1 +1,11 @@
-"""Holds the modelling file that an export carries; nothing here is imported by the trainer."""
+"""The code that an export carries: every ``*_mod.py`` of this folder, under its own name.
+
+It imports ``torch`` and ``transformers``, and nothing of this package but the files beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MODULE = "modeling_mod"  # where Transformers finds the classes of an export
+FILES = tuple(sorted(Path(__file__).parent.glob("*_mod.py")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from megatron_mod import hf
 from tests.helpers import formula
 from tests.helpers.exported import ROUTED, Exports, load, pad
 
@@ -64,6 +66,18 @@ def test_saving_again_keeps_everything(case, export, tmp_path):
         first = model(ids, attention_mask=mask).logits
         again = load(tmp_path)(ids, attention_mask=mask).logits
     assert torch.equal(first, again)
+    for file in hf.FILES:
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+    maps = [json.loads((f / "config.json").read_text())["auto_map"] for f in (export, tmp_path)]
+    assert maps[0] == maps[1]
+
+
+def test_the_file_that_transformers_opens_names_all_others(export):
+    """Transformers 4.57 takes along what that file imports, not what is imported in turn."""
+    named = re.findall(r"^from \.(\w+) import", (export / f"{hf.MODULE}.py").read_text(), re.M)
+    assert sorted([hf.MODULE, *named]) == [file.stem for file in hf.FILES]
+    config = json.loads((export / "config.json").read_text())
+    assert {name.split(".")[0] for name in config["auto_map"].values()} == {hf.MODULE}
 
 
 def test_a_used_cache_of_another_model_is_refused(case, export):

@@ -14,6 +14,7 @@ from megatron_mod.conversion import convert
 from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.data.tokenizer import open_tokenizer
 from megatron_mod.evaluation.huggingface import load_huggingface, load_model
+from megatron_mod.hf import FILES
 from megatron_mod.hf.modeling_mod import MoDLlamaForCausalLM
 from tests.helpers import tiny
 from tests.helpers.broken import WEIGHTS, edit_config
@@ -102,11 +103,12 @@ def test_code_of_a_tokenizer_or_of_generation_is_not_run(models, tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("file", [file.name for file in FILES])
 @pytest.mark.parametrize("change", ["edited", "missing", "another module"])
-def test_an_export_runs_on_our_own_class(models, tmp_path, change):
+def test_an_export_runs_on_our_own_class(models, tmp_path, change, file):
     folder = shutil.copytree(models[2], tmp_path / "export")
     assert type(load_model(folder)) is MoDLlamaForCausalLM
-    code = folder / "modeling_mod.py"
+    code = folder / file
     marker = tmp_path / "ran"
     if change == "edited":
         code.write_text(f"{code.read_text()}\nopen({str(marker)!r}, 'w')\n")
@@ -115,9 +117,25 @@ def test_an_export_runs_on_our_own_class(models, tmp_path, change):
     else:
         (folder / "other.py").write_text(f"open({str(marker)!r}, 'w')\n")
         edit_config(folder, auto_map={"AutoConfig": "other.MoDLlamaConfig"})
-    with pytest.raises(ValueError, match=r"modeling_mod.py: is not the modelling file of this rel"):
+    named = "modeling_mod.py" if change == "another module" else file
+    with pytest.raises(ValueError, match=f"{named}: is not the modelling file of this release"):
         load_huggingface(folder)
     assert not marker.exists()
+
+
+def test_an_export_of_an_earlier_release_is_to_be_made_again(
+    models, tmp_path, text, monkeypatch, capsys
+):
+    """Its code was one file."""
+    folder = shutil.copytree(models[2], tmp_path / "export")
+    for file in FILES:
+        (folder / file.name).unlink()
+    (folder / "modeling_mod.py").write_text("class MoDLlamaForCausalLM:\n    pass\n")
+    assert run_tool(monkeypatch, "evaluate.py", "--load", folder, "--perplexity", text) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {folder}/modeling_mod.py: is not the modelling file of this")
+    assert "export the run again" in said
+    assert said.count("\n") == 1
 
 
 def test_trust_that_would_be_ignored_is_refused(models, text):

@@ -11,7 +11,7 @@ from megatron_mod.calibration.search import Calibration
 from megatron_mod.evaluation.backend import Observation
 from megatron_mod.evaluation.rows import Row, Score
 from megatron_mod.evaluation.work import Work
-from megatron_mod.hf.modeling_mod import border_at, common_border, settled_border, threshold_at
+from megatron_mod.hf.thresholds_mod import border_at, common_border, settled_border, threshold_at
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig, logit_border
 

@@ -1,0 +1,265 @@
+"""Keys and values of routed layers: stored for those that keep a layer, with their decisions."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from .configuration_mod import RoutedConfig
+
+# What a forward's cache is called: since Transformers 5.24 by the first name.
+_PARAMETERS = inspect.signature(LlamaModel.forward).parameters
+CACHE = next(name for name in ("cache", "past_key_values") if name in _PARAMETERS)
+
+
+class TokenSelection:
+    """The kept tokens of a call, in the order of the text; ``N`` of them, from ``keep`` [B, S]."""
+
+    def __init__(self, keep: Tensor) -> None:
+        self.keep, self.shape = keep, keep.shape
+        self.index = keep.flatten().nonzero().squeeze(-1)  # among all B * S
+
+    @cached_property
+    def rows(self) -> Tensor:
+        return self.index // self.shape[1]
+
+    @cached_property
+    def columns(self) -> Tensor:
+        return self.index if self.shape[0] == 1 else self.index % self.shape[1]
+
+    @cached_property
+    def ranks(self) -> Tensor:
+        """Each token's place among its row's kept ones."""
+        return self.keep.cumsum(1).flatten()[self.index] - 1
+
+    @cached_property
+    def longest(self) -> int:
+        return 1 if self.shape[1] == 1 else int(self.keep.sum(1).max())
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Each token's place among the ``B * longest`` of ``pad``."""
+        return self.index if self.shape[1] == 1 else self.rows * self.longest + self.ranks
+
+    def take(self, values: Tensor) -> Tensor:
+        """``[N, ...]`` of ``[B, S, ...]``, or of ``[1, S, ...]`` if the rows share it."""
+        return values[0, self.columns] if len(values) == 1 else values.flatten(0, 1)[self.index]
+
+    def pad(self, values: Tensor) -> Tensor:
+        """``[N, ...]`` to ``[B, longest, ...]``, every row's at its start, zeros behind."""
+        if self.shape[0] == 1:
+            return values[None]
+        padded = values.new_zeros(self.shape[0] * self.longest, *values.shape[1:])
+        return padded.index_copy_(0, self.places, values).unflatten(0, (-1, self.longest))
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """The reverse of ``pad``."""
+        return padded[0] if self.shape[0] == 1 else padded.flatten(0, 1)[self.places]
+
+
+class RoutedCacheLayer(DynamicLayer):
+    """A layer's keys and values where not everything is stored; knows how long the text is."""
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__()
+        self.window = window
+        self.is_sliding = window is not None
+        self.seen = 0  # tokens every sequence has been through, stored or not
+
+    @property
+    def first_visible(self) -> int:
+        """The slot of the oldest token that the next one sees."""
+        return max(self.seen - self.window + 1, 0) if self.window else 0
+
+    def advance(self, tokens: int) -> None:
+        self.seen += tokens
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+        """Columns of the mask and slot of the first; ``query`` is a length, or 4.57's positions."""
+        length = query if isinstance(query, int) else query.shape[0]
+        return self.seen - self.first_visible + length, self.first_visible
+
+    def crop(self, length: int) -> None:
+        """Keep ``length`` tokens, or drop ``-length`` (Transformers 4.57 and 5.x mean one each)."""
+        keep = min(length, self.seen) if length > 0 else self.seen + length
+        if keep < self.seen and self.first_visible:
+            raise ValueError("crop: the sliding window has already dropped what would be needed.")
+        self._keep_first(keep)
+        self.seen = keep
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if (rows := self._rows()) is not None:
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+
+class SequenceCacheLayer(RoutedCacheLayer):
+    """One decision per sequence, and the keys and values ``[stored, heads, T, D]``.
+
+    Stored are the sequences that keep the layer, or with ``everyone`` (the attention is not
+    routed) all of them.
+    """
+
+    def __init__(self, window: int | None = None, *, everyone: bool = False) -> None:
+        super().__init__(window)
+        self.everyone = everyone
+        self.kept: Tensor | None = None  # [B] bool, set by the prefill
+        self.rows: Tensor | None = None  # indices of the kept sequences, ascending
+
+    def decide(self, kept: Tensor) -> None:
+        self.kept = kept
+        self.rows = kept.nonzero().squeeze(-1)
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(keys, values)
+        if self.window:
+            last = max(keys.shape[2] - self.window + 1, 0)
+            self.keys, self.values = keys[:, :, last:], values[:, :, last:]
+        return keys, values
+
+    def reset(self) -> None:
+        self.__init__(self.window, everyone=self.everyone)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Let sequence ``indices[i]`` become sequence ``i``."""
+        if self.kept is None:
+            return
+        indices = indices.to(self.kept.device)
+        stored = self._rows() if self.everyone else self.kept.cumsum(0) - 1
+        self.decide(self.kept[indices])
+        if self.is_initialized:
+            stored = stored[indices if self.everyone else indices[self.rows]]
+            self.keys, self.values = self.keys[stored], self.values[stored]
+
+    def _rows(self) -> Tensor | None:
+        return None if self.kept is None else torch.arange(len(self.kept), device=self.kept.device)
+
+    def _keep_first(self, tokens: int) -> None:
+        if self.is_initialized:
+            self.keys, self.values = self.keys[:, :, :tokens], self.values[:, :, :tokens]
+
+
+class TokenCacheLayer(RoutedCacheLayer):
+    """Keys and values of the kept tokens, ``[B, heads, longest selection, D]``, and whose they are.
+
+    ``slots`` ``[B, longest]``: each key's place in its row of the text, ascending; -1: empty.
+    """
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__(window)
+        self.slots: Tensor | None = None
+
+    def store(
+        self, keys: Tensor, values: Tensor, kept: TokenSelection
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the keys and values ``[N, heads, D]`` of this call's kept tokens.
+
+        Returns all keys and values, ``[B, heads, L, D]``, and their slots, ``[B, L]``.
+        """
+        batch = kept.shape[0]
+        if self.slots is not None:
+            check_batch(batch, cached=len(self.slots))
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+            self.keys = keys.new_zeros(batch, keys.shape[1], 0, keys.shape[2])
+            self.values = values.new_zeros(self.keys.shape)
+            self.slots = kept.index.new_zeros(batch, 0)
+        if batch == 1:
+            self.keys = torch.cat([self.keys, keys.transpose(0, 1)[None]], 2)
+            self.values = torch.cat([self.values, values.transpose(0, 1)[None]], 2)
+            self.slots = torch.cat([self.slots, self.seen + kept.columns[None]], 1)
+            return self.keys, self.values, self.slots
+        before = self.slots.shape[1]
+        places = (self.slots >= 0).sum(1)[kept.rows] + kept.ranks
+        grown = before
+        if len(places):  # rows differ in length, so the longest is the device's to say
+            grown = max(before, int(places.max()) + 1)
+        pad = (0, 0, 0, grown - before)
+        self.keys, self.values = (nn.functional.pad(t, pad) for t in (self.keys, self.values))
+        self.slots = nn.functional.pad(self.slots, pad[2:], value=-1)
+        self.keys[kept.rows, :, places] = keys
+        self.values[kept.rows, :, places] = values
+        self.slots[kept.rows, places] = self.seen + kept.columns
+        return self.keys, self.values, self.slots
+
+    def advance(self, tokens: int) -> None:
+        super().advance(tokens)
+        if self.first_visible:
+            self._retain(self.slots >= self.first_visible)
+
+    def reset(self) -> None:
+        self.__init__(self.window)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Let sequence ``indices[i]`` become sequence ``i``."""
+        if self.is_initialized:
+            indices = indices.to(self.slots.device)
+            self.keys, self.values = self.keys[indices], self.values[indices]
+            self.slots = self.slots[indices]
+            self._retain(self.slots >= 0)
+
+    def _rows(self) -> Tensor | None:
+        return torch.arange(len(self.slots), device=self.slots.device) if self.seen else None
+
+    def _keep_first(self, tokens: int) -> None:
+        if self.is_initialized:
+            self._retain((self.slots >= 0) & (self.slots < tokens))
+
+    def _retain(self, wanted: Tensor) -> None:
+        """Drop every stored token that is not ``wanted`` ``[B, L]``, and close the gaps."""
+        longest = int(wanted.sum(1).max())
+        order = wanted.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+        self.slots = self.slots.masked_fill(~wanted, -1).gather(1, order)
+        order = order[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
+        self.keys, self.values = self.keys.gather(2, order), self.values.gather(2, order)
+
+
+def check_batch(batch: int, *, cached: int) -> None:
+    if batch != cached:
+        raise ValueError(
+            f"the cache holds the decisions of {cached} sequences, but the batch has {batch}; "
+            "reorder or repeat the cache with its own methods."
+        )
+
+
+def prepare_cache(cache: Cache, config: RoutedConfig) -> Cache:
+    """Give a new cache, in place, the storage the routed layers need; check one in use.
+
+    Raises:
+        ValueError: a cache that is no ``DynamicCache``, or that another model filled.
+    """
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}; what a routed layer stores has no fixed "
+            "size and belongs to some sequences or tokens only: pass a DynamicCache, or none."
+        )
+    kind, settings = None, {}
+    if config.per_sequence:
+        kind, settings = SequenceCacheLayer, {"everyone": config.target == "mlp"}
+    elif config.stores_selected:
+        kind = TokenCacheLayer
+    routed = config.routing["layers"] if kind else []
+    if cache.get_seq_length() == 0:
+        cache.layers = DynamicCache(config=config).layers
+        cache.layer_class_to_replicate = None
+        for index in routed:
+            cache.layers[index] = kind(config.window(index), **settings)
+        return cache
+    found = {n: type(c) for n, c in enumerate(cache.layers) if isinstance(c, RoutedCacheLayer)}
+    if found != dict.fromkeys(routed, kind) or len(cache.layers) != config.num_hidden_layers:
+        raise ValueError(
+            "past_key_values is a used cache that this model did not fill: pass an empty "
+            "DynamicCache, or none."
+        )
+    return cache

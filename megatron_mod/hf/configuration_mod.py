@@ -1,0 +1,85 @@
+"""What the configuration of a routed model holds beside its family's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# A granularity's name and its two parts: what is computed or skipped, and who decides.
+GRANULARITIES = {
+    f"{target}_{unit}": (target, unit)
+    for target in ("attn", "mlp", "block")
+    for unit in ("sequence", "token")
+}
+NO_ROUTING = {"granularity": "attn_sequence", "layers": [], "threshold": 0.5}
+
+
+class RoutedConfig:
+    """What a family's configuration gains: a ``routing`` entry.
+
+    ``granularity`` (one of ``GRANULARITIES``), ``layers`` (zero-based indices of the routed
+    layers), ``threshold`` (keep when ``sigmoid(logit)`` reaches it: a number, or one per routed
+    layer; 0 keeps and 1 skips everything), ``keys_values`` (``all`` or ``selected``; for
+    ``attn_token`` and ``block_token``), and what the routers were trained for.
+    """
+
+    routing: dict[str, Any]
+    num_hidden_layers: int  # the family's
+
+    def __init__(self, routing: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.routing = dict(routing or NO_ROUTING)
+        super().__init__(**kwargs)
+        self.check_routing()
+
+    @property
+    def target(self) -> str:
+        """What is computed or skipped: a layer's ``attn``, its ``mlp`` or the ``block``."""
+        return GRANULARITIES[self.routing["granularity"]][0]
+
+    @property
+    def per_sequence(self) -> bool:
+        """One decision per sequence rather than per token."""
+        return GRANULARITIES[self.routing["granularity"]][1] == "sequence"
+
+    @property
+    def stores_selected(self) -> bool:
+        """Whether a token that skips an attention keeps its key and value from others."""
+        return self.routing.get("keys_values") == "selected"
+
+    def check_routing(self) -> None:
+        """Raise ``ValueError`` for a ``routing`` entry that cannot be run."""
+        routing = self.routing
+        granularity, layers = routing["granularity"], routing["layers"]
+        if granularity not in GRANULARITIES:
+            raise ValueError(
+                f"routing.granularity = {granularity!r}: must be one of {', '.join(GRANULARITIES)}."
+            )
+        if any(not 0 <= layer < self.num_hidden_layers for layer in layers):
+            raise ValueError(
+                f"routing.layers = {layers}: must be from 0 to {self.num_hidden_layers - 1}."
+            )
+        chooses_keys = self.target != "mlp" and not self.per_sequence
+        allowed = ("all", "selected") if chooses_keys else (None,)
+        if routing.get("keys_values", allowed[0]) not in allowed:
+            raise ValueError(
+                f"routing.keys_values = {routing['keys_values']!r}: must be "
+                f"{' or '.join(map(repr, allowed))} with granularity {granularity!r}."
+            )
+        self.thresholds()
+
+    def thresholds(self) -> dict[int, float]:
+        """Each routed layer's threshold."""
+        layers, threshold = self.routing["layers"], self.routing["threshold"]
+        values = threshold if isinstance(threshold, list) else [threshold] * len(layers)
+        if len(values) != len(layers) or any(not 0.0 <= value <= 1.0 for value in values):
+            raise ValueError(
+                f"routing.threshold = {threshold}: must be a number from 0 to 1, or a list of one "
+                f"per routed layer ({len(layers)})."
+            )
+        return dict(zip(layers, values, strict=True))
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens back a layer's attention sees, itself included; None: all of them."""
+        kinds = getattr(self, "layer_types", None)
+        if kinds and kinds[layer] != "sliding_attention":
+            return None
+        return getattr(self, "sliding_window", None)

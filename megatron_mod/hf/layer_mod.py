@@ -1,0 +1,227 @@
+"""The decoder layer that asks a router what to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+
+from .cache_mod import CACHE, SequenceCacheLayer, TokenCacheLayer, TokenSelection, check_batch
+from .configuration_mod import RoutedConfig
+from .thresholds_mod import CapacityBorders, WatchedBorders, logit_border
+
+
+@dataclass
+class RoutingCall:
+    """What the layers of one forward call share about routing, and what they report back."""
+
+    pooled: Tensor | None  # [B, S]: tokens a sequence's decision may see; None: all
+    tokens: Tensor | None  # [B, past + S]: tokens that are no padding; None: all
+    borders: CapacityBorders | WatchedBorders | None = None  # found, or given, on the way
+    decisions: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B] or [B, S] bool
+
+
+class Router(nn.Module):
+    """One linear map ``H -> 1`` without bias, computed in fp32."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Logits ``[...]`` of hidden states ``[..., H]``."""
+        return nn.functional.linear(hidden_states.float(), self.weight.float()).squeeze(-1)
+
+
+class RoutedLayer:
+    """Mixed into a family's decoder layer: what its router skips is not computed.
+
+    Of the family it uses ``input_layernorm``, ``self_attn``, ``post_attention_layernorm`` and
+    ``mlp``, each added to the residual stream as it is.
+    """
+
+    def __init__(self, config: RoutedConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.layer_idx = layer_idx
+        self.router = None
+        if layer_idx in config.routing["layers"]:
+            self.router = Router(config.hidden_size)
+            self.logit_border = logit_border(config.thresholds()[layer_idx])
+            self.target, self.per_sequence = config.target, config.per_sequence
+            self.stores_selected = config.stores_selected
+            self.window = config.window(layer_idx)
+
+    def forward(self, hidden_states: Tensor, *, routing: RoutingCall, **context: Any) -> Tensor:
+        """``[B, S, H]`` to the same; ``context`` is what the family's layer takes."""
+        if self.router is None:
+            return super().forward(hidden_states, **context)
+        route = self._by_sequence if self.per_sequence else self._by_token
+        return route(hidden_states, routing, context)
+
+    def _by_sequence(self, hidden_states: Tensor, routing: RoutingCall, context: dict) -> Tensor:
+        cache = context[CACHE]
+        storage = SequenceCacheLayer() if cache is None else cache.layers[self.layer_idx]
+        batch, length, _ = hidden_states.shape
+        normed = None
+        if storage.kept is None:
+            normed = self.input_layernorm(hidden_states)
+            storage.decide(self._sequences_to_keep(normed, routing))
+        check_batch(batch, cached=len(storage.kept))
+        routing.decisions[self.layer_idx] = storage.kept
+        rows = storage.rows
+
+        def attend(kept: Tensor) -> Tensor:
+            everyone = len(kept) == batch
+            if normed is None:
+                inputs = self.input_layernorm(kept)
+            else:
+                inputs = normed if everyone else normed[rows]
+            chosen = context if everyone else _select(context, rows, batch)
+            return kept + self.self_attn(hidden_states=inputs, **chosen)[0]
+
+        if self.target == "attn":
+            hidden_states = self._mlp(_at(rows, hidden_states, attend))
+        elif self.target == "mlp":
+            hidden_states = _at(rows, attend(hidden_states), self._mlp)
+        else:
+            hidden_states = _at(rows, hidden_states, lambda kept: self._mlp(attend(kept)))
+        storage.advance(length)
+        return hidden_states
+
+    def _by_token(self, hidden_states: Tensor, routing: RoutingCall, context: dict) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        keep = self._tokens_to_keep(normed, routing)
+        routing.decisions[self.layer_idx] = keep
+        kept = TokenSelection(keep)
+        everything = len(kept.index) == keep.numel()
+        if self.target == "mlp" or (everything and not self.stores_selected):
+            hidden_states = hidden_states + self.self_attn(hidden_states=normed, **context)[0]
+            if self.target == "attn":
+                return self._mlp(hidden_states)
+            return _at(kept.index, hidden_states.flatten(0, 1), self._mlp).view_as(normed)
+        update = self._attend_tokens(normed, kept, routing, context)
+
+        def finish(tokens: Tensor) -> Tensor:
+            tokens = tokens + update
+            return self._mlp(tokens) if self.target == "block" else tokens
+
+        hidden_states = _at(kept.index, hidden_states.flatten(0, 1), finish).view_as(normed)
+        return self._mlp(hidden_states) if self.target == "attn" else hidden_states
+
+    def _mlp(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    def _sequences_to_keep(self, normed: Tensor, routing: RoutingCall) -> Tensor:
+        """``[B]`` bool: the mean logit of the pooled tokens reaches the border."""
+        logits = self.router(normed)
+        if routing.pooled is None:
+            logits = logits.mean(1)
+        else:
+            logits = (logits * routing.pooled).sum(1) / routing.pooled.sum(1).clamp(min=1)
+        return logits >= self._border(logits, routing)
+
+    def _tokens_to_keep(self, normed: Tensor, routing: RoutingCall) -> Tensor:
+        """``[B, S]`` bool: the token's logit reaches the border, and it is no padding."""
+        logits = self.router(normed)
+        if routing.tokens is None:
+            return logits >= self._border(logits.flatten(), routing)
+        valid = routing.tokens[:, -logits.shape[1] :]
+        border = self._border(logits[valid], routing) if routing.borders else self.logit_border
+        return (logits >= border) & valid
+
+    def _border(self, logits: Tensor, routing: RoutingCall) -> float:
+        """The logit from which on this layer is kept, or the one that these ``[N]`` ask for."""
+        if routing.borders is None:
+            return self.logit_border
+        return routing.borders.find(self.layer_idx, logits)
+
+    def _attend_tokens(
+        self, normed: Tensor, kept: TokenSelection, routing: RoutingCall, context: dict
+    ) -> Tensor:
+        """The attention's update ``[N, H]`` of the kept tokens, from all normed ones."""
+        attn, cache = self.self_attn, context[CACHE]
+        batch, length, _ = normed.shape
+        past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+        rotary, slots = context["position_embeddings"], None
+        chosen, chosen_rotary = kept.take(normed), [kept.take(t) for t in rotary]
+        if self.stores_selected:
+            storage = TokenCacheLayer() if cache is None else cache.layers[self.layer_idx]
+            if len(kept.index) or not storage.is_initialized:
+                keys = _project(attn, "k", chosen, chosen_rotary)
+                keys, values, slots = storage.store(keys, _project(attn, "v", chosen), kept)
+            storage.advance(length)
+            plain = batch == length == 1 or not (past or self.window)
+        else:
+            keys = _project(attn, "k", normed, rotary).transpose(1, 2)
+            values = _project(attn, "v", normed).transpose(1, 2)
+            if cache is not None:
+                keys, values = cache.update(keys, values, self.layer_idx)
+            plain = length == 1 and context["attention_mask"] is None
+        if not len(kept.index):
+            return chosen
+        query = kept.pad(_project(attn, "q", chosen, chosen_rotary)).transpose(1, 2)
+        eager, visible = attn.config._attn_implementation == "eager", None
+        if eager or not plain:  # else all keys are seen, or by place all up to the query's own
+            if slots is None:
+                slots = torch.arange(past + length, device=normed.device)[-keys.shape[2] :]
+                slots = slots.expand(batch, -1)
+            visible = self._visible(kept.pad(past + kept.columns), slots, routing)
+        if eager:
+            hidden = visible.logical_not().to(query.dtype) * torch.finfo(query.dtype).min
+            attended, _ = eager_attention_forward(
+                attn, query, keys, values, hidden, scaling=attn.scaling
+            )
+        else:  # flash attention knows no choice of queries among the keys
+            attended, _ = sdpa_attention_forward(
+                attn, query, keys, values, visible, scaling=attn.scaling
+            )
+        return attn.o_proj(kept.unpad(attended.flatten(2)))
+
+    def _visible(self, queries: Tensor, slots: Tensor, routing: RoutingCall) -> Tensor:
+        """``[B, 1, Q, K]`` bool: which stored keys each query sees, by both's slots in the text."""
+        distance = queries[:, :, None] - slots[:, None, :]
+        visible = (distance >= 0) & (slots >= 0)[:, None]
+        if self.window:
+            visible &= distance < self.window
+        if routing.tokens is not None and not self.stores_selected:
+            visible &= routing.tokens[:, None, -slots.shape[1] :]
+        return visible[:, None]
+
+
+def _at(index: Tensor, values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """``values`` with ``function`` of the rows ``index`` (ascending) in those rows' place."""
+    if len(index) == len(values):
+        return function(values)
+    if len(index) == 0:
+        return values
+    return values.index_copy(0, index, function(values[index]))
+
+
+def _project(
+    attn: nn.Module, name: str, hidden_states: Tensor, rotary: list[Tensor] | None = None
+) -> Tensor:
+    """Queries, keys or values ``[..., heads, D]`` of hidden states ``[..., H]``, as ``attn`` has
+    them; ``rotary`` holds cosine and sine ``[..., D]`` of the tokens' positions."""
+    heads = getattr(attn, f"{name}_proj")(hidden_states).unflatten(-1, (-1, attn.head_dim))
+    if norm := getattr(attn, f"{name}_norm", None):
+        heads = norm(heads)
+    if rotary is None:
+        return heads
+    cos, sin = (t.unsqueeze(-2) for t in rotary)
+    return heads * cos + rotate_half(heads) * sin
+
+
+def _select(value: Any, rows: Tensor, batch: int) -> Any:
+    """The kept rows of every tensor with a batch dim in a layer's context; the rest as it is."""
+    if isinstance(value, dict):
+        return {name: _select(item, rows, batch) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_select(item, rows, batch) for item in value)
+    if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch:
+        return value[rows]
+    return value
