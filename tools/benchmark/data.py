@@ -9,10 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transformers import AutoTokenizer
-
 from megatron_mod.config.errors import one_message
-from megatron_mod.evaluation.data_speed import measure
+from megatron_mod.data.tokenizer import load_tokenizer
+from megatron_mod.evaluation.data_speed import measure, needed_tokens_per_second
+from megatron_mod.folders import writing
 
 
 def main() -> None:
@@ -32,19 +32,20 @@ def main() -> None:
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
     with one_message():
+        needed = needed_tokens_per_second(parameters=args.parameters, flops=args.flops)
         result = measure(
             args.data,
-            AutoTokenizer.from_pretrained(args.tokenizer),
+            load_tokenizer(args.tokenizer, vocab_size=2**31),  # any model's
             max_length=args.max_length,
             global_batch_size=args.global_batch_size,
             micro_batch_size=args.micro_batch_size,
             repeats=args.repeats,
         )
-    # A forward pass alone, at the device's peak: 2 operations a parameter and token.
-    result["needed_tokens_per_second"] = args.flops / (2 * args.parameters)
-    _print(result)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2), encoding="utf-8")
+        result["needed_tokens_per_second"] = needed
+        _print(result)
+        if args.json:
+            with writing(Path(args.json)):
+                Path(args.json).write_text(json.dumps(result, indent=2), encoding="utf-8")
 
 
 def _print(result: dict) -> None:
