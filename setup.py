@@ -38,7 +38,6 @@ setup(
         "datasets>=3",
         "filelock",
         "matplotlib>=3.8",
-        "ijson>=3.2",
         "jinja2>=3.1",  # chat templates
         "sentencepiece",
         "protobuf",  # Transformers reads sentencepiece models with it

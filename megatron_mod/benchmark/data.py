@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mod.benchmark.data_speed import measure
+from megatron_mod.benchmark.data_speed import measure, needed_tokens_per_second
 from megatron_mod.data.tokenizer import open_tokenizer
 
 
@@ -13,14 +13,14 @@ def compare(data: str, tokenizer: str, *, flops: float, parameters: float, **set
         data: JSON lines file.
         tokenizer: Hugging Face folder.
         flops, parameters: of the device and of the model that is to be fed.
-        settings: as ``evaluation.data_speed.measure`` takes them.
+        settings: as ``benchmark.data_speed.measure`` takes them.
 
     Raises:
         ValueError: a folder without a tokenizer.
     """
+    needed = needed_tokens_per_second(parameters=parameters, flops=flops)
     result = measure(data, open_tokenizer(tokenizer), **settings)
-    # A forward pass alone, at the device's peak: 2 operations a parameter and token.
-    result["needed_tokens_per_second"] = flops / (2 * parameters)
+    result["needed_tokens_per_second"] = needed
     _print(result)
     return result
 

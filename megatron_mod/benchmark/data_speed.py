@@ -13,7 +13,7 @@ from megatron_mod.data.chat import Messages, Sample, messages_of
 from megatron_mod.data.dataset import Samples, load_samples
 from megatron_mod.data.encoding import Encoder
 from megatron_mod.data.loader import Loader
-from megatron_mod.data.sources import read_file
+from megatron_mod.data.sources import files_of, read_file
 from megatron_mod.data.templates import PublishedTemplate
 
 
@@ -30,11 +30,25 @@ def measure(
 
     What is compared takes turns, and medians are given. All see the published template's text;
     ``prepare`` is everything: reading, checking, tokenising, labelling, writing.
+
+    Raises:
+        ValueError: a number out of range, or data that training would refuse.
     """
-    conversations = [messages_of(record.content) for record in read_file(Path(data))]
+    for name, number in (
+        ("global_batch_size", global_batch_size),
+        ("micro_batch_size", micro_batch_size),
+        ("repeats", repeats),
+    ):
+        if number < 1:
+            raise ValueError(f"{name} = {number}: must be at least 1.")
+    settings = {"max_length": max_length, "template": "published"}
+    with tempfile.TemporaryDirectory() as cache:
+        load_samples(data, tokenizer, cache=cache, **settings)  # or says what is wrong
+    conversations = [
+        messages_of(record.content) for path in files_of(data) for record in read_file(path)
+    ]
     encoder = Encoder(tokenizer, max_length=max_length, template="published")
     texts = [item.text for item in encoder.template.render(conversations)]
-    settings = {"max_length": max_length, "template": "published"}
 
     def prepare() -> None:
         with tempfile.TemporaryDirectory() as cache:
@@ -53,7 +67,7 @@ def measure(
     )
     with tempfile.TemporaryDirectory() as cache:
         samples = load_samples(data, tokenizer, cache=cache, **settings)
-        tokens = samples.parts[0].store.summary.tokens
+        tokens = sum(part.store.summary.tokens for part in samples.parts)
         sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
         loaders = {
             "bucketed": Loader(samples, seed=0, **sizes),
@@ -71,6 +85,19 @@ def measure(
                 **{name: padding(loader) for name, loader in loaders.items()},
             },
         }
+
+
+def needed_tokens_per_second(*, parameters: float, flops: float) -> float:
+    """What a model of so many parameters takes at most on a device of so many operations a second:
+    a forward pass alone, 2 operations a parameter and token.
+
+    Raises:
+        ValueError: one of them is no number above 0.
+    """
+    for name, number in (("parameters", parameters), ("flops", flops)):
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{name} = {number}: must be a number above 0.")
+    return flops / (2 * parameters)
 
 
 def in_turns(

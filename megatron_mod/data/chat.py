@@ -70,4 +70,5 @@ def _turns(record: dict) -> list:
             {"role": "user", "content": record["prompt"]},
             {"role": "assistant", "content": record["completion"]},
         ]
-    raise ValueError("needs 'messages', or 'prompt' and 'completion'")
+    found = ", ".join(map(repr, list(record)[:5])) or "nothing"
+    raise ValueError(f"needs 'messages', or 'prompt' and 'completion'; it has {found[:200]}")

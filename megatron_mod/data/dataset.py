@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 
+from megatron_mod.checkpoint.folders import partial_name, writing
 from megatron_mod.config.schema import DataConfig
-from megatron_mod.data.cache import default_folder
+from megatron_mod.data.cache import default_folder, make_folder
 from megatron_mod.data.chat import Sample
 from megatron_mod.data.encoding import Encoder
 from megatron_mod.data.order import Order
+from megatron_mod.data.settings import OF_A_RUN, OF_A_TOOL, SettingNames
 from megatron_mod.data.sources import files_of
 from megatron_mod.data.store import Store, open_store
 
@@ -63,9 +65,8 @@ class Samples(Sequence[Sample]):
 
     @property
     def identity(self) -> list[str]:
-        """What each source's samples were made of: a digest of its content, the tokenizer, the
-        template and the length."""
-        return [part.store.folder.name for part in self.parts]
+        """A fingerprint of each source's samples: their tokens, and which of them are labelled."""
+        return [part.store.summary.fingerprint for part in self.parts]
 
     def split(self, share: float, *, seed: int) -> tuple[Samples, Samples]:
         """The rest and, of each file, a random ``share`` of the samples; the same for a seed.
@@ -107,6 +108,7 @@ def load_samples(
     template: str = "auto",
     on_bad_record: str = "stop",
     cache: str | Path | None = None,
+    names: SettingNames = OF_A_TOOL,
 ) -> Samples:
     """Every usable sample, in the order of the files; tokenised once and kept in ``cache``.
 
@@ -115,20 +117,25 @@ def load_samples(
 
     Args:
         sources: file, folder or named dataset, several of them, or a mapping to weights.
+        names: what messages call the settings.
 
     Raises:
         ValueError: nothing of that name; a bad record (with file, line and reason), unless
-            ``on_bad_record`` is ``skip``; a source without a usable sample.
+            ``on_bad_record`` is ``skip``; a source without a usable sample; a cache that cannot
+            be written.
     """
     import datasets  # two seconds: only for those who read data
 
-    encoder = Encoder(tokenizer, max_length=max_length, template=template)
+    encoder = Encoder(tokenizer, max_length=max_length, template=template, names=names)
     folder = Path(cache) if cache else default_folder()
+    make_folder(folder, setting=names.cache if cache else OF_A_TOOL.cache)
     parts = []
     for source, weight in _weighted(sources).items():
         for file in files_of(source) or [str(source)]:
-            store = open_store(file, encoder, on_bad_record=on_bad_record, cache_folder=folder)
-            _report(store, max_length=max_length)
+            store = open_store(
+                file, encoder, on_bad_record=on_bad_record, cache_folder=folder, names=names
+            )
+            _report(store, max_length=max_length, names=names)
             parts.append(Part(store, datasets.Dataset.from_file(str(store.samples)), weight))
     return Samples(parts)
 
@@ -144,6 +151,7 @@ def load_data(config: DataConfig, tokenizer, *, seed: int) -> tuple[Samples, Sam
         "template": config.template,
         "on_bad_record": config.on_bad_record,
         "cache": config.cache,
+        "names": OF_A_RUN,
     }
     train, validation = load_samples(config.train, tokenizer, **options), None
     if config.validation_split:
@@ -157,16 +165,28 @@ def load_data(config: DataConfig, tokenizer, *, seed: int) -> tuple[Samples, Sam
 
 def write_rejects(path: str | Path, *loaded: Samples | None) -> None:
     """Write the bad records that were skipped as JSON lines (``source``, ``reason``,
-    ``content``), if there are any."""
+    ``content``), if there are any.
+
+    Raises:
+        ValueError: the file cannot be written; there is then none, or what was there before.
+    """
     parts = [part for samples in loaded if samples for part in samples.parts]
     stores = {part.store.name: part.store for part in parts if part.store.summary.rejected}
     if not stores:
         return
-    with Path(path).open("w", encoding="utf-8") as lines:
-        for store in stores.values():
-            for reject in store.rejects():
-                source = f"{store.name}:{reject.pop('number')}"
-                lines.write(json.dumps({"source": source, **reject}) + "\n")
+    path = Path(path)
+    partial = path.with_name(partial_name(path.name))
+    partial.unlink(missing_ok=True)
+    try:
+        with writing(path), partial.open("x", encoding="utf-8") as lines:
+            for store in stores.values():
+                for reject in store.rejects():
+                    source = f"{store.name}:{reject.pop('number')}"
+                    lines.write(json.dumps({"source": source, **reject}) + "\n")
+            lines.close()
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _weighted(sources: Sources) -> Mapping[str, float]:
@@ -175,13 +195,14 @@ def _weighted(sources: Sources) -> Mapping[str, float]:
     return dict.fromkeys([str(sources)] if isinstance(sources, str | Path) else sources, 1.0)
 
 
-def _report(store: Store, *, max_length: int) -> None:
+def _report(store: Store, *, max_length: int, names: SettingNames) -> None:
     summary = store.summary
     if summary.cut:
         logger.warning(
-            "%s: %d of %d samples left out: data.max_length = %d cuts their answers away (the "
-            "first is record %d).",
-            store.name, summary.cut, summary.records, max_length, summary.first_cut,
+            "%s: %d of %d samples left out: %s = %d cuts their answers away (the first is record "
+            "%d).",
+            store.name, summary.cut, summary.records, names.max_length, max_length,
+            summary.first_cut,
         )  # fmt: skip
     if summary.rejected:
         logger.warning(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from megatron_mod.data.chat import Messages
+from megatron_mod.data.settings import OF_A_TOOL, SettingNames
 from megatron_mod.data.templates import Rendered, template_of
 
 
@@ -37,9 +38,25 @@ class Encoder:
         max_length: tokens a conversation is cut to, from its start on.
         template: ``published``, ``tokenizer`` (its own chat template) or ``auto`` (its own if it
             has one).
+        names: what messages call the settings.
+
+    Raises:
+        ValueError: too small a ``max_length``, or ``template`` asks for what there is not.
     """
 
-    def __init__(self, tokenizer, *, max_length: int, template: str = "auto") -> None:
+    def __init__(
+        self,
+        tokenizer,
+        *,
+        max_length: int,
+        template: str = "auto",
+        names: SettingNames = OF_A_TOOL,
+    ) -> None:
+        if max_length < 2:
+            raise ValueError(
+                f"{names.max_length} = {max_length}: must be at least 2, a token to see and one to "
+                "predict; raise it."
+            )
         self.backend = tokenizer.backend_tokenizer
         self._take_all()
         settings = self.backend.to_str()
@@ -47,7 +64,7 @@ class Encoder:
         if _trims_offsets(self.backend):
             self.backend = _with_exact_offsets(settings)
         self.max_length = max_length
-        self.template = template_of(tokenizer, template=template)
+        self.template = template_of(tokenizer, template=template, names=names)
         self.eos = tokenizer.eos_token
         self._leading, self._trailing = self._special_tokens()
 

@@ -6,14 +6,17 @@ Each converter takes a raw record and gives its messages, or raises ``Dropped`` 
 from __future__ import annotations
 
 import json
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from megatron_mod.checkpoint.folders import new_folder
-from megatron_mod.data.sources import Record, files_of, read_file, read_named
+from megatron_mod.checkpoint.folders import new_folder, require_room
+from megatron_mod.data.json_records import Record
+from megatron_mod.data.sources import content_bytes, files_of, load_named, read_dataset, read_file
 
 Messages = list[dict[str, str]]
 
@@ -29,10 +32,12 @@ class Dropped(Exception):
 class Corpus:
     """How one corpus is read.
 
-    ``prefer``: the file taken alone where a folder holds several versions of the corpus.
+    ``fields``: what each of its records has. ``prefer``: the file taken alone where a folder holds
+    several versions of the corpus.
     """
 
     convert: Callable[[dict], Messages]
+    fields: tuple[str, ...] = ("conversations",)
     prefer: str | None = None
 
 
@@ -56,10 +61,10 @@ def _conversations(record: dict, *, roles: dict[str, str], dropped: Iterable[str
     messages = []
     for turn in turns:
         sender = turn.get("from") if isinstance(turn, dict) else None
+        if not isinstance(sender, str) or sender not in (*roles, *dropped):
+            raise Dropped(f"unknown sender {reprlib.repr(sender)}")
         if sender in dropped:
             raise Dropped(f"a turn of {sender!r}")
-        if sender not in roles:
-            raise Dropped(f"unknown sender {sender!r}")
         messages.append({"role": roles[sender], "content": _field(turn, "value", str)})
     if not messages:
         raise Dropped("no turns")
@@ -111,10 +116,25 @@ CORPORA = {
     "slim_orca": Corpus(
         partial(_conversations, roles=_roles(ASSISTANTS, system="system"), dropped=())
     ),
-    "meta_math_qa": Corpus(partial(_pair, question="query", answer="response")),
-    "evol_code_alpaca": Corpus(partial(_pair, question="instruction", answer="output")),
-    "alpaca": Corpus(_alpaca),
+    "meta_math_qa": Corpus(
+        partial(_pair, question="query", answer="response"), fields=("query", "response")
+    ),
+    "evol_code_alpaca": Corpus(
+        partial(_pair, question="instruction", answer="output"), fields=("instruction", "output")
+    ),
+    "alpaca": Corpus(_alpaca, fields=("instruction", "input", "output")),
 }
+
+
+def layout_of(record: object) -> str | None:
+    """The corpus whose raw layout a record has, which is not that of a conversation yet.
+
+    Of several corpora with the same layout the first is named.
+    """
+    if not isinstance(record, dict) or "messages" in record:
+        return None
+    fitting = [name for name, corpus in CORPORA.items() if record.keys() >= set(corpus.fields)]
+    return max(fitting, key=lambda name: len(CORPORA[name].fields), default=None)
 
 
 def raw_sources(root: str | Path, names: Iterable[str] | None = None) -> dict[str, str]:
@@ -163,26 +183,32 @@ def reformat(name: str, source: str | Path, save: str | Path) -> Report:
         ValueError: unknown corpus, nothing to read, nothing left to write, or ``save`` exists.
     """
     report = Report(_known(name))
+    paths = files_of(source, prefer=CORPORA[name].prefer)
+    if paths:
+        size = sum(map(content_bytes, paths))
+        records = chain.from_iterable(map(read_file, paths))
+    else:
+        dataset = load_named(str(source))
+        size, records = content_bytes(dataset), read_dataset(dataset, name=str(source))
+    # What will be dropped is not known yet; with room for less than half there is little hope.
+    require_room(Path(save), size // 2, what=f"half of {source}, as messages,")
     with new_folder(save) as folder:
         with (folder / "data.jsonl").open("w", encoding="utf-8") as file:
-            for record in _raw_records(source, prefer=CORPORA[name].prefer):
+            for record in records:
                 line = _line(name, report.read, record, report.dropped)
                 report.read += 1
                 if line is not None:
                     file.write(line + "\n")
                     report.written += 1
         if not report.written:
-            raise ValueError(f"{source}: no usable record for {name}.\n{report}")
+            dropped = [f"{n} dropped: {reason}" for reason, n in report.dropped.most_common()]
+            raise ValueError(
+                f"{source}: no usable record for {name} "
+                f"({'; '.join([f'{report.read} records', *dropped])}); give the raw files of that "
+                "corpus, or name the corpus they are of."
+            )
         (folder / "report.json").write_text(json.dumps(vars(report), indent=2), encoding="utf-8")
     return report
-
-
-def _raw_records(source: str | Path, *, prefer: str | None) -> Iterator[Record]:
-    paths = files_of(source, prefer=prefer)
-    if not paths:
-        yield from read_named(str(source))
-    for path in paths:
-        yield from read_file(path)
 
 
 def _line(name: str, index: int, record: Record, dropped: Counter[str]) -> str | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import mmap
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from megatron_mod.checkpoint.folders import new_folder
+from megatron_mod.checkpoint.folders import new_folder, require_room
+from megatron_mod.data.sources import reading
 
 DEFAULT_PORTIONS = {
     "vicuna_sharegpt": 2.9,
@@ -26,7 +28,7 @@ def parse_portions(arguments: Iterable[str]) -> dict[str, float]:
     """``name=2.9`` arguments as portions.
 
     Raises:
-        ValueError: another form, a portion that is not above 0, a name given twice.
+        ValueError: another form, a name given twice.
     """
     portions: dict[str, float] = {}
     for argument in arguments:
@@ -34,11 +36,11 @@ def parse_portions(arguments: Iterable[str]) -> dict[str, float]:
         try:
             portion = float(text)
         except ValueError:
-            portion = 0.0
-        if not (name and equals and 0 < portion < float("inf")):
+            portion = None
+        if not name or not equals or portion is None:
             raise ValueError(f"--portions {argument}: must be name=NUMBER with a number above 0.")
         if name in portions:
-            raise ValueError(f"--portions {argument}: {name} is given twice.")
+            raise ValueError(f"--portions {argument}: {name} is given twice; give it once.")
         portions[name] = portion
     return portions
 
@@ -73,12 +75,21 @@ def mix(
         For each corpus its portion, lines read and lines written.
 
     Raises:
-        ValueError: a named corpus is missing or empty, or ``save`` exists.
+        ValueError: a portion or the seed is out of range, a named corpus is missing, empty or
+            unreadable, nothing is left to write, there is no room for it, or ``save`` exists.
     """
+    if seed < 0:
+        raise ValueError(f"seed = {seed}: must be at least 0.")
+    for name, portion in (portions or {}).items():
+        if not 0 < portion < float("inf"):
+            raise ValueError(
+                f"--portions {name}={portion:g}: must be a number above 0, how many times it is "
+                "taken; leave it out to take nothing of it."
+            )
     files = _files(Path(reformatted), portions)
     portions = portions or DEFAULT_PORTIONS
     generator = np.random.default_rng(seed)
-    texts, places, report = [], [], {}
+    texts, places, report, size = [], [], {}, 0
     for name in sorted(files):
         read, chosen = 0, []
         for path in files[name]:
@@ -88,9 +99,13 @@ def mix(
         lines = np.concatenate(chosen)
         if not read:
             raise ValueError(f"{Path(reformatted) / name}: holds no line.")
+        size += int(portions[name] * int((lines[:, 2] - lines[:, 1]).sum()))
+        require_room(Path(save), size, what="the mix")
         places.append(lines[copies(read, portions[name], generator)])
         report[name] = {"portion": portions[name], "read": read, "written": len(places[-1])}
     mixed = np.concatenate(places)
+    if not len(mixed):
+        raise ValueError(f"--portions: {portions} leave no line; raise them.")
     order = generator.permutation(len(mixed))
     with new_folder(save) as folder:
         with (folder / "data.jsonl").open("wb") as out:
@@ -108,7 +123,7 @@ def _files(root: Path, portions: dict[str, float] | None) -> dict[str, list[Path
             f"{root}: holds none of {', '.join(DEFAULT_PORTIONS)}; make them with "
             "tools/reformat_datasets.py, or name your own sub-folders with --portions."
         )
-    files = {name: sorted((root / name).rglob("*.jsonl")) for name in names}
+    files = {name: sorted(filter(Path.is_file, (root / name).rglob("*.jsonl"))) for name in names}
     for name, found in files.items():
         if not found:
             raise ValueError(
@@ -118,7 +133,7 @@ def _files(root: Path, portions: dict[str, float] | None) -> dict[str, list[Path
 
 
 def _mapped(path: Path) -> mmap.mmap | bytes:
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         if not path.stat().st_size:  # an empty file cannot be mapped
             return b""
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -126,7 +141,7 @@ def _mapped(path: Path) -> mmap.mmap | bytes:
 
 def _line_places(text: mmap.mmap | bytes, *, number: int) -> np.ndarray:
     """``[lines, 3]`` int64: file number, start and stop of every line that is not blank."""
-    places, start = array("q"), 0
+    places, start = array("q"), len(BOM_UTF8) if text[:3] == BOM_UTF8 else 0
     while start < len(text):
         stop = text.find(b"\n", start) + 1 or len(text)
         if text[start:stop].strip():

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from megatron_mod.checkpoint.folders import require_room, write_durably, writing
+
 # Not documentation of the library itself, or docstrings that only make sense in place.
 _LEFT_OUT = {
     "test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages",
@@ -50,17 +52,32 @@ def topic_text() -> str:
 
 def write_splits(folder: str | Path, sizes: dict[str, int]) -> dict[str, Path]:
     """Write ``NAME.jsonl`` for each split, disjoint, in this order; the last may take all others
-    with a size of 0."""
+    with a size of 0.
+
+    Raises:
+        ValueError: a size below 1, more records than there are, or files that cannot be written.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    left = records()
-    paths = {}
+    last, texts = list(sizes)[-1], {}
     for name, size in sizes.items():
+        if size < (0 if name == last else 1):
+            raise ValueError(f"{name} = {size}: must be at least 1 record.")
+    left = records()
+    for name, size in sizes.items():
+        if size > len(left) or not left:
+            raise ValueError(
+                f"{name} = {size}: only {len(left)} records are left for it; make that, or another "
+                "split, smaller."
+            )
         chosen, left = (left[:size], left[size:]) if size else (left, [])
-        paths[name] = folder / f"{name}.jsonl"
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
-        paths[name].write_text("".join(lines), encoding="utf-8")
-    return paths
+        texts[folder / f"{name}.jsonl"] = "".join(lines)
+    require_room(folder, sum(len(t.encode()) for t in texts.values()), what="the text")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        write_durably(path, text)
+    return {path.stem: path for path in texts}
 
 
 def _from_topics() -> Iterator[tuple[str, str]]:

@@ -1,33 +1,36 @@
 """Records out of JSON, JSON lines, Parquet and named datasets, one at a time.
 
-Parquet and named datasets are read by ``datasets``. JSON is not: its reader there guesses
-types over many records (a text that looks like a date becomes one, and a number among texts
-turns all of them into quoted JSON) and can name neither the line nor get past a bad one.
+``datasets`` reads what has a name only. Its JSON reader guesses types over many records (a text
+that looks like a date becomes one, and a number among texts turns all of them into quoted JSON) and
+can name neither the line nor get past a bad one; its Parquet reader holds a whole row group.
 """
 
 from __future__ import annotations
 
-import codecs
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
-import ijson
+from megatron_mod.data.json_records import Record, read_json
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+_PIECE = 2**16  # bytes of a Parquet file read at once
 
 
-@dataclass(frozen=True)
-class Record:
-    """One record as it was found: its place (line or running number, from 1) and its content.
+@contextlib.contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Turn what the system says against reading a source into one message.
 
-    ``problem`` says why it could not be read, and ``content`` is then its text as far as known.
+    Raises:
+        ValueError: it cannot be read.
     """
-
-    number: int
-    content: object
-    problem: str | None = None
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read: {error.strerror or _first_line(error)}; correct that, or "
+            "give another file."
+        ) from error
 
 
 def files_of(source: str | Path, *, prefer: str | None = None) -> list[Path]:
@@ -60,12 +63,13 @@ def _visible(path: Path, root: Path) -> bool:
 
 
 def read_file(path: Path) -> Iterator[Record]:
-    """The records of one local file, in order; blank lines are none."""
-    if path.suffix == ".parquet":
-        return _numbered(_datasets().load_dataset(
-            "parquet", data_files=[str(path)], split="train", streaming=True
-        ))  # fmt: skip
-    return _array(path) if _starts_array(path) else _lines(path)
+    """The records of one local file, in order; blank lines are none.
+
+    Raises:
+        ValueError: it cannot be read, from the start or from some record on.
+    """
+    with reading(path):
+        yield from _parquet(path) if path.suffix == ".parquet" else read_json(path)
 
 
 def load_named(name: str):
@@ -74,9 +78,12 @@ def load_named(name: str):
     Raises:
         ValueError: it cannot be loaded.
     """
+    import datasets  # two seconds: only for those who read with it
+
+    datasets.disable_progress_bars()
     repository, _, split = name.partition(":")
     try:
-        return _datasets().load_dataset(repository, split=split or "train")
+        return datasets.load_dataset(repository, split=split or "train")
     except Exception as error:  # the library and its network clients raise many kinds
         raise ValueError(
             f"{name}: no such file here, and no dataset of that name can be loaded "
@@ -84,64 +91,82 @@ def load_named(name: str):
         ) from error
 
 
-def read_named(name: str) -> Iterator[Record]:
-    """The records of a dataset given by name."""
-    return _numbered(load_named(name))
-
-
-def _datasets():
-    import datasets  # two seconds: only for those who read or write with it
-
-    datasets.disable_progress_bars()
-    return datasets
-
-
-def _numbered(rows: Sequence[dict]) -> Iterator[Record]:
-    for number, row in enumerate(rows, start=1):
-        yield Record(number, row)
-
-
-def _starts_array(path: Path) -> bool:
-    with path.open("rb") as file:
-        while chunk := file.read(4096):
-            if text := chunk.lstrip(b"\xef\xbb\xbf \t\r\n"):
-                return text.startswith(b"[")
-    return False
-
-
-def _lines(path: Path) -> Iterator[Record]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield Record(number, json.loads(line.decode("utf-8-sig")))
-            except UnicodeDecodeError as error:
-                text = line.decode("utf-8", errors="replace").rstrip("\n")
-                yield Record(number, text, f"not UTF-8: {error}")
-            except ValueError as error:
-                yield Record(number, line.decode("utf-8").rstrip("\n"), f"not JSON: {error}")
-
-
-def _array(path: Path) -> Iterator[Record]:
-    """The elements of one JSON array, without holding more than one of them.
+def read_dataset(dataset, *, name: str) -> Iterator[Record]:
+    """The records of what ``load_named`` gave.
 
     Raises:
-        ValueError: what is not JSON; where the next element would start is then unknown, so there
-            is nothing to go on with.
+        ValueError: it cannot be read.
     """
-    number = 0
-    with path.open("rb") as file:
-        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-            file.seek(0)
+    with reading(name):
+        for number, row in enumerate(dataset, start=1):
+            yield Record(number, row)
+
+
+def content_bytes(source) -> int:
+    """How large a file (``Path``), or what ``load_named`` gave, is without compression; what is
+    made of it takes room by that.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if not isinstance(source, Path):
+        return source.data.nbytes
+    with reading(source):
+        if source.suffix != ".parquet":
+            return source.stat().st_size
+        with _opened_parquet(source) as file:
+            groups = range(file.metadata.num_row_groups)
+            return sum(file.metadata.row_group(n).total_byte_size for n in groups)
+
+
+def text_bytes(content: object) -> int:
+    """The text in a record, in bytes of UTF-8."""
+    total, items = 0, [content]
+    while items:
+        item = items.pop()
+        if isinstance(item, str):
+            total += len(item.encode("utf-8", errors="replace"))
+        elif isinstance(item, dict):
+            items += item.keys()
+            items += item.values()
+        elif isinstance(item, list | tuple):
+            items += item
+    return total
+
+
+@contextlib.contextmanager
+def _opened_parquet(path: Path) -> Iterator:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with path.open("rb") as raw:
         try:
-            for number, element in enumerate(ijson.items(file, "item", use_float=True), start=1):
-                yield Record(number, element)
-        except ijson.JSONError as error:
+            # The buffer has the file read piece by piece, not a row group at a time.
+            with pq.ParquetFile(
+                raw, buffer_size=_PIECE, pre_buffer=False, page_checksum_verification=True
+            ) as file:
+                yield file
+        except (pa.ArrowException, OSError) as error:
             raise ValueError(
-                f"{path}:{number + 1}: not JSON (or not UTF-8): {_first_line(error)}; the array "
-                "cannot be read any further. Repair the file, or make it JSON lines."
+                f"{path}: not a Parquet file, or a damaged one: {_first_line(error)}; replace it."
             ) from error
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    """Row by row: the least that is held is a page of each column."""
+    with _opened_parquet(path) as file:
+        for number, batch in enumerate(file.iter_batches(batch_size=1), start=1):
+            yield _row(number, batch)
+
+
+def _row(number: int, batch) -> Record:
+    try:
+        (content,) = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        return Record(number, None, f"not UTF-8: {error}")
+    except (ValueError, OverflowError) as error:  # a time that Python has none for, say
+        return Record(number, None, f"cannot be read: {_first_line(error)}")
+    return Record(number, content)
 
 
 def _first_line(error: object) -> str:

@@ -12,6 +12,7 @@ from typing import Protocol
 import jinja2
 
 from megatron_mod.data.chat import Messages
+from megatron_mod.data.settings import OF_A_TOOL, SettingNames
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Template(Protocol):
         ...
 
 
-def template_of(tokenizer, *, template: str) -> Template:
-    """The template a ``data.template`` setting means for a tokenizer.
+def template_of(tokenizer, *, template: str, names: SettingNames = OF_A_TOOL) -> Template:
+    """The template a ``data.template`` setting means for a tokenizer; ``names``: what messages call
+    the settings.
 
     Raises:
         ValueError: ``tokenizer`` is asked for and the tokenizer has no chat template.
@@ -50,10 +52,10 @@ def template_of(tokenizer, *, template: str) -> Template:
         return PublishedTemplate(tokenizer.eos_token)
     if not tokenizer.chat_template:
         raise ValueError(
-            "data.template = tokenizer: the tokenizer has no chat template; use published, or add "
-            "chat_template to its tokenizer_config.json."
+            f"{names.template or 'template'} = tokenizer: the tokenizer has no chat template; use "
+            "published, or add chat_template to its tokenizer_config.json."
         )
-    return TokenizerTemplate(tokenizer)
+    return TokenizerTemplate(tokenizer, names=names)
 
 
 class PublishedTemplate:
@@ -93,8 +95,9 @@ class TokenizerTemplate:
     name = "tokenizer"
     adds_special_tokens = False
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer, *, names: SettingNames = OF_A_TOOL) -> None:
         self.tokenizer = tokenizer
+        self._names = names
         self._skeletons: dict[tuple[str, ...], Skeleton] = {}
 
     @property
@@ -127,7 +130,8 @@ class TokenizerTemplate:
                 return Rendered(text, skeleton.spans(contents))
         return ValueError(
             "the tokenizer's chat template changes what is said, so the assistant's tokens cannot "
-            "be told apart (data.template: published does not)"
+            "be told apart"
+            + (f" ({self._names.template}: published does not)" if self._names.template else "")
         )
 
 

@@ -116,17 +116,25 @@ def _from_sentencepiece(path: Path):
     _require_plain_bpe(path)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / SENTENCEPIECE).symlink_to(path.resolve())
-        return LlamaTokenizerFast.from_pretrained(folder, legacy=False, add_bos_token=True)
+        try:
+            return LlamaTokenizerFast.from_pretrained(folder, legacy=False, add_bos_token=True)
+        except Exception as error:  # of pieces that are none: whatever the libraries break on
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"{path}: a damaged SentencePiece model ({type(error).__name__}: {reason}); "
+                "replace it."
+            ) from error
 
 
 def _require_plain_bpe(path: Path) -> None:
     """Refuse models that Llama's tokenizer would read as something else."""
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf's own, which has moved between its releases
+        SentencePieceProcessor().LoadFromSerializedProto(path.read_bytes())
+    except Exception as error:  # protobuf's own has moved between its releases
         raise ValueError(f"{path}: is not a SentencePiece model ({error}).") from error
     spec, normalizer = model.trainer_spec, model.normalizer_spec
     if spec.model_type != spec.BPE:

@@ -200,7 +200,7 @@ def test_mix_is_a_function_of_its_seed(reformatted):
     assert len(first) == len(set(first)) == 15 + 7
 
 
-@pytest.mark.parametrize("argument", ["alpaca", "alpaca=x", "alpaca=0", "=1", "alpaca=inf"])
+@pytest.mark.parametrize("argument", ["alpaca", "alpaca=x", "=1"])
 def test_portions_of_another_form_are_refused(argument):
     with pytest.raises(ValueError, match="--portions"):
         mixing.parse_portions([argument])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -133,6 +134,28 @@ def test_bad_records_are_skipped_counted_and_written(load, tmp_path, caplog):
         load(path)  # what another job skipped still stops this one
 
 
+def test_rejects_that_cannot_be_written_are_told_and_leave_no_part(load, tmp_path, monkeypatch):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n{oops\n" + b"[" + b"1," * 9 + b"1]")
+    samples = load(path, on_bad_record="skip")
+    rejects = tmp_path / "run" / "rejects.jsonl"
+    with pytest.raises(ValueError, match=f"{rejects}: cannot be written"):
+        write_rejects(rejects, samples)
+    rejects.parent.mkdir()
+    write_rejects(rejects, samples)
+    before = rejects.read_bytes()
+
+    def full(self):
+        yield {"number": 2, "reason": "half", "content": "x"}
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Store, "rejects", full)
+    with pytest.raises(ValueError, match=f"{rejects}: could not be written: the disk is full"):
+        write_rejects(rejects, samples)
+    assert [file.name for file in rejects.parent.iterdir()] == ["rejects.jsonl"]
+    assert rejects.read_bytes() == before
+
+
 def test_answers_cut_away_are_counted_and_none_left_is_an_error(load, tmp_path, caplog):
     path = write_lines(
         tmp_path / "data.jsonl", [{"prompt": "a" * n, "completion": "b"} for n in (5, 500)]
@@ -151,9 +174,12 @@ def test_tokenised_data_is_keyed_by_content_tokenizer_template_and_length(
 ):
     made = []
     encode = store._Writer.write
-    monkeypatch.setattr(
-        store._Writer, "write", lambda self, *args: (made.append(1), encode(self, *args))[1]
-    )
+
+    def write(self, *args, **options):
+        made.append(1)
+        return encode(self, *args, **options)
+
+    monkeypatch.setattr(store._Writer, "write", write)
     path = write_lines(tmp_path / "data.jsonl", [GOOD])
     times = path.stat()
     steps = [
@@ -182,7 +208,7 @@ def test_tokenised_data_is_keyed_by_content_tokenizer_template_and_length(
 
 
 def _make_entry(folder: Path, rank: int) -> None:
-    os.environ["LOCAL_RANK"] = str(rank)
+    os.environ.update(LOCAL_RANK=str(rank), WORLD_SIZE="3")
 
     def build(partial: Path) -> None:
         time.sleep(0.3)  # long enough for the others to come
@@ -196,6 +222,7 @@ def _make_entry(folder: Path, rank: int) -> None:
 
 @pytest.mark.parametrize("ranks", [(0, 0, 0), (0, 1, 2)], ids=["jobs", "ranks"])
 def test_jobs_and_ranks_that_meet_make_an_entry_once(tmp_path, ranks):
+    (tmp_path / "cache").mkdir()
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_make_entry, args=(tmp_path, rank)) for rank in ranks]
     for process in reversed(processes):
@@ -219,7 +246,7 @@ def test_what_a_killed_job_left_is_cleared_and_a_failure_leaves_nothing(tmp_path
     leftover.mkdir()
     (leftover / "half").write_text("")
     folder = cache.entry(tmp_path, {"content": "x"}, lambda partial: (partial / "all").touch())
-    assert [file.name for file in folder.iterdir()] == ["all"]
+    assert sorted(file.name for file in folder.iterdir()) == ["all", "entry.json"]
     assert not leftover.exists()
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import sentencepiece
-from transformers import LlamaTokenizer
+from sentencepiece import sentencepiece_model_pb2
+from transformers import LlamaTokenizer, LlamaTokenizerFast
 
 from megatron_mod.data.encoding import Encoder
 from megatron_mod.data.python_docs import topic_text
@@ -104,6 +106,26 @@ def test_models_llama_would_read_otherwise_are_refused(tmp_path, changes, messag
     model = train_sentencepiece(tmp_path / "other", **changes)
     with pytest.raises(ValueError, match=message):
         load_tokenizer(model, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("damage", ["no pieces", "empty piece", "piece twice", "cut", "breaks"])
+def test_a_damaged_sentencepiece_model_is_named(model, tmp_path, monkeypatch, damage):
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model.read_bytes())
+    if damage == "no pieces":
+        del proto.pieces[:]
+    elif damage == "empty piece":
+        proto.pieces[300].piece = ""
+    elif damage == "piece twice":
+        proto.pieces[300].piece = proto.pieces[301].piece
+    elif damage == "breaks":  # of flipped bytes two in sixty come as far as this
+        error = TypeError("failed to extract enum PyVocab\n- variant Vocab")
+        monkeypatch.setattr(LlamaTokenizerFast, "from_pretrained", Mock(side_effect=error))
+    content = proto.SerializeToString()
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+    with pytest.raises(ValueError, match=rf"^{path}: .* SentencePiece model \(.*\)[^\n]*$"):
+        load_tokenizer(path, vocab_size=VOCAB)
 
 
 def test_what_is_no_tokenizer_or_too_large_is_told(model, tmp_path):
