@@ -231,7 +231,7 @@ def _record(message: str) -> None:
     The format is that of ``torch.distributed.elastic.multiprocessing.errors``, whose ``record``
     writes whole tracebacks and would import torch before the command line has been understood.
     """
-    message = message.rstrip()
+    message = message.rstrip().removeprefix("error: ")
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
         content = json.dumps({"message": {"message": message, "extraInfo": details}})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from megatron_mod import parallel  # noqa: F401  (readies torch for Megatron)
+
+# isort: split
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping

@@ -96,6 +96,8 @@ class HFReader:
                     "the one that is not the model."
                 )
             return names
+        if (self.folder / WHOLE).is_file():
+            return [WHOLE]
         names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not names:
             pickled = sorted(path.name for path in self.folder.glob("*.bin"))

@@ -95,10 +95,10 @@ def open_base(path: str | Path, *, hf_path: str | Path | None = None) -> Base:
         kind, path, huggingface = "megatron_lm", found, Path(hf_path)
     else:
         files = read_manifest(path, kind="base")["files"]
-        # These are small, and read before ranks meet and check the rest.
-        small = {n: files[n] for n in files if n.startswith(f"{HUGGINGFACE}/")}
-        checksums.verify(path, small, together=False)
         kind, huggingface = "checkpoint", path / HUGGINGFACE
+        # These are small, and read before ranks meet and check the rest.
+        there = {f"{HUGGINGFACE}/{p.name}" for p in huggingface.glob("*")} & files.keys()
+        checksums.verify(path, {name: files[name] for name in there}, together=False)
     if hf_path is not None and kind != "megatron_lm" and Path(hf_path) != path:
         raise ValueError(
             f"model.hf_path = {hf_path}: would be ignored, because {path} has its own config.json "

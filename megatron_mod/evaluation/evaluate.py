@@ -28,8 +28,8 @@ TEXT_DECIDED_ON = {
 def evaluate(
     request: Request, backend: Backend, manager: TaskManager | None, *, is_first_rank: bool
 ) -> dict:
-    """The report: the request, lm-eval's results under its own names, the perplexity and what its
-    decisions saw, and pooling (of the tasks, if there are any) and capacity of all that was run.
+    """The report: the request, lm-eval's results under its own names, the perplexity, and pooling
+    (``text_pooling`` where windows of a running text are scored) and capacity of all that was run.
     Called by all ranks; whole on the first.
 
     ``manager``: what ``find_tasks`` found, if the request has tasks.
@@ -38,22 +38,26 @@ def evaluate(
     if request.perplexity:
         length = min(request.max_length or TEXT_LENGTH, backend.max_length)
         rows = read_rows(request.perplexity, backend.tokenizer, max_length=length)
-        is_text = not holds_conversations(request.perplexity)
-        if is_text:
+        if _is_text(request.perplexity):
             rows = backend.windows(rows)
         quality = perplexity(backend, rows)
-        report.update(
-            perplexity=quality.perplexity,
-            perplexity_tokens=quality.tokens,
-            perplexity_pooling=backend.text_pooling if is_text else backend.pooling,
-        )
+        report.update(perplexity=quality.perplexity, perplexity_tokens=quality.tokens)
     if request.tasks:
         from megatron_mod.evaluation.tasks import evaluate_tasks
 
         found = evaluate_tasks(backend, manager, request, is_first_rank=is_first_rank)
         report.update({name: found[name] for name in OF_LM_EVAL if name in found})
-    pooling = backend.pooling if request.tasks else report["perplexity_pooling"]
-    return {**report, "pooling": pooling, "capacity": summary(backend.capacity())}
+    only_text = not request.tasks and _is_text(request.perplexity)
+    return {
+        **report,
+        "pooling": backend.text_pooling if only_text else backend.pooling,
+        "text_pooling": backend.text_pooling,
+        "capacity": summary(backend.capacity()),
+    }
+
+
+def _is_text(path: str | None) -> bool:
+    return path is not None and not holds_conversations(path)
 
 
 def summary(capacity: dict[int, float]) -> dict | None:
@@ -75,12 +79,12 @@ def table(report: dict) -> str:
     if capacity := report["capacity"]:
         layers = " ".join(f"{layer}:{kept:.2f}" for layer, kept in capacity["per_layer"].items())
         rows.append(("capacity", f"{capacity['mean']:.3f} (per layer {layers})"))
-        path = report["request"]["perplexity"]
-        is_text = path is not None and not holds_conversations(path)
-        if is_text:
-            rows.append(("pooling", TEXT_DECIDED_ON[report["perplexity_pooling"]]))
-        if not is_text or "results" in report:
-            rows.append(("of tasks" if is_text else "pooling", DECIDED_ON[report["pooling"]]))
+        has_text, has_tasks = _is_text(report["request"]["perplexity"]), "results" in report
+        if has_tasks or not has_text:
+            rows.append(("pooling", DECIDED_ON[report["pooling"]]))
+        if has_text or (has_tasks and report["text_pooling"] != report["pooling"]):
+            name = "of texts" if has_tasks else "pooling"
+            rows.append((name, TEXT_DECIDED_ON[report["text_pooling"]]))
     lines = [f"{name:<10}  {value}" for name, value in rows]
     if "results" in report:
         from lm_eval.utils import make_table

@@ -30,7 +30,7 @@ def load_huggingface(
     read_config(folder)
     tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
     model = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    require_fit(tokenizer, folder, vocab_size=model.config.vocab_size)
+    require_fit(tokenizer, folder, vocab_size=model.config.get_text_config().vocab_size)
     return model, tokenizer
 
 
@@ -92,8 +92,8 @@ def _refuse_generation_code(folder: Path) -> None:
 
 def _class_of(folder: Path, config: Mapping[str, object]) -> type:
     """The class to run a folder on, none of it the folder's own code."""
-    auto_map = config.get("auto_map")
-    if not str(config.get("model_type")).startswith("mod_"):
+    auto_map, model_type = config.get("auto_map"), str(config.get("model_type"))
+    if not model_type.startswith("mod_"):
         if auto_map:
             raise ValueError(
                 f"{folder}: its config.json asks for code of the folder's own (auto_map), which is "
@@ -101,13 +101,13 @@ def _class_of(folder: Path, config: Mapping[str, object]) -> type:
                 "tools/compare_logits.py), or take auto_map out if Transformers knows the model."
             )
         return AutoModelForCausalLM
-    names = config.get("architectures") or [""]
-    model_class = getattr(modeling_mod, names[0], None)
+    name = f"MoD{model_type.removeprefix('mod_').capitalize()}ForCausalLM"
+    model_class = getattr(modeling_mod, name, None)
     copied = folder / MODELLING_FILE.name
     modules = {str(name).split(".")[0] for name in (auto_map or {}).values()}
     is_ours = (
-        names[0].endswith("ForCausalLM")
-        and model_class is not None
+        model_class is not None
+        and config.get("architectures") == [name]
         and modules <= {MODULE}
         and copied.is_file()
         and copied.read_bytes() == MODELLING_FILE.read_bytes()

@@ -167,11 +167,8 @@ class Metrics:
         return on_first_rank(lambda: self._has_validation(step))
 
     def _has_validation(self, step: int) -> bool:
-        if not self.path.exists():
-            return False
-        with self.path.open(encoding="utf-8") as lines:
-            records = (json.loads(line) for line in lines)
-            return any(r["step"] == step and "validation_loss" in r for r in records)
+        records = (record for _, record in read_log(self.path)[0])
+        return any(r["step"] == step and "validation_loss" in r for r in records)
 
     def tokens_per_second(self) -> float:
         """Over the whole run so far, validation and checkpoints included."""

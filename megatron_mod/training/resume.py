@@ -18,7 +18,7 @@ from megatron_mod.parallel.topology import print_once
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import checkpoint
 from megatron_mod.training.checkpoint import RunState
-from megatron_mod.training.run_folder import RunFolder, holds_run, is_new
+from megatron_mod.training.run_folder import SUMMARY, RunFolder, holds_run, is_new
 
 # Everything else says what is computed. The base may have moved: its fingerprint is compared.
 _MAY_CHANGE = {
@@ -143,7 +143,9 @@ class Run:
         step = checkpoint.load_step(path, state, same_topology=same)
         if manifest["steps"] != self._manifest["steps"]:
             state.average.forget()  # its steps are the last no more
-        if step == self.config.train.steps:
+        if step == self.config.train.steps and not (path.parent / SUMMARY).exists():
+            print_once(f"All {step} steps are done; the run's summary is still to be written.")
+        elif step == self.config.train.steps:
             print_once(
                 f"The run in {path.parent} is finished: all {step} steps are done. Raise "
                 "train.steps to go on with it."

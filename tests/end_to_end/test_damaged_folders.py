@@ -180,8 +180,10 @@ def test_two_descriptions_of_the_weights_are_refused(trainer, copy, tmp_path):
     with pytest.raises(ValueError, match="names other files; remove the one"):
         load_model(folder)
     shutil.copyfile(folder / WEIGHTS, folder / "other.safetensors")
-    (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(ValueError, match=r"other.safetensors: .* is in model.safetensors too"):
+    shutil.move(folder / WEIGHTS, folder / "again.safetensors")
+    index["weight_map"]["model.norm.weight"] = "again.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"other.safetensors: .* is in again.safetensors too"):
         convert.hf_to_megatron(folder, tmp_path / "base")
 
 

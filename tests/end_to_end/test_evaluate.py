@@ -119,7 +119,7 @@ def test_a_window_of_a_text_is_decided_on_as_a_whole_unless_asked(case, tmp_path
         request = Request(str(exports["attn_sequence"]), perplexity=str(text), pooling=pooling)
         report = reports[pooling] = evaluate_on(request, lm.model, None, is_first_rank=True)
         whole = pooling != "prompt"
-        assert report["pooling"] == report["perplexity_pooling"] == ("all" if whole else "prompt")
+        assert report["pooling"] == report["text_pooling"] == ("all" if whole else "prompt")
         found = -math.log(report["perplexity"]) * report["perplexity_tokens"]
         assert math.isclose(found, nats, rel_tol=1e-4) == whole
         (rolled,) = asked_about(lm, "loglikelihood_rolling", [(text.read_text(),)])

@@ -101,6 +101,11 @@ def test_quickstart_report(quickstart):
         assert timing["speedup"] == pytest.approx(timing["dense_s"] / timing["routed_s"])
     for word in ("capacity", "perplexity", "prefill", "decode", "step 3/3"):
         assert word in printed
+    assert f"Done: 3 steps; the routers are in {out / 'run'}." in printed
+    export = f"  python tools/convert_megatron_to_hf.py --load {out / 'run'} --save "
+    assert f"{export}{out / 'run_export'}\n" in printed
+    evaluate = f"  python tools/evaluate.py --load {out / 'run_export'} --perplexity "
+    assert f"{evaluate}{out / 'data' / 'validation.jsonl'}\n" in printed
 
 
 def test_a_run_leaves_its_configuration_metrics_and_checkpoint(quickstart):
@@ -259,8 +264,10 @@ def test_a_mistake_is_told_once_and_by_one_rank(tmp_path):
         2, "launch/pretrain_router.py", "--config", "configs/smollm2/135m_attn_sequence.yaml",
         "--router.capcity", "0.5", ok=False,
     )  # fmt: skip
+    (told,) = (line for line in printed.splitlines() if line.startswith("error: "))
     assert printed.count("error: ") == 1
-    assert "did you mean 'router.capacity'" in printed
+    assert "did you mean 'router.capacity'" in told
+    assert printed.rstrip().splitlines()[-2].endswith(told.removeprefix("error: "))
     assert 'pretrain_router.py", line' not in printed, "no traceback of ours"
 
 
@@ -316,7 +323,6 @@ def test_readme_commands_run(quickstart, tiny_hf, tmp_path):
     """The step-by-step commands, with the tiny model in SmolLM2's place and its few steps."""
     (commands,) = (block for block in readme_blocks("bash") if "convert_hf_to_megatron" in block)
     commands = commands.replace("\\\n", " ").replace("runs/", f"{tmp_path}/")
-    commands = commands.replace("nproc_per_node", "standalone --nproc_per_node")
     done = []
     for line in commands.splitlines():
         words = shlex.split(line, comments=True)

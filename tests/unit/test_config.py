@@ -81,6 +81,8 @@ def test_what_is_saved_parses_to_the_same(parse, tmp_path):
     ("arguments", "sections", "message"),
     [
         (["--router.capcity", "0.5"], {}, "'router.capcity'; did you mean 'router.capacity'"),
+        (["--train.timeout", "0"], {}, "train.timeout = 0.0: minutes, above 0"),
+        (["--train.timeout", ".inf"], {}, "train.timeout = inf: minutes, above 0"),
         ([], {"router": {"treshold": 0.5}}, "'router.treshold'; did you mean 'router.threshold'"),
         ([], {"optimiser": {"lr": 1}}, "'optimiser'; did you mean 'optimizer'"),
         (["--train.steps", "many"], {}, "train.steps"),
