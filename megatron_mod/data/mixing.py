@@ -6,7 +6,7 @@ import json
 import mmap
 from array import array
 from codecs import BOM_UTF8
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ def parse_portions(arguments: Iterable[str]) -> dict[str, float]:
     """``name=2.9`` arguments as portions.
 
     Raises:
-        ValueError: another form, a name given twice.
+        ValueError: another form, a name given twice, or a number that is no portion.
     """
     portions: dict[str, float] = {}
     for argument in arguments:
@@ -42,7 +42,22 @@ def parse_portions(arguments: Iterable[str]) -> dict[str, float]:
         if name in portions:
             raise ValueError(f"--portions {argument}: {name} is given twice; give it once.")
         portions[name] = portion
+    check_portions(portions)
     return portions
+
+
+def check_portions(portions: Mapping[str, float]) -> None:
+    """Refuse portions that are no share.
+
+    Raises:
+        ValueError: naming the portion.
+    """
+    for name, portion in portions.items():
+        if not 0 < portion < float("inf"):
+            raise ValueError(
+                f"--portions {name}={portion:g}: must be a number above 0, how many times it is "
+                "taken; leave it out to take nothing of it."
+            )
 
 
 def copies(count: int, portion: float, generator: np.random.Generator) -> np.ndarray:
@@ -80,12 +95,7 @@ def mix(
     """
     if seed < 0:
         raise ValueError(f"seed = {seed}: must be at least 0.")
-    for name, portion in (portions or {}).items():
-        if not 0 < portion < float("inf"):
-            raise ValueError(
-                f"--portions {name}={portion:g}: must be a number above 0, how many times it is "
-                "taken; leave it out to take nothing of it."
-            )
+    check_portions(portions or {})
     files = _files(Path(reformatted), portions)
     portions = portions or DEFAULT_PORTIONS
     generator = np.random.default_rng(seed)

@@ -209,7 +209,7 @@ def test_ranges(rule, inside, outside):
         ("report", [], "RUN_DIR: required"),
         ("convert_hf_to_megatron", ["--dtype", "float32"], "--hf-path, --save: required"),
         ("reformat_datasets", ["--datasets", "alpacca"], "--datasets alpacca: must be vicuna_sha"),
-        ("mix_datasets", ["--portions", "a=0"], "--portions a=0: must be name=NUMBER"),
+        ("mix_datasets", ["--portions", "a=0"], "--portions a=0: must be a number above 0"),
         ("benchmark_data", ["--micro-batch-size", "3"], "must be a multiple of --micro-batch-size"),
     ],
 )
