@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mod.checkpoint.companions import check_companions, copy_companions
 from megatron_mod.checkpoint.distributed import save_tensors
+from megatron_mod.checkpoint.export_checksums import as_written, write_checksums
 from megatron_mod.checkpoint.folders import new_folder, require_room
 from megatron_mod.checkpoint.manifest import (
     HUGGINGFACE,
@@ -56,13 +57,19 @@ def hf_to_megatron(
         ValueError: anything wrong with the folders, weights that are not finite, too little room,
             or ``save`` exists; nothing is left behind.
     """
-    hf_path = Path(hf_path)
+    with new_folder(save) as folder, as_written(hf_path):
+        _fill_base(folder, Path(hf_path), Path(save), dtype=dtype, routers_path=routers_path)
+
+
+def _fill_base(
+    folder: Path, hf_path: Path, save: Path, *, dtype: str | None, routers_path: str | Path | None
+) -> None:
     hf_config = read_config(hf_path)
     family = family_of(hf_config)
     arch = family.architecture_of(hf_config)
     beside = check_companions(hf_path)
     found = routers.read_routers(routers_path, arch) if routers_path else None
-    with new_folder(save) as folder, HFReader(hf_path) as reader:
+    with HFReader(hf_path) as reader:
         check_hf_names(family, arch, reader.names(), hf_path)
         check_tied(reader, tied=arch.tied_embeddings)
         table = family.table(arch)
@@ -76,7 +83,7 @@ def hf_to_megatron(
         }
         total = _size(tensors.values())
         size = total + beside + _OVERHEAD + _PER_TENSOR * len(tensors)
-        require_room(Path(save), size, what="the checkpoint")
+        require_room(save, size, what="the checkpoint")
         with byte_progress(f"Writing {save}", total=total) as advance:
             read = {
                 row.megatron: partial(_merge, row, reader, tensors[row.megatron], advance)
@@ -84,11 +91,11 @@ def hf_to_megatron(
             }
             with _plain_errors():
                 save_tensors(tensors, folder / STATE, read=read)
-        copy_companions(hf_path, folder / HUGGINGFACE, dtype=dtype)
-        write_manifest(folder, {"kind": "base", "family": family.model_type})
-        if found:
-            fingerprint = content_fingerprint(read_manifest(folder))
-            routers.write_step(folder / ROUTERS, *found, base="..", fingerprint=fingerprint)
+    copy_companions(hf_path, folder / HUGGINGFACE, dtype=dtype)
+    write_manifest(folder, {"kind": "base", "family": family.model_type})
+    if found:
+        fingerprint = content_fingerprint(read_manifest(folder))
+        routers.write_step(folder / ROUTERS, *found, base="..", fingerprint=fingerprint)
 
 
 @contextlib.contextmanager
@@ -159,6 +166,7 @@ def megatron_to_hf(
         make_portable(folder)
         if chosen:
             add_routing(folder, chosen[0])
+        write_checksums(folder)
 
 
 def _read(weight: Weight, like: Tensor, advance: Callable[[int], None]) -> Tensor:
@@ -182,6 +190,7 @@ def export_routers(load: str | Path, save: str | Path, *, base: str | Path | Non
         routers.write_published(
             folder, source.routing, weights, read_config(source.base.huggingface)
         )
+        write_checksums(folder)
 
 
 def _as(like: Tensor, dtype: str | None) -> Tensor:

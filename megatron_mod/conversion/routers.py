@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_mod.checkpoint.distributed import load_tensors, save_tensors
+from megatron_mod.checkpoint.export_checksums import as_written
 from megatron_mod.checkpoint.manifest import (
     MANIFEST,
     STATE,
@@ -56,7 +57,8 @@ def read_routers(folder: str | Path, arch: Architecture) -> tuple[RoutingConfig,
         routing = RoutingConfig.from_dict(manifest["routing"])
         weights = read_step(step, routing)
     else:
-        routing, weights = _read_published(Path(folder))
+        with as_written(folder):
+            routing, weights = _read_published(Path(folder))
     _check_fit(Path(folder), routing, weights, arch)
     return routing, weights
 

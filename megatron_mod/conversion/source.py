@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron_mod.checkpoint import checksums
 from megatron_mod.checkpoint.companions import COMPANION_FILES
+from megatron_mod.checkpoint.export_checksums import as_written, model_files
 from megatron_mod.checkpoint.manifest import (
     HUGGINGFACE,
     MANIFEST,
@@ -24,8 +25,6 @@ from megatron_mod.conversion.families.base import Family
 from megatron_mod.conversion.hf_reader import read_config
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
-
-_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,12 @@ class Base:
         """
         if self.kind == "checkpoint":
             return content_fingerprint(verify_checkpoint(self.path))
-        names = [p.name for p in self.path.iterdir() if p.is_file()]
         if self.kind == "huggingface":
-            names = [n for n in names if n in COMPANION_FILES or n.endswith(_WEIGHTS)]
-            return checksums.fingerprint(checksums.file_table(self.path, names))
+            with as_written(self.path):
+                return checksums.fingerprint(
+                    checksums.file_table(self.path, model_files(self.path))
+                )
+        names = [p.name for p in self.path.iterdir() if p.is_file()]
         beside = [name for name in COMPANION_FILES if (self.huggingface / name).is_file()]
         return checksums.fingerprint(
             checksums.file_table(self.path, names)

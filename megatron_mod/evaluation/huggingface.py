@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_mod.checkpoint.companions import check_companions
+from megatron_mod.checkpoint.export_checksums import as_written
 from megatron_mod.conversion.check import check_tied
 from megatron_mod.conversion.export import routing_of
 from megatron_mod.conversion.finite import require_finite
@@ -27,10 +28,11 @@ def load_huggingface(
     Raises:
         ValueError: as ``load_model``, or the tokenizer is broken or another model's.
     """
-    read_config(folder)
-    tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
-    model = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    require_fit(tokenizer, folder, vocab_size=model.config.get_text_config().vocab_size)
+    with as_written(folder):
+        read_config(folder)
+        tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
+        model = _load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        require_fit(tokenizer, folder, vocab_size=model.config.get_text_config().vocab_size)
     return model, tokenizer
 
 
@@ -46,8 +48,14 @@ def load_model(
 
     Raises:
         ValueError: no such folder, one that is not exactly the model its config.json describes,
-            weights that are not finite, or code in it that nobody said to trust.
+            weights that are not finite, code in it that nobody said to trust, or an export that is
+            not what was written.
     """
+    with as_written(folder):
+        return _load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _load_model(folder: str | Path, *, dtype: torch.dtype, trust_remote_code: bool):
     folder = Path(folder)
     config = read_config(folder)
     check_companions(folder)
