@@ -24,6 +24,7 @@ for thresholds in ``thresholds_mod.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -333,6 +334,11 @@ class RoutedCausalLM(RoutingControls):
         super().__init__(config)
         self.model = self.model_class(config)
         self._finish_init()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As Transformers'; checksums that an exporter left there are those of other files."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        Path(save_directory, "checksums.json").unlink(missing_ok=True)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers' ``generate``; ``routing_report`` then covers all its steps."""

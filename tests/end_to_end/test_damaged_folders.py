@@ -222,3 +222,22 @@ def test_a_routing_entry_that_is_none_is_refused(export, copy, routing):
     edit_config(folder, routing=routing if whole else {**before, **routing})
     with pytest.raises(ValueError, match="routing"):
         load_model(folder)
+
+
+def test_an_export_is_as_it_was_written_or_saved_anew(trainer, export, tmp_path):
+    """Any flipped bit is found; what Transformers saves over an export is judged as it is then."""
+    base, out = tmp_path / "base", tmp_path / "export"
+    convert.hf_to_megatron(trainer.hf, base)
+    trainer.train(tmp_path / "run", model__checkpoint=base, train__steps=1)
+    convert.megatron_to_hf(tmp_path / "run", out)
+    load_model(out)
+    damaged = shutil.copytree(out, tmp_path / "damaged")
+    weights = bytearray((damaged / WEIGHTS).read_bytes())
+    weights[-7] ^= 1
+    (damaged / WEIGHTS).write_bytes(weights)
+    with pytest.raises(ValueError, match=f"{damaged / WEIGHTS}: its content is not what was writt"):
+        load_model(damaged)
+    model = load_model(out)
+    model.set_thresholds(0.25)
+    model.save_pretrained(out)
+    assert load_model(out).config.routing["threshold"] == 0.25
