@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -51,9 +49,7 @@ def load_base(model: ModelChunks, base: Base | str | Path) -> None:
 def _load_state(model: ModelChunks, base: Base) -> None:
     names = LayerReader(base.state, vocab_size=base.arch.vocab_size).names()
     check_megatron_names(base.family, base.arch, names, base.path)
-    stacked = has_stacked_layers(base.state)
-    with _stacked_layers(model) if stacked else contextlib.nullcontext():
-        wanted = _base_part(model)
+    wanted = _base_part(model, stacked=has_stacked_layers(base.state))
     loaded = load_state(wanted, base.state)
     with together():
         for key, tensor in loaded.items():
@@ -64,23 +60,13 @@ def _load_state(model: ModelChunks, base: Base) -> None:
     assert all(key.endswith(_EXTRA) or part(key) != BASE for key in missing), missing
 
 
-def _base_part(model: ModelChunks) -> dict:
+def _base_part(model: ModelChunks, *, stacked: bool = False) -> dict:
     part = parts_of(model)
     return {
         key: value
-        for key, value in model.sharded_state_dict().items()
+        for key, value in model.sharded_state_dict(stacked=stacked).items()
         if part(key) == BASE and not key.endswith(_EXTRA)
     }
-
-
-@contextlib.contextmanager
-def _stacked_layers(model: ModelChunks) -> Iterator[None]:
-    """Have the model describe its parameters as parts of tensors that stack all layers."""
-    model.config.hetereogenous_dist_checkpoint = False
-    try:
-        yield
-    finally:
-        model.config.hetereogenous_dist_checkpoint = True
 
 
 @torch.no_grad()

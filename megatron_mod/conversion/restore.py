@@ -1,7 +1,8 @@
-"""A model back from a checkpoint, ready to run at any topology."""
+"""A model from a checkpoint, ready to train or to run at any topology."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,34 +13,85 @@ from megatron_mod.checkpoint.manifest import STATE, read_manifest
 from megatron_mod.config.ranks import OPTIONS
 from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.load import load_base
-from megatron_mod.conversion.source import Source
+from megatron_mod.conversion.source import Base, Source
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.architecture import check_parallel
 from megatron_mod.model.builder import ModelChunks, build_model, transformer_config
+from megatron_mod.model.specs import choose_implementation
 from megatron_mod.model.trainable import AVERAGE, Trainable
 from megatron_mod.parallel.agree import together
 from megatron_mod.parallel.topology import Topology
+from megatron_mod.routing.config import RoutingConfig
+
+
+def load_model(
+    base: Base,
+    routing: RoutingConfig | None,
+    ranks: Topology,
+    *,
+    implementation: str = "local",
+    dtype: torch.dtype = torch.float32,
+) -> ModelChunks:
+    """This rank's part of a base, with new routers where ``routing`` wants them, if it does; called
+    by all ranks alike. Whatever runs a model gets it from here.
+
+    Args:
+        ranks: a layout that fits the model (``check_parallel``).
+        implementation: see ``specs.choose_implementation``.
+        dtype: of the weights; routers are fp32.
+
+    Raises:
+        ValueError: a base that is damaged or not whole; see ``load_base``.
+    """
+    config = transformer_config(base.arch, ranks, dtype=dtype)
+    model = build_model(base.arch, config, routing, implementation=implementation)
+    load_base(model, base)
+    return model
 
 
 def restore_model(
-    source: Source, ranks: Topology, *, dtype: torch.dtype = torch.float32
+    source: Source,
+    ranks: Topology,
+    *,
+    implementation: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[ModelChunks, object]:
-    """This rank's stage of a base checkpoint (dense) or of a training run (with its routers), and
-    the tokenizer.
+    """This rank's stage of a base checkpoint (dense) or of a training run (with what it trained),
+    and the tokenizer.
+
+    Args:
+        implementation: ``None``: what the training ran, where it can work, and ``local`` otherwise.
 
     Raises:
         ValueError: a topology that does not fit it.
     """
     base = source.base
-    check_parallel(base.arch, tensor=ranks.tensor, pipeline=ranks.pipeline, names=OPTIONS)
-    config = transformer_config(
-        base.arch, dtype=dtype, tensor=ranks.tensor, pipeline=ranks.pipeline
+    manifest = read_manifest(source.step) if source.step else {}
+    ranks = as_trained(ranks, manifest)
+    check_parallel(
+        base.arch,
+        tensor=ranks.tensor,
+        pipeline=ranks.pipeline,
+        virtual_pipeline=ranks.virtual_pipeline,
+        first_stage_layers=ranks.first_stage_layers,
+        names=OPTIONS,
     )
-    model = build_model(base.arch, config, source.routing)
-    load_base(model, base)
+    if implementation is None:
+        ran = manifest.get("implementation", "local")
+        implementation = "local" if ran == "local" else choose_implementation()
+    model = load_model(base, source.routing, ranks, implementation=implementation, dtype=dtype)
     if source.routing:
         load_trained(model, source.step)
     return model, load_tokenizer(base.huggingface, vocab_size=base.arch.vocab_size)
+
+
+def as_trained(ranks: Topology, manifest: dict) -> Topology:
+    """With as many layers in the first of several stages as the training gave the first of as
+    many."""
+    trained = manifest.get("settings", {}).get("parallel", {})
+    if ranks.pipeline == 1 or trained.get("pipeline_model_parallel_size") != ranks.pipeline:
+        return ranks
+    return replace(ranks, first_stage_layers=trained["num_layers_in_first_pipeline_stage"])
 
 
 def load_trained(model: ModelChunks, step: Path) -> None:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_mod.data.batch import MicroBatch
 from megatron_mod.evaluation.backend import NOT_FINITE, Backend
-from megatron_mod.evaluation.forward import run_forward
 from megatron_mod.evaluation.rows import Row, Score, collate_rows, label_places, scores
 from megatron_mod.model.builder import ModelChunks
+from megatron_mod.model.forward import Outcome, run_batches
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.decision import Decisions
 
 
 class MegatronBackend(Backend):
@@ -42,8 +41,8 @@ class MegatronBackend(Backend):
             batch_size=batch_size,
             routed_by=routing and routing.scheme,
             pooling=pooling,
-            data_rank=parallel_state.get_data_parallel_rank(),
-            data_ranks=parallel_state.get_data_parallel_world_size(),
+            data_rank=model.groups.dp.rank(),
+            data_ranks=model.groups.dp.size(),
         )
         self.model = model.eval()
         self.layers = routing.layers if routing else ()
@@ -52,10 +51,11 @@ class MegatronBackend(Backend):
             # Rows say what a decision sees, whatever the routers were trained with.
             layer.routing = replace(routing, pooling=self.pooling and "prompt")
         self._counted = torch.zeros(2, len(self.layers), dtype=torch.float64)
+        self._watched: dict[int, list[Tensor]] = {}
 
     def _counts(self) -> Tensor:
         """Only the first tensor-parallel rank's: the others hold copies."""
-        is_copy = parallel_state.get_tensor_model_parallel_rank() > 0
+        is_copy = self.model.groups.tp.rank() > 0
         return torch.zeros_like(self._counted) if is_copy else self._counted
 
     def _set_thresholds(self, thresholds: Sequence[float]) -> None:
@@ -65,14 +65,16 @@ class MegatronBackend(Backend):
 
     @contextmanager
     def _watching(self) -> Iterator[dict[int, list[Tensor]]]:
-        routers = self.model.routers()
-        for router in routers.values():
-            router.watched = []
+        self._watched = {layer: [] for layer in self.model.routers()}
         try:
-            yield {layer: router.watched for layer, router in routers.items()}
+            yield self._watched
         finally:
-            for router in routers.values():
-                router.watched = None
+            self._watched = {}
+
+    def _watch(self, decisions: Mapping[int, Decisions]) -> None:
+        for layer, made in decisions.items():
+            if layer in self._watched:
+                self._watched[layer].append(made.logits.t()[made.valid.t()])
 
     def _score(self, batches: Collection[Sequence[Row]]) -> list[list[Score]]:
         return self._run(batches, read=partial(_scores, vocab_size=self.model.unpadded_vocab_size))
@@ -108,13 +110,14 @@ class MegatronBackend(Backend):
         self,
         batches: Collection[Sequence[Row]],
         *,
-        read: Callable[[Tensor, MicroBatch], list],
+        read: Callable[[Outcome], list],
         counted: bool = True,
     ) -> list[list]:
         routers = self.model.routers()
         for router in routers.values():
             router.reset_counts()
-        found = run_forward(self.model, map(collate_rows, batches), len(batches), read=read)
+        cut = map(collate_rows, batches)
+        found = run_batches(self.model, cut, len(batches), finish=read, watch=self._watch)
         if counted:
             for place, layer in enumerate(self.layers):
                 if layer in routers:
@@ -127,11 +130,8 @@ class MegatronBackend(Backend):
         tokens = torch.zeros(count, dtype=torch.int64, device=device.device())
         if found:
             tokens = torch.tensor([token for batch in found for token in batch]).to(tokens)
-        dist.broadcast(
-            tokens,
-            src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
+        stages = self.model.groups.pp
+        dist.broadcast(tokens, src=dist.get_process_group_ranks(stages)[-1], group=stages)
         return tokens.tolist()
 
 
@@ -143,13 +143,15 @@ def _routing_of_all_stages(model: ModelChunks) -> RoutingConfig | None:
     return next(filter(None, found), None)
 
 
-def _scores(logits: Tensor, batch: MicroBatch, *, vocab_size: int) -> list[Score]:
-    return scores(_whole_vocabulary(logits[label_places(batch)], vocab_size), batch)
+def _scores(outcome: Outcome, *, vocab_size: int) -> list[Score]:
+    labelled = outcome.output[label_places(outcome.batch)]
+    return scores(_whole_vocabulary(labelled, vocab_size), outcome.batch)
 
 
-def _likeliest(logits: Tensor, batch: MicroBatch, *, vocab_size: int) -> list[int]:
+def _likeliest(outcome: Outcome, *, vocab_size: int) -> list[int]:
     """The token after each row's last, or ``NOT_FINITE``."""
-    last = torch.tensor([length - 1 for (length,) in batch.documents], device=logits.device)
+    logits, documents = outcome.output, outcome.batch.documents
+    last = torch.tensor([length - 1 for (length,) in documents], device=logits.device)
     rows = torch.arange(len(last), device=logits.device)
     whole = _whole_vocabulary(logits[rows, last], vocab_size)
     return whole.argmax(-1).where(whole.isfinite().all(-1), NOT_FINITE).tolist()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
@@ -18,10 +17,10 @@ from megatron_mod.conversion.source import Base, open_source
 from megatron_mod.conversion.weights import hf_weights
 from megatron_mod.data.batch import MicroBatch
 from megatron_mod.data.python_docs import topic_text
-from megatron_mod.evaluation.forward import run_forward
 from megatron_mod.evaluation.huggingface import load_model
 from megatron_mod.evaluation.rows import Row, collate_rows
 from megatron_mod.model.builder import ModelChunks
+from megatron_mod.model.forward import Outcome, run_batches
 from megatron_mod.parallel import device
 from megatron_mod.parallel.agree import together
 from megatron_mod.parallel.topology import Topology
@@ -38,10 +37,11 @@ def prompt_batch(rows: Sequence[Sequence[int]]) -> MicroBatch:
 def megatron_logits(model: ModelChunks, batches: Sequence[MicroBatch]) -> list[Tensor]:
     """Logits ``[B, S, vocab]`` of each batch, on the last pipeline stage; elsewhere nothing."""
 
-    def whole_vocabulary(logits: Tensor, batch: MicroBatch) -> Tensor:
-        return gather_from_tensor_model_parallel_region(logits)[..., : model.unpadded_vocab_size]
+    def whole_vocabulary(outcome: Outcome) -> Tensor:
+        logits = gather_from_tensor_model_parallel_region(outcome.output)
+        return logits[..., : model.unpadded_vocab_size]
 
-    return run_forward(model.eval(), batches, len(batches), read=whole_vocabulary)
+    return run_batches(model.eval(), batches, len(batches), finish=whole_vocabulary)
 
 
 def compare(
@@ -59,7 +59,7 @@ def compare(
     """
     source = open_source(load, base=base if is_run(load) else None)
     tolerance = default_tolerance(source.base, hf_path)
-    model, tokenizer = restore_model(source, ranks)
+    model, tokenizer = restore_model(source, ranks, implementation="local")
     words = topic_text().split()
     rows = tokenizer([" ".join(words[:count]) for count in PROMPT_WORDS])["input_ids"]
     difference = max_relative_difference(
@@ -90,7 +90,7 @@ def max_relative_difference(
             f"{model.unpadded_vocab_size}: these are not the same model."
         )
     ours = megatron_logits(model, batches)
-    compares = bool(ours) and parallel_state.get_tensor_model_parallel_rank() == 0
+    compares = bool(ours) and model.groups.tp.rank() == 0
     with together():
         hf = load_model(hf_path, trust_remote_code=trust_remote_code) if compares else None
     result = torch.zeros((), device=device.device())

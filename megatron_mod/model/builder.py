@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from megatron_mod.model.layer import RoutedTransformerLayer
 from megatron_mod.model.specs import get_routed_layer_specs
 from megatron_mod.model.trainable import ROUTERS, open_parts
 from megatron_mod.parallel import device
+from megatron_mod.parallel.topology import ONE_RANK, Topology, process_groups
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.router import Router
 
@@ -58,11 +59,19 @@ class RoutedGPTModel(GPTModel):
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy ``[B, S]`` of labels ``[B, S]`` under logits ``[S, B, vocab / tp]``."""
         local = logits.shape[-1]
-        first = local * parallel_state.get_tensor_model_parallel_rank()
+        first = local * self.pg_collection.tp.rank()
         padding = first + local - self.unpadded_vocab_size
         if padding > 0:
             logits[..., max(local - padding, 0) :] = torch.finfo(logits.dtype).min
         return super().compute_language_model_loss(labels, logits)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """As Megatron's; layers may differ, so each has its own keys unless ``metadata`` says
+        otherwise."""
+        metadata = {"non_homogeneous_layers": True, **(metadata or {})}
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
 
     def routed_layers(self) -> dict[int, RoutedTransformerLayer]:
         """This chunk's routed layers by global layer index."""
@@ -81,6 +90,11 @@ class ModelChunks(torch.nn.ModuleList):
         return self[0].config
 
     @property
+    def groups(self) -> ProcessGroupCollection:
+        """The process groups this rank shares the model with."""
+        return self[0].pg_collection
+
+    @property
     def unpadded_vocab_size(self) -> int:
         return self[0].unpadded_vocab_size
 
@@ -92,27 +106,25 @@ class ModelChunks(torch.nn.ModuleList):
         """This rank's routers by global layer index."""
         return {index: layer.router for index, layer in self.routed_layers().items()}
 
-    def sharded_state_dict(self) -> dict:
-        """Megatron's sharded state dicts of all chunks, under the keys of ``state_dict``."""
+    def sharded_state_dict(self, *, stacked: bool = False) -> dict:
+        """Megatron's sharded state dicts of all chunks, under the keys of ``state_dict``.
+
+        ``stacked``: parameters are parts of tensors that stack all layers, as Megatron-LM may
+        write them.
+        """
+        metadata = {"non_homogeneous_layers": not stacked}
         return {
             f"{number}.{key}": value
             for number, chunk in enumerate(self)
-            for key, value in chunk.sharded_state_dict().items()
+            for key, value in chunk.sharded_state_dict(metadata=metadata).items()
         }
 
 
 def transformer_config(
-    arch: Architecture,
-    *,
-    dtype: torch.dtype,
-    tensor: int = 1,
-    pipeline: int = 1,
-    virtual_pipeline: int | None = None,
-    context: int = 1,
-    first_stage_layers: int | None = None,
-    sequence_parallel: bool = False,
+    arch: Architecture, ranks: Topology = ONE_RANK, *, dtype: torch.dtype
 ) -> TransformerConfig:
-    """Megatron's configuration of ``arch`` at the given degrees."""
+    """Megatron's configuration of ``arch`` on ranks so laid out."""
+    virtual_pipeline = ranks.virtual_pipeline
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -130,16 +142,16 @@ def transformer_config(
         window_size=None if arch.window_size is None else (arch.window_size - 1, 0),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        num_layers_in_first_pipeline_stage=first_stage_layers,
+        tensor_model_parallel_size=ranks.tensor,
+        pipeline_model_parallel_size=ranks.pipeline,
+        num_layers_in_first_pipeline_stage=ranks.first_stage_layers,
         virtual_pipeline_model_parallel_size=virtual_pipeline,
         # Megatron's default point-to-point settings give a virtual pipeline of two stages wrong
         # losses and gradients.
         overlap_p2p_comm=virtual_pipeline is not None,
         batch_p2p_comm=virtual_pipeline is None,
-        context_parallel_size=context,
-        sequence_parallel=sequence_parallel,
+        context_parallel_size=ranks.context,
+        sequence_parallel=ranks.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -151,8 +163,6 @@ def transformer_config(
         # The loss function and the routers each add their exact share of the global
         # batch's gradient, so nothing may divide by micro-batches or ranks.
         calculate_per_token_loss=True,
-        # Layers may differ, so each has its own keys in a distributed checkpoint.
-        hetereogenous_dist_checkpoint=True,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -174,20 +184,23 @@ def build_model(
     *,
     implementation: str = "local",
     trained: Sequence[str] = (ROUTERS,),
+    groups: ProcessGroupCollection | None = None,
 ) -> ModelChunks:
     """This rank's part of the model on its device, weights not yet loaded; called by all ranks.
 
     Args:
         implementation: see ``specs.choose_implementation``.
         trained: the parts that train (see ``trainable.py``); all else is frozen.
+        groups: the process groups to share it with; without them, ``parallel_state``'s.
 
     Raises:
         ValueError: degrees that do not divide the model.
     """
     virtual = config.virtual_pipeline_model_parallel_size
     stages = [None] if virtual is None else range(virtual)
+    groups = groups or process_groups()
     model = ModelChunks(
-        [_build_chunk(arch, config, routing, stage, implementation) for stage in stages]
+        [_build_chunk(arch, config, routing, stage, implementation, groups) for stage in stages]
     )
     open_parts(model, trained)
     _tell_what_trains_below(model)
@@ -200,30 +213,33 @@ def _build_chunk(
     routing: RoutingConfig | None,
     vp_stage: int | None,
     implementation: str,
+    groups: ProcessGroupCollection,
 ) -> RoutedGPTModel:
-    where = {"ignore_virtual": False, "vp_stage": vp_stage}
+    rank, last = groups.pp.rank(), groups.pp.size() - 1
+    last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
     return RoutedGPTModel(
         config=config,
         transformer_layer_spec=get_routed_layer_specs(
-            config, routing, vp_stage=vp_stage, implementation=implementation
+            config, routing, vp_stage=vp_stage, pp_rank=rank, implementation=implementation
         ),
         vocab_size=padded_vocab_size(arch.vocab_size, tensor=config.tensor_model_parallel_size),
         unpadded_vocab_size=arch.vocab_size,
         max_sequence_length=arch.max_sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(**where),
-        post_process=parallel_state.is_pipeline_last_stage(**where),
+        pre_process=rank == 0 and not vp_stage,
+        post_process=rank == last and (vp_stage or 0) == last_chunk,
         share_embeddings_and_output_weights=arch.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=arch.rotary_base,
         rope_scaling=arch.rope_scaling_factor is not None,
         rope_scaling_factor=arch.rope_scaling_factor or 1.0,
         vp_stage=vp_stage,
+        pg_collection=groups,
     )
 
 
 def _tell_what_trains_below(model: ModelChunks) -> None:
     """Tell each chunk whether an earlier one, here or on another rank, has anything to train."""
-    group = model[0].pg_collection.pp
+    group = model.groups.pp
     mine = [any(p.requires_grad for p in chunk.parameters()) for chunk in model]
     of_ranks: list = [None] * group.size()
     dist.all_gather_object(of_ranks, mine, group=group)

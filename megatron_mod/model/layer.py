@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
 from megatron_mod.model.trainable import ROUTERS
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.routing.decision import keep_mask
+from megatron_mod.routing.decision import Decisions, keep_mask
 from megatron_mod.routing.router import Router
 from megatron_mod.routing.selection import Everything, Selection, count_chosen, select
 
@@ -49,7 +49,6 @@ class RoutedTransformerLayer(TransformerLayer):
             config.sequence_parallel = False
         super().__init__(config, *args, **kwargs)
         self.routing = routing
-        self.check_decisions = False
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.router = Router(config.hidden_size, device=device)
 
@@ -98,8 +97,13 @@ class RoutedTransformerLayer(TransformerLayer):
         return x, None
 
     @property
+    def index(self) -> int:
+        """The global layer index."""
+        return self.layer_number - 1
+
+    @property
     def logit_border(self) -> float:
-        return self.routing.logit_border(self.layer_number - 1)
+        return self.routing.logit_border(self.index)
 
     def _choose(self, normed: Tensor, layout: TokenLayout) -> Selection | Everything:
         """Ask the router about normed hidden states ``[S, B, H]``."""
@@ -107,7 +111,7 @@ class RoutedTransformerLayer(TransformerLayer):
             kept, mask = self._decide_sequences(normed, layout)
         else:
             kept, mask = self._decide_tokens(normed, layout)
-        if self.check_decisions:
+        if layout.step.check_decisions:
             self._require_equal_decisions(kept)
         dense = self.training and self.routing.training_compute == "dense"
         if dense:
@@ -132,16 +136,8 @@ class RoutedTransformerLayer(TransformerLayer):
 
     def _decide_tokens(self, normed: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """Which tokens are kept, bool ``[S, B]``, and the mask with its gradient."""
-        logits = self.router(normed)
-        mask = keep_mask(
-            logits,
-            border=self.logit_border,
-            penalty_gradient=self.router.penalty_per_unit * layout.valid,
-        )
-        mask = mask * layout.valid
-        kept = mask.detach().bool()
-        self.router.count(logits, kept, layout.valid)
-        return kept, mask
+        mask = self._decide(self.router(normed), layout.valid, layout)
+        return mask.detach().bool(), mask
 
     def _decide_sequences(self, normed: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """As ``_decide_tokens``, with one decision for all tokens of a document."""
@@ -156,17 +152,21 @@ class RoutedTransformerLayer(TransformerLayer):
             counts = reduce_from_tensor_model_parallel_region(counts, group=cp)
         is_valid = counts[1] > 0
         logits = total / counts[0].clamp(min=1)
-        mask = keep_mask(
-            logits,
-            border=self.logit_border,
-            penalty_gradient=self.router.penalty_per_unit * is_valid,
-        )
-        self.router.count(logits, mask.detach().bool(), is_valid)
+        mask = self._decide(logits, is_valid, layout)
         if cp.size() > 1:
             # Each rank's use of the mask sees only its tokens: add up what comes back.
             mask = copy_to_tensor_model_parallel_region(mask, group=cp)
         mask = layout.per_token(mask)
         return mask.detach().bool(), mask
+
+    def _decide(self, logits: Tensor, valid: Tensor, layout: TokenLayout) -> Tensor:
+        """The mask of units with these logits, zero where there is none; noted in the layout."""
+        penalty = layout.step.penalty_per_unit.get(self.index, 0.0)
+        mask = keep_mask(logits, border=self.logit_border, penalty_gradient=penalty * valid)
+        made = Decisions(logits, mask * valid, valid)
+        layout.decisions[self.index] = made
+        self.router.count(made)
+        return made.mask
 
     def _attend(
         self,
@@ -224,7 +224,7 @@ class RoutedTransformerLayer(TransformerLayer):
         theirs = gather_from_sequence_parallel_region(ours, group=group).view(group.size(), -1)
         if bool((theirs != ours).any()):
             raise RuntimeError(
-                f"layer {self.layer_number - 1} ({self.routing.granularity}): tensor-parallel "
+                f"layer {self.index} ({self.routing.granularity}): tensor-parallel "
                 f"ranks decided differently on {int((theirs != ours).any(0).sum())} of "
                 f"{ours.numel()} tokens; what follows would be wrong or never end."
             )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -11,6 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_mod.data.batch import MicroBatch
+from megatron_mod.routing.decision import Decisions
 from megatron_mod.routing.masks import TokenRole, pooled_tokens, valid_tokens
 from megatron_mod.routing.selection import Rows, Segments, Selection, select
 
@@ -51,9 +52,24 @@ class AttentionPlan(PackedSeqParams):
     kept_keys: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class StepContext:
+    """What a step of a training asks of the routed layers; it travels in the ``TokenLayout``.
+
+    Args:
+        penalty_per_unit: the derivative of the capacity penalty by one unit's mask, by global
+            layer index (``CapacityController.penalty_per_unit``); none without.
+        check_decisions: stop if tensor-parallel ranks decide differently.
+    """
+
+    penalty_per_unit: Mapping[int, Tensor] = field(default_factory=dict)
+    check_decisions: bool = False
+
+
 @dataclass
 class TokenLayout(PackedSeqParams):
-    """A micro-batch's roles and documents, as this context-parallel rank holds them.
+    """A micro-batch's roles and documents, as this context-parallel rank holds them, what the step
+    asks of the layers, and what they then decided (``decisions``, by global layer index).
 
     Give it to Megatron's ``GPTModel`` as ``packed_seq_params``; without it every token counts as
     a valid one of a prompt and every row as one document.
@@ -63,6 +79,7 @@ class TokenLayout(PackedSeqParams):
         position_ids: int64 ``[B, S]``, of each token in its document.
         documents: per row the lengths in tokens of its documents, in order; padding follows them.
         context_ranks: how many ranks share a row.
+        step: what the step asks; nothing without.
 
     Raises:
         ValueError: several documents in a row that ranks share.
@@ -72,6 +89,7 @@ class TokenLayout(PackedSeqParams):
     position_ids: Tensor | None = None
     documents: Sequence[Sequence[int]] = ()
     context_ranks: int = 1
+    step: StepContext | None = None
 
     def __post_init__(self) -> None:
         if self.packed and self.context_ranks > 1:
@@ -82,16 +100,21 @@ class TokenLayout(PackedSeqParams):
         self.qkv_format = "sbhd"
         # Megatron makes its rotary table this long and then takes this rank's part of it.
         self.max_seqlen_q = self.max_seqlen_kv = self.roles.shape[1] * self.context_ranks
+        self.step = self.step or StepContext()
+        self.decisions: dict[int, Decisions] = {}
         self._pooled: dict[str, Tensor] = {}
 
     @classmethod
-    def of(cls, batch: MicroBatch, *, context_ranks: int = 1) -> TokenLayout:
+    def of(
+        cls, batch: MicroBatch, *, context_ranks: int = 1, step: StepContext | None = None
+    ) -> TokenLayout:
         """That of this rank's part of a micro-batch."""
         return cls(
             roles=batch.roles,
             position_ids=batch.position_ids,
             documents=batch.documents,
             context_ranks=context_ranks,
+            step=step,
         )
 
     @classmethod

@@ -99,19 +99,21 @@ def get_routed_layer_specs(
     routing: RoutingConfig | None,
     *,
     vp_stage: int | None = None,
+    pp_rank: int | None = None,
     implementation: str = "local",
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, routed where ``routing`` says; ``None``: all dense.
 
     Pass it as ``transformer_layer_spec`` to Megatron's ``GPTModel``, and each micro-batch's
     ``TokenLayout`` as ``packed_seq_params`` (without one, every row is a whole prompt); the
-    attention mask stays ``None``. Needs an initialised ``parallel_state`` and
-    ``hidden_dropout = 0``. README shows a training script around it.
+    attention mask stays ``None``. Needs ``hidden_dropout = 0``. README shows a training script
+    around it.
 
     Args:
         config: the model's; ``normalization`` must be ``RMSNorm``.
         routing: layers by global, zero-based index.
         vp_stage: which chunk of a virtual pipeline.
+        pp_rank: which pipeline stage; without it, ``parallel_state``'s.
         implementation: ``local`` or ``transformer_engine`` (see ``choose_implementation``).
 
     Raises:
@@ -127,8 +129,8 @@ def get_routed_layer_specs(
         raise ValueError(
             f"normalization = {config.normalization!r}: these layers are built with 'RMSNorm'."
         )
-    offset = get_transformer_layer_offset(config, vp_stage)
-    count = get_num_layers_to_build(config, vp_stage)
+    offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    count = get_num_layers_to_build(config, vp_stage, pp_rank)
     layers = [
         routed_layer_spec(config, routing, implementation)
         if index in routed

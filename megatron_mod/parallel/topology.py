@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mod.config.ranks import check_ranks
 from megatron_mod.parallel import device
@@ -28,7 +29,10 @@ _heartbeat: Heartbeat | None = None
 class Topology:
     """How a job's ranks are laid out: ``world_size = tensor * pipeline * context * data``.
 
-    ``virtual_pipeline``: model chunks each pipeline rank holds (``None``: one stage).
+    Args:
+        virtual_pipeline: model chunks each pipeline rank holds (``None``: one stage).
+        first_stage_layers: layers of the first pipeline stage (``None``: as many as the others).
+        sequence_parallel: tensor-parallel ranks also split the sequence between layers.
     """
 
     tensor: int
@@ -36,6 +40,8 @@ class Topology:
     data: int
     context: int = 1
     virtual_pipeline: int | None = None
+    first_stage_layers: int | None = None
+    sequence_parallel: bool = False
 
     @property
     def world_size(self) -> int:
@@ -46,6 +52,9 @@ class Topology:
         return degrees if self.context == 1 else {**degrees, "context": self.context}
 
 
+ONE_RANK = Topology(tensor=1, pipeline=1, data=1)
+
+
 def plan(
     *,
     tensor: int,
@@ -53,6 +62,8 @@ def plan(
     world_size: int,
     context: int = 1,
     virtual_pipeline: int | None = None,
+    first_stage_layers: int | None = None,
+    sequence_parallel: bool = False,
 ) -> Topology:
     """The layout of ``world_size`` ranks; what the degrees leave over is data parallel.
 
@@ -62,7 +73,9 @@ def plan(
     degrees = {"tensor": tensor, "pipeline": pipeline, "context": context}
     check_ranks(degrees, world_size=world_size)
     data = world_size // math.prod(degrees.values())
-    return Topology(tensor, pipeline, data, context, virtual_pipeline)
+    return Topology(
+        tensor, pipeline, data, context, virtual_pipeline, first_stage_layers, sequence_parallel
+    )
 
 
 def environment_world_size() -> int:
@@ -136,6 +149,11 @@ def initialize(
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def process_groups() -> ProcessGroupCollection:
+    """The groups that ``initialize`` made this rank a member of."""
+    return ProcessGroupCollection.use_mpu_process_groups()
 
 
 @contextlib.contextmanager

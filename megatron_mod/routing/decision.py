@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Decisions(NamedTuple):
+    """What a routed layer decided in a micro-batch: three tensors of one shape, ``[S, B]`` of
+    tokens or ``[D]`` of documents.
+
+    ``logits``: fp32; ``mask``: fp32 zeros and ones with the straight-through gradient; ``valid``:
+    bool, whether there is a unit to decide on.
+    """
+
+    logits: Tensor
+    mask: Tensor
+    valid: Tensor
 
 
 class _StraightThrough(torch.autograd.Function):

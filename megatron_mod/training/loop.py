@@ -5,13 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_mod.checkpoint.folders import writing
 from megatron_mod.config.schema import Config
-from megatron_mod.conversion.load import load_base
+from megatron_mod.conversion.restore import load_model
 from megatron_mod.data.dataset import write_rejects
-from megatron_mod.model.builder import ModelChunks, build_model, transformer_config
 from megatron_mod.model.trainable import Trainable, count_changed, frozen_digests
 from megatron_mod.parallel import device, topology
 from megatron_mod.parallel.agree import largest, on_first_rank
@@ -39,7 +37,7 @@ def train(config: Config, plan: Plan) -> dict:
     """
     folder = RunFolder(config.checkpoint)
     with folder.held():
-        run = RunCheckpoints(config, folder, plan.base, plan.routing, data=plan.train.identity)
+        run = RunCheckpoints(config, folder, plan)
         found = Training(config, plan, run).to_the_end()
         on_first_rank(lambda: write_json(folder.path / SUMMARY, found))
     topology.print_once(next_steps(config, steps=config.train.steps))
@@ -52,13 +50,20 @@ class Training:
     def __init__(self, config: Config, plan: Plan, run: RunCheckpoints) -> None:
         """Build everything, and go on from the run's newest checkpoint; called by all ranks."""
         self.config, self.plan, self.run = config, plan, run
-        self.model = _build(config, plan)
+        self.model = load_model(
+            plan.base,
+            plan.routing,
+            plan.topology,
+            implementation=plan.implementation,
+            dtype=DTYPES[config.model.dtype],
+        )
+        start_routers(self.model, config, plan.base, plan.routing)
         trainable = Trainable(self.model)
         text = description(config, plan, parameters=trainable.count())
         topology.print_once(text)
         distributed = config.parallel.use_distributed_optimizer
         self.chunks = wrap_ddp(self.model, use_distributed_optimizer=distributed)
-        rank = parallel_state.get_data_parallel_rank()
+        rank = self.model.groups.dp.rank()
         self.data = make_loader(config, plan, plan.train, data_rank=rank)
         if plan.validation:
             self.validation = make_loader(config, plan, plan.validation, data_rank=rank)
@@ -117,10 +122,14 @@ class Training:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
         check = config.router.check_decisions_interval
-        for layer in self.model.routed_layers().values():
-            layer.check_decisions = bool(check) and step % check == 0
         result = run_schedule(
-            self.chunks, self.model, batch, self.plan.routing, controller=state.controller
+            self.chunks,
+            self.model,
+            batch,
+            self.plan.routing,
+            controller=state.controller,
+            loss=self.plan.loss,
+            check_decisions=bool(check) and step % check == 0,
         )
         wrong, asked = largest(not_finite(result.task_loss, self.model), self.stop.asked)
         sources = partial(self.data.sources, step - 1)
@@ -173,7 +182,9 @@ class Training:
         for batch in self.validation.passes():
             if asked := self.stop.agreed():
                 return asked
-            result = run_schedule(self.chunks, self.model, batch, routing, controller=None)
+            result = run_schedule(
+                self.chunks, self.model, batch, routing, controller=None, loss=self.plan.loss
+            )
             loss = loss + result.task_loss * batch.num_labels
             num_units = batch.num_sequences if routing.scheme.per_sequence else batch.num_tokens
             capacity = capacity + result.capacity * num_units
@@ -195,21 +206,3 @@ class Training:
         if asked:
             steps = self.config.train.steps
             raise stopped(asked, step=step, steps=steps, run=self.run.folder.path)
-
-
-def _build(config: Config, plan: Plan) -> ModelChunks:
-    p = config.parallel
-    megatron = transformer_config(
-        plan.base.arch,
-        dtype=DTYPES[config.model.dtype],
-        tensor=plan.topology.tensor,
-        pipeline=plan.topology.pipeline,
-        virtual_pipeline=plan.topology.virtual_pipeline,
-        context=plan.topology.context,
-        first_stage_layers=p.num_layers_in_first_pipeline_stage,
-        sequence_parallel=p.sequence_parallel,
-    )
-    model = build_model(plan.base.arch, megatron, plan.routing, implementation=plan.implementation)
-    load_base(model, plan.base)
-    start_routers(model, config, plan.base, plan.routing)
-    return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
@@ -16,6 +16,7 @@ from megatron_mod.model.architecture import check_parallel
 from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.training.losses import CrossEntropy, Loss
 from megatron_mod.training.resume import check_settings
 
 
@@ -29,6 +30,7 @@ class Plan:
     implementation: str
     train: Samples
     validation: Samples | None
+    loss: Loss = field(default_factory=CrossEntropy)
 
 
 def prepare(config: Config) -> Plan:
@@ -50,13 +52,15 @@ def prepare(config: Config) -> Plan:
         context=p.context_parallel_size,
         virtual_pipeline=p.virtual_pipeline_model_parallel_size,
         world_size=topology.environment_world_size(),
+        first_stage_layers=p.num_layers_in_first_pipeline_stage,
+        sequence_parallel=p.sequence_parallel,
     )
     check_parallel(
         arch,
         tensor=plan.tensor,
         pipeline=plan.pipeline,
         virtual_pipeline=plan.virtual_pipeline,
-        first_stage_layers=p.num_layers_in_first_pipeline_stage,
+        first_stage_layers=plan.first_stage_layers,
     )
     check_batches(
         global_batch_size=config.train.global_batch_size,
@@ -87,7 +91,7 @@ def make_loader(config: Config, plan: Plan, samples: Samples, *, data_rank: int)
         seed=config.train.seed,
         data_rank=data_rank,
         data_ranks=ranks.data,
-        multiple=(ranks.tensor if config.parallel.sequence_parallel else 1)
+        multiple=(ranks.tensor if ranks.sequence_parallel else 1)
         * (2 * ranks.context if ranks.context > 1 else 1),
         group=ranks.pipeline if ranks.virtual_pipeline else 1,
         row_length=config.data.max_length if config.data.packing else None,

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -13,12 +14,14 @@ from megatron_mod.checkpoint.folders import require_writable
 from megatron_mod.checkpoint.manifest import read_manifest, step_folders
 from megatron_mod.config.cli import to_yaml
 from megatron_mod.config.schema import Config
-from megatron_mod.conversion.source import Base, check_base
+from megatron_mod.conversion.source import check_base
 from megatron_mod.parallel.topology import print_once
-from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import checkpoint
 from megatron_mod.training.checkpoint import RunState
 from megatron_mod.training.run_folder import SUMMARY, RunFolder, holds_run, is_new
+
+if TYPE_CHECKING:
+    from megatron_mod.training.plan import Plan
 
 # Everything else says what is computed. The base may have moved: its fingerprint is compared.
 _MAY_CHANGE = {
@@ -79,19 +82,10 @@ def _flat(values: dict) -> dict[str, object]:
 class RunCheckpoints:
     """Saves the state of a run, and goes on from what an earlier job saved; all ranks alike."""
 
-    def __init__(
-        self,
-        config: Config,
-        folder: RunFolder,
-        base: Base,
-        routing: RoutingConfig,
-        *,
-        data: list[str],
-    ) -> None:
-        """``data``: the identity of the training samples (``Samples.identity``)."""
+    def __init__(self, config: Config, folder: RunFolder, plan: Plan) -> None:
         self.config = config
         self.folder = folder
-        self.base = base
+        self.base = base = plan.base
         self._manifest = {
             "run": folder.identity(),
             "base": str(base.path.resolve()),
@@ -99,8 +93,9 @@ class RunCheckpoints:
                 str(base.huggingface.resolve()) if base.kind == "megatron_lm" else None
             ),
             "base_fingerprint": base.fingerprint(),
-            "routing": routing.to_dict(),
-            "data": data,
+            "routing": plan.routing.to_dict(),
+            "implementation": plan.implementation,
+            "data": plan.train.identity,
             "topology": _topology(config),
             "steps": config.train.steps,
             "settings": _settings(config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,13 +10,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mod.conversion.convert import hf_to_megatron
-from megatron_mod.conversion.load import load_base
+from megatron_mod.conversion.restore import load_model
 from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.batch import collate
 from megatron_mod.data.chat import Sample
 from megatron_mod.data.loader import Loader, StepBatch
 from megatron_mod.evaluation.parity import max_relative_difference, prompt_batch
-from megatron_mod.model.builder import build_model, transformer_config
 from megatron_mod.model.trainable import count_changed, frozen_digests
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
@@ -34,19 +34,8 @@ def routing_config(**changes: object) -> RoutingConfig:
 def build(base: Path | Base, ranks, *, sequence_parallel: bool = False, routing=None, first=None):
     """This rank's part of a base checkpoint."""
     base = base if isinstance(base, Base) else open_base(base)
-    megatron = transformer_config(
-        base.arch,
-        dtype=torch.float32,
-        tensor=ranks.tensor,
-        pipeline=ranks.pipeline,
-        virtual_pipeline=ranks.virtual_pipeline,
-        context=ranks.context,
-        sequence_parallel=sequence_parallel,
-        first_stage_layers=first,
-    )
-    model = build_model(base.arch, megatron, routing)
-    load_base(model, base)
-    return model
+    ranks = replace(ranks, sequence_parallel=sequence_parallel, first_stage_layers=first)
+    return load_model(base, routing, ranks)
 
 
 def convert(hf: Path, save: Path) -> None:
@@ -115,8 +104,6 @@ def gradients(
             )
             for layer, router in model.routers().items():
                 router.weight.data.copy_(routers[layer])
-            for layer in model.routed_layers().values():
-                layer.check_decisions = True
             frozen = frozen_digests(model)
             chunks = wrap_ddp(model, use_distributed_optimizer=distributed)
             for chunk in chunks:
@@ -125,7 +112,9 @@ def gradients(
             batch = _loader(samples, ranks, sequence_parallel, rows=rows).step(0)
             if packed:
                 batch = pack(samples)
-            result = run_schedule(chunks, model, batch, routing, controller=controller)
+            result = run_schedule(
+                chunks, model, batch, routing, controller=controller, check_decisions=True
+            )
             loss = result.task_loss + controller.penalty(result.capacity)
             if distributed:
                 gather_gradients(chunks)
@@ -175,13 +164,15 @@ def disagreement(base: Path, samples: list[Sample], routing: RoutingConfig) -> s
     ranks = meet(tensor=2)
     model = build(base, ranks, routing=routing)
     for index, layer in model.routed_layers().items():
-        layer.check_decisions = True
-        sign = -1 if index == 2 and parallel_state.get_tensor_model_parallel_rank() else 1
+        sign = -1 if index == 2 and model.groups.tp.rank() else 1
         layer.router.weight.data.fill_(0.3 * sign)
     batch = _loader(samples, ranks, False).step(0)
-    chunks = wrap_ddp(model, use_distributed_optimizer=False)
+    chunks, controller = (
+        wrap_ddp(model, use_distributed_optimizer=False),
+        CapacityController(routing),
+    )
     try:
-        run_schedule(chunks, model, batch, routing, controller=CapacityController(routing))
+        run_schedule(chunks, model, batch, routing, controller=controller, check_decisions=True)
     except RuntimeError as error:
         return str(error)
     return "nothing"

@@ -259,8 +259,8 @@ def spoil(monkeypatch, *steps: int, gradient: bool = False) -> None:
     """Make the loss, or a router's gradient, of some steps something else than a number."""
     real, taken = loop.run_schedule, iter(range(1, 100))
 
-    def run_schedule(chunk, model, batch, routing, *, controller):
-        result = real(chunk, model, batch, routing, controller=controller)
+    def run_schedule(chunk, model, batch, routing, *, controller, **more):
+        result = real(chunk, model, batch, routing, controller=controller, **more)
         if controller is not None and next(taken) in steps:
             if gradient:
                 next(iter(model.routers().values())).weight.main_grad[0, 3] = math.inf

@@ -65,6 +65,47 @@ def test_it_trains_with_and_without_a_layout(own_model):
     assert model.embedding.word_embeddings.weight.grad.abs().max() > 0  # nothing is frozen here
 
 
+def test_what_a_step_asks_travels_with_the_layout(own_model):
+    from megatron_mod.model.layout import StepContext, TokenLayout
+
+    model = own_model()
+    router = model.decoder.layers[1].router
+    router.weight.data.normal_(0, 2)
+    ids, positions = torch.randint(64, (2, 12)), torch.arange(12).expand(2, 12)
+    slopes = []
+    for penalty in ({}, {1: torch.tensor(0.3)}, {2: torch.tensor(0.3)}):
+        layout = TokenLayout(
+            roles=torch.full((2, 12), int(TokenRole.PROMPT), dtype=torch.uint8),
+            position_ids=positions,
+            documents=((12,), (12,)),
+            step=StepContext(penalty_per_unit=penalty),
+        )
+        router.weight.grad = None
+        router.reset_counts()
+        model(ids, positions, None, labels=ids, packed_seq_params=layout).mean().backward()
+        slopes.append(router.weight.grad)
+        (made,) = layout.decisions.values()
+        assert made.mask.sum() == router.kept
+        assert made.logits.shape == made.valid.shape == (12, 2)
+    assert torch.equal(slopes[0], slopes[2])  # another layer's
+    chance = torch.sigmoid(made.logits.detach())
+    with torch.no_grad():
+        hidden = seen_by(model, ids, positions)
+    expected = 0.3 * torch.einsum("sb,sbh->h", chance * (1 - chance), hidden)
+    torch.testing.assert_close((slopes[1] - slopes[0])[0], expected, rtol=1e-3, atol=1e-5)
+
+
+def seen_by(model, ids, positions) -> torch.Tensor:
+    """What the router of layer 1 reads, ``[S, B, H]``."""
+    seen = []
+    handle = model.decoder.layers[1].router.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].detach())
+    )
+    model(ids, positions, None, labels=ids)
+    handle.remove()
+    return seen[0]
+
+
 def test_what_would_be_ignored_is_refused(own_model):
     from megatron_mod.model.layout import TokenLayout
 

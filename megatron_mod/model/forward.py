@@ -1,0 +1,114 @@
+"""A model driven over micro-batches through Megatron's schedule: the one forward step there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import TypeVar
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_mod.data.batch import MicroBatch, equal_lengths
+from megatron_mod.model.builder import ModelChunks
+from megatron_mod.model.layout import StepContext, TokenLayout, zigzag
+from megatron_mod.parallel import device
+from megatron_mod.routing.decision import Decisions
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A micro-batch that has gone through the model, on the last pipeline stage.
+
+    Args:
+        output: logits ``[B, S, vocab / tp]``, padding of the vocabulary included; or, where the
+            driver was asked for it, the cross entropy ``[B, S]`` of the labels in nats.
+        batch: the tokens that this context-parallel rank holds, on the device.
+        decisions: of this stage's routed layers, by global layer index.
+    """
+
+    output: Tensor
+    batch: MicroBatch
+    decisions: Mapping[int, Decisions]
+
+
+def run_batches(
+    model: ModelChunks,
+    batches: Iterable[MicroBatch],
+    count: int,
+    *,
+    finish: Callable[[Outcome], T],
+    chunks: Sequence[torch.nn.Module] | None = None,
+    with_labels: bool = False,
+    training: bool = False,
+    step: StepContext | None = None,
+    watch: Callable[[Mapping[int, Decisions]], None] | None = None,
+) -> list[T]:
+    """Run micro-batches forward, in training backward too; called by all ranks.
+
+    Args:
+        count: how many batches there are, the same on all stages.
+        finish: what is wanted of each batch; in training its loss, a scalar whose gradient is
+            this batch's exact share.
+        chunks: what the schedule calls: the DDPs wrapped around the model's chunks, if they are.
+        with_labels: have the model turn logits and labels into losses.
+        step: what it asks of the routed layers.
+        watch: is shown every batch's decisions, on each stage those of its layers.
+
+    Returns:
+        What ``finish`` gave for each batch, on the last stage; elsewhere nothing.
+    """
+    if not count:
+        return []
+    chunks = list(chunks or model)
+    if len(chunks) > 1:
+        batches = equal_lengths(list(batches))
+        iterators, first = [iter(batches) for _ in chunks], batches[0]
+    else:
+        rest = iter(batches)
+        first = next(rest)
+        iterators = [chain((first,), rest)]
+    context = model.groups.cp
+
+    def forward_step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, object]:
+        whole = next(data).to(device.device())
+        batch = whole.map(partial(zigzag, dim=1, rank=context.rank(), ranks=context.size()))
+        layout = TokenLayout.of(batch, context_ranks=context.size(), step=step)
+        output = chunk(
+            batch.input_ids,
+            batch.position_ids,
+            None,
+            labels=batch.labels.clamp(min=0) if with_labels else None,
+            packed_seq_params=layout,
+        )
+        if watch is not None:
+            watch(layout.decisions)
+
+        def end(output: Tensor, *, non_loss_data: bool = False) -> object:
+            found = finish(Outcome(output, batch, layout.decisions))
+            if non_loss_data:
+                return found
+            return found, (batch.labels >= 0).sum(), found.detach()
+
+        return output, end
+
+    with torch.set_grad_enabled(training):
+        found = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks,
+            num_microbatches=count,
+            # Batches differ in both; only a virtual pipeline, where they do not, looks at them.
+            seq_length=first.input_ids.shape[1],
+            micro_batch_size=first.input_ids.shape[0],
+            forward_only=not training,
+            collect_non_loss_data=not training,
+        )
+    for data in iterators:
+        next(data, None)  # lets a progress bar around the batches see their end
+    return found

@@ -1,0 +1,64 @@
+"""A loss sees logits or losses, labels, and what the layers decided; its share is all there is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_mod.data.batch import IGNORE
+from tests.helpers.runs import Trainer, metrics
+
+
+class FromLogits:
+    """The cross entropy again, from logits, with something of the decisions beside it."""
+
+    reads_logits = True
+
+    def __init__(self, weight: float = 0.0) -> None:
+        self.weight, self.seen = weight, []
+
+    def __call__(self, outcome, batch) -> torch.Tensor:
+        labels = outcome.batch.labels
+        assert outcome.output.shape[:2] == labels.shape
+        logits = outcome.output.float().flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(
+            logits, labels.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        made = outcome.decisions
+        self.seen.append(sorted(made))
+        assert all(d.logits.shape == d.mask.shape == d.valid.shape for d in made.values())
+        small = sum((d.logits.square() * d.valid).sum() for d in made.values())
+        return loss / batch.num_labels + self.weight * small / batch.num_sequences
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory, single_process):
+    return Trainer(tmp_path_factory.mktemp("trainer"))
+
+
+def train(trainer, run, loss=None) -> list[dict]:
+    from megatron_mod.config import cli
+    from megatron_mod.training import loop
+    from megatron_mod.training.plan import prepare
+
+    config = cli.parse(trainer.arguments(run, train__steps=3))
+    plan = prepare(config)
+    loop.train(config, replace(plan, loss=loss) if loss else plan)
+    return metrics(run)
+
+
+def test_a_loss_may_read_logits_and_decisions(trainer, tmp_path):
+    usual = train(trainer, tmp_path / "usual")
+    loss = FromLogits()
+    same = train(trainer, tmp_path / "same", loss)
+    assert len(loss.seen) == 3 * 2  # steps and micro-batches
+    assert {tuple(layers) for layers in loss.seen} == {(1, 2)}
+    for line, expected in zip(same, usual, strict=True):
+        assert line["task_loss"] == pytest.approx(expected["task_loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    other = train(trainer, tmp_path / "other", FromLogits(weight=0.5))
+    assert other[0]["task_loss"] == pytest.approx(usual[0]["task_loss"])  # all logits are 0 yet
+    assert other[1]["task_loss"] > usual[1]["task_loss"] * 1.001
+    assert other[1]["grad_norm"] != pytest.approx(usual[1]["grad_norm"], rel=1e-3)
