@@ -13,8 +13,7 @@ import pytest
 
 from megatron_mod import process
 from megatron_mod.process import STOPPED, Stopped
-from megatron_mod.training import loop
-from megatron_mod.training.run_folder import RunFolder
+from megatron_mod.training import loop, run_folder
 from megatron_mod.training.signals import StopRequest
 from tests.helpers.jobs import ROOT, Job, is_alive, wait_for_step
 from tests.helpers.runs import Trainer, metrics
@@ -58,7 +57,7 @@ VALIDATION = 5  # passes of the 20 documents: what run_schedule is called for be
         pytest.param((loop, "run_schedule"), 2, 2, id="in a step"),
         pytest.param((loop, "run_schedule"), 3, 3, id="in a step before a validation"),
         pytest.param((loop, "run_schedule"), 3 + 2, 3, id="in a validation"),
-        pytest.param((RunFolder, "save"), 1, 4, id="while step 4 is saved"),
+        pytest.param((run_folder.RunFolder, "save"), 1, 4, id="while step 4 is saved"),
         pytest.param((loop, "run_schedule"), 6 + VALIDATION, 6, id="in the last step"),
         pytest.param((loop, "run_schedule"), 8 + VALIDATION, 6, id="in the last validation"),
     ],
@@ -84,7 +83,7 @@ def test_leaving_needs_its_checkpoint_even_where_others_may_fail(trainer, tmp_pa
         raise OSError(28, "No space left on device")
 
     signal_in(monkeypatch, loop, "run_schedule", call=2)
-    monkeypatch.setattr(RunFolder, "_publish", full)
+    monkeypatch.setattr(run_folder, "_publish", full)
     with pytest.raises(ValueError, match="step 2 could not be saved: the disk is full"):
         trainer.train(tmp_path / "run", checkpoint__on_save_error="continue")
 
