@@ -93,6 +93,7 @@ def run_batches(
             found = finish(Outcome(output, batch, layout.decisions))
             if non_loss_data:
                 return found
+            assert isinstance(found, Tensor)
             return found, (batch.labels >= 0).sum(), found.detach()
 
         return output, end

@@ -89,7 +89,7 @@ class TokenLayout(PackedSeqParams):
     position_ids: Tensor | None = None
     documents: Sequence[Sequence[int]] = ()
     context_ranks: int = 1
-    step: StepContext | None = None
+    step: StepContext = field(default_factory=StepContext)
 
     def __post_init__(self) -> None:
         if self.packed and self.context_ranks > 1:
@@ -100,7 +100,6 @@ class TokenLayout(PackedSeqParams):
         self.qkv_format = "sbhd"
         # Megatron makes its rotary table this long and then takes this rank's part of it.
         self.max_seqlen_q = self.max_seqlen_kv = self.roles.shape[1] * self.context_ranks
-        self.step = self.step or StepContext()
         self.decisions: dict[int, Decisions] = {}
         self._pooled: dict[str, Tensor] = {}
 
@@ -114,7 +113,7 @@ class TokenLayout(PackedSeqParams):
             position_ids=batch.position_ids,
             documents=batch.documents,
             context_ranks=context_ranks,
-            step=step,
+            step=step or StepContext(),
         )
 
     @classmethod
