@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
+from megatron_mod.model.projection import Part, project
 from megatron_mod.routing.selection import Segments
 
 NEVER = torch.iinfo(torch.int64).max  # position of what pads keys: later than every query
@@ -147,7 +145,7 @@ class RoutedSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As Megatron's, of no tokens too; with ``key_value_states`` ``[T, B, H]`` keys and values
         are theirs and queries those of ``hidden_states``, with no more than either's projection
-        computed."""
+        computed if ``project`` can do so."""
         if key_value_states is None:
             if len(hidden_states):
                 return super().get_query_key_value_tensors(hidden_states, **kwargs)
@@ -156,26 +154,13 @@ class RoutedSelfAttention(SelfAttention):
             return tuple(t[:0] for t in super().get_query_key_value_tensors(one, **kwargs))
         groups, dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         heads = self.num_attention_heads_per_partition // groups
-        query = self._project(hidden_states, slice(0, heads * dim))
-        keys_values = self._project(key_value_states, slice(heads * dim, (heads + 2) * dim))
-        query = query.reshape(*query.shape[:2], groups * heads, dim)
-        key, value = keys_values.split(dim, dim=-1)
+        queries = Part(groups, 0, heads * dim)
+        keys_values = Part(groups, heads * dim, (heads + 2) * dim)
+        query = project(self.linear_qkv, hidden_states, queries).unflatten(-1, (-1, dim))
+        both = project(self.linear_qkv, key_value_states, keys_values)
+        key, value = both.unflatten(-1, (groups, -1)).split(dim, dim=-1)
         if self.q_layernorm is not None and not isinstance(self.q_layernorm, IdentityOp):
             query = self.q_layernorm(query)
         if self.k_layernorm is not None and not isinstance(self.k_layernorm, IdentityOp):
             key = self.k_layernorm(key)
         return query, key, value
-
-    def _project(self, hidden_states: Tensor, part: slice) -> Tensor:
-        """``[S, B, H]`` to ``[S, B, groups, width]`` by a part of each query group's rows of the
-        fused weight ``[groups * (heads + 2) * dim, H]``."""
-        groups, bias = self.num_query_groups_per_partition, self.linear_qkv.bias
-        rows = self.linear_qkv.weight.unflatten(0, (groups, -1))[:, part]
-        if bias is not None and bias.numel():  # Transformer Engine writes no bias as an empty one
-            bias = bias.unflatten(0, (groups, -1))[:, part].flatten()
-        else:
-            bias = None
-        hidden_states = copy_to_tensor_model_parallel_region(
-            hidden_states, group=self.pg_collection.tp
-        )
-        return F.linear(hidden_states, rows.flatten(0, 1), bias).unflatten(-1, (groups, -1))

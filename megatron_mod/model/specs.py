@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_mod.model.attention import RoutedSelfAttention, TorchCoreAttention
 from megatron_mod.model.layer import RoutedTransformerLayer
 from megatron_mod.model.norm import RMSNorm
+from megatron_mod.model.projection import PartColumnParallelLinear
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
 
@@ -71,11 +72,17 @@ def dense_layer_spec(config: TransformerConfig, implementation: str = "local") -
 def routed_layer_spec(
     config: TransformerConfig, routing: RoutingConfig, implementation: str = "local"
 ) -> ModuleSpec:
-    """The ordinary layer, its norms unfused, with a router that chooses what
-    ``routing.granularity`` names."""
+    """The ordinary layer, its norms unfused and its queries apart from its keys if need be, with a
+    router that chooses what ``routing.granularity`` names."""
     spec = dense_layer_spec(config, implementation)
+    attention = spec.submodules.self_attention.submodules
     if implementation == "transformer_engine":
+        from megatron_mod.model.transformer_engine import TEPartColumnParallelLinear
+
         _unfuse_norms(spec)
+        attention.linear_qkv = TEPartColumnParallelLinear
+    else:
+        attention.linear_qkv = PartColumnParallelLinear
     spec.module = RoutedTransformerLayer
     spec.params = {**spec.params, "routing": routing}
     return spec
@@ -88,7 +95,6 @@ def _unfuse_norms(spec: ModuleSpec) -> None:
     backend, layer = UnfusedSpecProvider(), spec.submodules
     layer.input_layernorm = backend.layer_norm()
     layer.pre_mlp_layernorm = backend.layer_norm()
-    layer.self_attention.submodules.linear_qkv = backend.column_parallel_linear()
     layer.mlp = get_mlp_module_spec_for_backend(backend=backend)
     local = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.sharded_state_dict_keys_map = local.submodules.sharded_state_dict_keys_map

@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 import transformer_engine.pytorch  # noqa: F401  (fails here, with its own reason, if it cannot work)
-from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
+    TEDotProductAttention,
+)
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_mod.model.attention import TorchCoreAttention
 from megatron_mod.model.layout import AttentionPlan, GridSegments, TokenLayout
+from megatron_mod.model.projection import PartLinear
 from megatron_mod.routing.selection import Rows, Segments
 
 
@@ -23,6 +27,10 @@ class UnfusedSpecProvider(TESpecProvider):
 
     def column_parallel_layer_norm_linear(self) -> None:
         return None
+
+
+class TEPartColumnParallelLinear(PartLinear, TEColumnParallelLinear):
+    """Transformer Engine's, its parts computed by torch."""
 
 
 class TECoreAttention(TEDotProductAttention):

@@ -137,3 +137,75 @@ def test_an_mlp_is_entered_with_no_tokens_too(own_model, granularity, training):
     loss = model(ids, torch.arange(12).expand(2, 12), None, labels=ids)
     assert [tuple(row.shape) for row in rows] == [(0, 1, 32)]
     loss.mean().backward()
+
+
+class Adapted(torch.nn.Module):
+    """A projection with something added to what it makes of its input."""
+
+    def __init__(self, linear: torch.nn.Module, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.linear, self.weight = linear, weight
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+        output, bias = self.linear(hidden)
+        return output + hidden @ self.weight.t(), bias
+
+
+def in_its_place(attention, weight):
+    attention.linear_qkv = Adapted(attention.linear_qkv, weight)
+
+
+def by_a_hook(attention, weight):
+    attention.linear_qkv.register_forward_hook(
+        lambda _, inputs, made: (made[0] + inputs[0] @ weight.t(), made[1])
+    )
+
+
+def by_another_forward(attention, weight):
+    linear = attention.linear_qkv
+    own = linear.forward
+    linear.forward = lambda hidden: (own(hidden)[0] + hidden @ weight.t(), None)
+
+
+@pytest.mark.parametrize("adapt", [in_its_place, by_a_hook, by_another_forward])
+@pytest.mark.parametrize("part", [slice(0, 2), slice(2, 3), slice(3, 4)], ids=["q", "k", "v"])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_put_on_the_projection_takes_part(own_model, adapt, part, training):
+    """Queries of chosen tokens and keys of all are projected apart; an adapter is for both."""
+    routing = RoutingConfig(
+        "attn_token", (1,), (0.5,), keys_values="all", training_compute="sparse"
+    )
+    ids = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.zeros(2, 4, 8, 32)  # query groups; their two queries, key and value; channels
+    weight[:, part] = torch.randn(weight[:, part].shape, generator=generator)
+    weight = weight.flatten(0, 2)
+
+    def logits(change) -> torch.Tensor:
+        model = own_model(routing, num_query_groups=2, add_qkv_bias=True).train(training)
+        layer = model.decoder.layers[1]
+        layer.router.weight.data.normal_(0, 2, generator=torch.Generator().manual_seed(5))
+        change(layer.self_attention)
+        with torch.no_grad():
+            made = model(ids, torch.arange(12).expand(2, 12), None)
+        assert 0 < layer.router.kept < layer.router.valid
+        return made
+
+    plain = logits(lambda attention: None)
+    merged = logits(lambda attention: attention.linear_qkv.weight.data.add_(weight))
+    adapted = logits(lambda attention: adapt(attention, weight))
+    torch.testing.assert_close(adapted, merged)
+    assert (adapted - plain).abs().max() > 1e-3
+
+
+def test_hooks_before_the_projection_see_queries_and_keys(own_model):
+    """Megatron's own wait there for parameters that are still on their way."""
+    routing = RoutingConfig("attn_token", (1,), (0.5,), keys_values="all")
+    model, seen = own_model(routing).eval(), []
+    layer = model.decoder.layers[1]
+    layer.router.weight.data.normal_(0, 2, generator=torch.Generator().manual_seed(5))
+    layer.self_attention.linear_qkv.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].shape[:2].numel())
+    )
+    model(torch.randint(64, (2, 12)), torch.arange(12).expand(2, 12), None)
+    assert seen == [int(layer.router.kept), 24]
