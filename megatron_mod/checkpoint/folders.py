@@ -162,7 +162,8 @@ def is_full(error: BaseException, path: Path) -> bool:
             return True
         if any(os.strerror(code) in str(cause) for code in _FULL):
             return True
-        if isinstance(cause, OSError | RuntimeError) and free_bytes(path) < _NOTHING:
+        says_nothing = isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) is None
+        if says_nothing and free_bytes(path) < _NOTHING:
             return True
     return False
 

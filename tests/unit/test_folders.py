@@ -121,6 +121,14 @@ def test_what_torch_makes_of_a_full_disk_is_known_by_the_disk(tmp_path, monkeypa
     assert is_full(error, tmp_path)
 
 
+def test_what_the_system_says_otherwise_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    """As on a read-only image, or below /proc, where no byte is free either."""
+    monkeypatch.setattr(folders, "free_bytes", lambda path: 0)
+    said = pytest.raises(ValueError, match="out: cannot be written: Read-only file system; give an")
+    with said, folders.writing(tmp_path / "out"):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
 def test_other_errors_of_the_block_go_through(tmp_path):
     with pytest.raises(FileNotFoundError), new_folder(tmp_path / "out"):
         (tmp_path / "input").read_text()
