@@ -26,8 +26,11 @@ class Part:
         return values.unflatten(-1, (self.groups, -1))[..., self.first : self.end].flatten(-2)
 
 
-class PartLinear:
+class PartLinear(nn.Module):
     """Mixed into a column-parallel linear: with ``part`` it computes no other outputs."""
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, *args: object, tp_group, **kwargs: object) -> None:
         super().__init__(*args, tp_group=tp_group, **kwargs)
