@@ -57,7 +57,7 @@ def test_it_is_neither_converted_nor_trained_on_nor_started_from(trainer, copy, 
     assert not (tmp_path / "base").exists()
     with pytest.raises(ValueError, match=message):
         trainer.train(tmp_path / "run", model__checkpoint=None, model__hf_path=dense)
-    put(routers := copy("routers"), "model.layers.3.router.weight", 1.0)
+    put(routers := copy("routers"), "model.layers.2.router.weight", 1.0)
     with pytest.raises(ValueError, match=f"{routers}/model.safetensors: .*{CHANGED}"):
         convert.megatron_to_hf(trainer.base, tmp_path / "out", routers_path=routers)
 
