@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 
 from megatron_mod.checkpoint.distributed import load_tensors
+from megatron_mod.checkpoint.manifest import read_manifest
 from tests.distributed import resume_cases
 from tests.end_to_end.test_resume import spoil
 from tests.helpers.ranks import run_ranks
@@ -45,7 +45,7 @@ def job(trainer: Trainer, run: Path, settings: dict, *, after: Path | None = Non
 def saved(run: Path, step: int) -> tuple[dict, dict]:
     """Tensors and run state of a step."""
     folder = run / f"step_{step:08d}" / "state"
-    return load_tensors(folder), dist_checkpointing.load_common_state_dict(str(folder))["common"]
+    return load_tensors(folder), read_manifest(folder.parent)["progress"]
 
 
 def require_equal(run: Path, whole: Path) -> None:
