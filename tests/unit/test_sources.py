@@ -289,9 +289,11 @@ def test_only_a_run_is_told_of_its_settings(load, tokenizer, tmp_path, caplog):
 @pytest.mark.parametrize("portion", [-1, 0, float("nan"), float("inf"), -float("inf")])
 def test_portions_out_of_range_are_refused(tmp_path, portion):
     write_lines(tmp_path / "a" / "data.jsonl", [GOOD])
-    (parsed,) = mixing.parse_portions([f"a={portion}"]).values()
-    with pytest.raises(ValueError, match=rf"^--portions a={portion:g}: must be a number above 0"):
-        mixing.mix(tmp_path, tmp_path / "out", portions={"a": parsed})
+    message = rf"^--portions a={portion:g}: must be a number above 0"
+    with pytest.raises(ValueError, match=message):
+        mixing.parse_portions([f"a={portion}"])
+    with pytest.raises(ValueError, match=message):
+        mixing.mix(tmp_path, tmp_path / "out", portions={"a": portion})
     with pytest.raises(ValueError, match="leave no line"):
         mixing.mix(tmp_path, tmp_path / "out", portions={"a": 0.1})
     with pytest.raises(ValueError, match="^seed = -1: must be at least 0"):
