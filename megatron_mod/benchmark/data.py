@@ -13,7 +13,7 @@ def compare(data: str, tokenizer: str, *, flops: float, parameters: float, **set
         data: JSON lines file.
         tokenizer: Hugging Face folder.
         flops, parameters: of the device and of the model that is to be fed.
-        settings: as ``evaluation.data_speed.measure`` takes them.
+        settings: as ``benchmark.data_speed.measure`` takes them.
 
     Raises:
         ValueError: a folder without a tokenizer.
