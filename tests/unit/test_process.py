@@ -62,10 +62,14 @@ def test_what_a_script_runs_ends_first(tmp_path, number):
     assert job.wait() == 130
 
 
+# They meet first: torchrun ends, and reports, those that have not begun when the first one leaves.
 RANKS = """
 with one_message():
     catch_signals()
     rank = int(os.environ["RANK"])
+    open(f"rank{{rank}}", "w").close()
+    while not all(os.path.exists(f"rank{{other}}") for other in range(3)):
+        time.sleep(0.01)
     {body}
 """
 
@@ -73,7 +77,7 @@ with one_message():
 def torchrun(path: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", path],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200, cwd=path.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 1
