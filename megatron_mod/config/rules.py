@@ -85,7 +85,9 @@ class Range:
     below: float | None = None
     why: str = ""
 
-    def problem(self, value: float) -> str | None:
+    def problem(self, value: float | str) -> str | None:
+        if isinstance(value, str):  # a word that the field's type allows in a number's place
+            return None
         inside = all(
             (  # written so that nan, which compares as false, is outside
                 self.least is None or value >= self.least,

@@ -19,7 +19,8 @@ from megatron_mod.config.rules import (
     setting,
 )
 from megatron_mod.routing.config import RoutingConfig, resolve_capacity, resolve_layers
-from megatron_mod.routing.scheme import Granularity
+from megatron_mod.routing.scheme import Granularity, Scheme
+from megatron_mod.routing.stand_in import default_rank
 
 MINUTES_OF_A_YEAR = 525_600
 
@@ -61,9 +62,21 @@ class RouterConfig:
             one per routed layer.
         scope: `layer` holds every layer to its target, `model` only their mean, so that
             important layers may stay on.
-        capacity_loss_weight: weight of the penalty on capacity above target, above 0.
+        capacity_loss_weight: weight of the penalty on capacity above target, above 0; or `auto`: a
+            price of each kept unit, found during training, that needs no tuning.
         capacity_warmup_fraction: share of the steps, the first ones, over which the target falls
             from 1 to `capacity`; 0 to 1.
+        bias: give every router one, which follows the scores: after each step it is set so that
+            the step's units would have been kept to the target, and at the end so that the last
+            samples are. Without, as published, nothing but the penalty holds the capacity.
+        init: where routers start that are not given (model.routers): at the `importance` of their
+            layers, the cost of leaving each out, measured on the first samples; or at `zeros`.
+        stand_in: what a skipped unit adds: `none`, nothing; `linear`, a small affine map of what
+            the router reads, solved in closed form on the first samples, unless the routers that
+            training starts from have them.
+        stand_in_rank: rank of that map, at least 1; unset: 32 for attention, 64 for MLPs and
+            blocks, or half the hidden size where that is less.
+        stand_in_tokens: tokens it is solved on, at least 1.
         threshold: a unit keeps a layer when sigmoid(logit) is at least this; between 0 and 1.
         pooling: tokens a sequence's decision averages over: `prompt` (the default) those before
             the first label, what a generation's prefill sees; `all` every token but padding.
@@ -76,19 +89,24 @@ class RouterConfig:
             (a debugging aid, one host synchronisation per routed layer); 0: never.
     """
 
-    granularity: Granularity = "attn_sequence"
+    granularity: Granularity = "attn_token"
     layers: dict[str, int] | list[int] = setting(AT_LEAST_0, default={"deepest": 16})
     capacity: float | list[float] = setting(Range(above=0, most=1), default=0.5)
     scope: Literal["layer", "model"] = "model"
-    capacity_loss_weight: float = setting(
+    capacity_loss_weight: float | Literal["auto"] = setting(
         Range(
             above=0,
             why=", or nothing holds the capacity; to train without a budget set router.capacity "
             "to 1.0",
         ),
-        default=1.0,
+        default="auto",
     )
-    capacity_warmup_fraction: float = setting(SHARE, default=0.0)
+    capacity_warmup_fraction: float = setting(SHARE, default=0.5)
+    bias: bool = True
+    init: Literal["importance", "zeros"] = "importance"
+    stand_in: Literal["none", "linear"] = "linear"
+    stand_in_rank: int | None = setting(COUNT, default=None)
+    stand_in_tokens: int = setting(COUNT, default=16384)
     threshold: float = setting(
         Range(above=0, below=1, why=" (0 keeps everything, 1 nothing)"), default=0.5
     )
@@ -97,12 +115,12 @@ class RouterConfig:
     training_compute: Literal["dense", "sparse"] = "dense"
     check_decisions_interval: int = setting(AT_LEAST_0, default=0)
 
-    def resolve(self, *, num_layers: int) -> RoutingConfig:
+    def resolve(self, *, num_layers: int, hidden_size: int) -> RoutingConfig:
         """These settings for a model of ``num_layers`` layers.
 
         Raises:
-            ValueError: layers or capacities that do not fit the model, or settings without meaning
-                for the granularity.
+            ValueError: layers, capacities or a rank that do not fit the model, or settings without
+                meaning for the granularity.
         """
         layers = resolve_layers(self.layers, num_layers=num_layers)
         return RoutingConfig(
@@ -116,7 +134,20 @@ class RouterConfig:
             pooling=self.pooling,
             keys_values=self.keys_values,
             training_compute=self.training_compute,
+            bias=self.bias,
+            stand_in_rank=self._stand_in_rank(hidden_size),
         )
+
+    def _stand_in_rank(self, hidden_size: int) -> int | None:
+        if self.stand_in == "none":
+            return None
+        if (self.stand_in_rank or 0) > hidden_size:
+            raise ValueError(
+                f"router.stand_in_rank = {self.stand_in_rank}: must be at most the model's hidden "
+                f"size, {hidden_size}."
+            )
+        target = Scheme.parse(self.granularity).target
+        return self.stand_in_rank or default_rank(target, hidden_size=hidden_size)
 
 
 @dataclass
@@ -200,6 +231,10 @@ class TrainConfig:
             finite, before the run stops; 0 stops at the first.
         timeout: minutes, above 0, that the ranks wait for one that does not answer before the run
             stops and names it; also of every collective.
+        loss: what is minimised: `task`, the labels' cross entropy; `distill`, the Kullback-Leibler
+            divergence from the dense model, the same weights with routing off, which costs one more
+            forward pass; `both`, their sum.
+        trainable: what trains: the `routers`, or `routers+stand_ins`.
     """
 
     steps: int = setting(AT_LEAST_0)
@@ -209,6 +244,13 @@ class TrainConfig:
     validation_interval: int = setting(AT_LEAST_0, default=0)
     max_skipped_steps: int = setting(AT_LEAST_0, default=3)
     timeout: float = setting(Range(above=0, below=MINUTES_OF_A_YEAR), default=10.0)
+    loss: Literal["task", "distill", "both"] = "task"
+    trainable: Literal["routers", "routers+stand_ins"] = "routers"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the model that train."""
+        return tuple(self.trainable.split("+"))
 
 
 @dataclass

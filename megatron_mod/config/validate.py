@@ -30,6 +30,27 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
             f"router.check_decisions_interval = {r.check_decisions_interval}: compares "
             "tensor-parallel ranks and parallel.tensor_model_parallel_size is 1; leave it 0."
         )
+    if not r.bias and r.capacity_loss_weight == "auto":
+        raise ValueError(
+            "router.bias = false: router.capacity_loss_weight = auto needs biases, without which "
+            "only a penalty holds the capacity; give a number (1.0 as published), or set "
+            "router.bias to true."
+        )
+    if not r.bias and r.init == "importance":
+        raise ValueError(
+            "router.init = importance: sets the routers' biases and router.bias is false; set "
+            "router.init to zeros, or router.bias to true."
+        )
+    if r.stand_in == "none" and r.stand_in_rank is not None:
+        raise ValueError(
+            f"router.stand_in_rank = {r.stand_in_rank}: nothing stands in for what is skipped; "
+            "set router.stand_in to linear, or leave the rank out."
+        )
+    if r.stand_in == "none" and "stand_ins" in t.parts:
+        raise ValueError(
+            f"train.trainable = {t.trainable}: there are no stand-ins to train; set "
+            "router.stand_in to linear, or train.trainable to routers."
+        )
     if d.packing and p.context_parallel_size > 1:
         raise ValueError(
             f"data.packing = true: ranks that share a row (parallel.context_parallel_size = "

@@ -31,7 +31,7 @@ from megatron_mod.conversion.finite import cast
 from megatron_mod.conversion.hf_reader import HFReader, read_config
 from megatron_mod.conversion.hf_writer import MAX_SHARD_BYTES, HFWriter
 from megatron_mod.conversion.progress import byte_progress
-from megatron_mod.conversion.routers import HF_ROUTER_KEY
+from megatron_mod.conversion.routers import HF_KEY
 from megatron_mod.conversion.source import open_source
 from megatron_mod.conversion.weights import Weight, hf_weights
 
@@ -159,8 +159,12 @@ def megatron_to_hf(
             for weight in weights:
                 like = _as(weight.like, dtype)
                 writer.add(weight.name, like, partial(_read, weight, like, advance))
-            for layer, weight in chosen[1].items() if chosen else ():
-                writer.add(HF_ROUTER_KEY.format(layer), weight)
+            like = _as(weights[0].like, dtype)
+            for layer, added in chosen[1].items() if chosen else ():
+                for name, tensor in added.items():
+                    # Routers are fp32 whatever the model's dtype; stand-ins are computed in it.
+                    kept = tensor if name.startswith("router.") else tensor.to(like.dtype)
+                    writer.add(HF_KEY.format(layer, name), kept)
             writer.close()
         copy_companions(source.base.huggingface, folder, dtype=dtype)
         make_portable(folder)
@@ -185,11 +189,9 @@ def export_routers(load: str | Path, save: str | Path, *, base: str | Path | Non
     source = open_source(load, base=base)
     if source.routing is None:
         raise ValueError(f"{load}: holds no routers; give a training run, or one of its steps.")
-    weights = routers.read_step(source.step, source.routing)
+    added = routers.read_step(source.step, source.routing)
     with new_folder(save) as folder:
-        routers.write_published(
-            folder, source.routing, weights, read_config(source.base.huggingface)
-        )
+        routers.write_published(folder, source.routing, added, read_config(source.base.huggingface))
         write_checksums(folder)
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from megatron_mod.conversion.config_types import (
+    COUNT,
     NUMBER,
     TEXT,
     Kind,
@@ -16,7 +17,7 @@ from megatron_mod.conversion.config_types import (
     is_whole,
 )
 from megatron_mod.hf import FILES, MODULE
-from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.config import AUTO, RoutingConfig
 
 
 def portable_config(hf_config: dict) -> dict:
@@ -94,12 +95,16 @@ ROUTING = {
     "layers": Kind("a list of layers' indices", lambda v: is_list(v, is_whole)),
     "capacity": Kind("a list of numbers from 0 to 1", lambda v: _are_shares(v)),
     "scope": TEXT,
-    "capacity_loss_weight": NUMBER,
+    "capacity_loss_weight": Kind("a number or 'auto'", lambda v: v == AUTO or NUMBER.accepts(v)),
     "capacity_warmup_fraction": NUMBER,
     "threshold": _NUMBERS,
     "pooling": TEXT,
     "keys_values": TEXT,
     "training_compute": TEXT,
+    "bias": Kind("true or false", lambda v: isinstance(v, bool)),
+    "stand_in_rank": Kind(
+        "a whole number above 0, or null", lambda v: v is None or COUNT.accepts(v)
+    ),
 }
 
 

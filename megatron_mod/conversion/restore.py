@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron_mod.checkpoint.distributed import load_state
 from megatron_mod.checkpoint.manifest import STATE, read_manifest
 from megatron_mod.config.ranks import OPTIONS
 from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.load import load_base
+from megatron_mod.conversion.routers import Added
 from megatron_mod.conversion.source import Base, Source
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.architecture import check_parallel
 from megatron_mod.model.builder import ModelChunks, build_model, transformer_config
 from megatron_mod.model.specs import choose_implementation
-from megatron_mod.model.trainable import AVERAGE, Trainable
+from megatron_mod.model.trainable import AVERAGE, ROUTERS, Trainable
 from megatron_mod.parallel.agree import together
 from megatron_mod.parallel.topology import Topology
 from megatron_mod.routing.config import RoutingConfig
@@ -31,6 +32,7 @@ def load_model(
     *,
     implementation: str = "local",
     dtype: torch.dtype = torch.float32,
+    trained: Sequence[str] = (ROUTERS,),
 ) -> ModelChunks:
     """This rank's part of a base, with new routers where ``routing`` wants them, if it does; called
     by all ranks alike. Whatever runs a model gets it from here.
@@ -38,13 +40,14 @@ def load_model(
     Args:
         ranks: a layout that fits the model (``check_parallel``).
         implementation: see ``specs.choose_implementation``.
-        dtype: of the weights; routers are fp32.
+        dtype: of the weights; what is added to them is fp32.
+        trained: the parts that train (see ``model/trainable.py``).
 
     Raises:
         ValueError: a base that is damaged or not whole; see ``load_base``.
     """
     config = transformer_config(base.arch, ranks, dtype=dtype)
-    model = build_model(base.arch, config, routing, implementation=implementation)
+    model = build_model(base.arch, config, routing, implementation=implementation, trained=trained)
     load_base(model, base)
     return model
 
@@ -112,7 +115,9 @@ def load_trained(model: ModelChunks, step: Path) -> None:
 
 
 @torch.no_grad()
-def put_routers(model: ModelChunks, weights: dict[int, Tensor]) -> None:
-    """Fill this stage's routers from weights ``[1, H]`` by layer."""
-    for layer, router in model.routers().items():
-        router.weight.copy_(weights[layer])
+def put_added(model: ModelChunks, added: Added) -> None:
+    """Fill this stage's routed layers with what was read of them."""
+    for layer, module in model.routed_layers().items():
+        parameters = dict(module.named_parameters())
+        for name, tensor in added[layer].items():
+            parameters[name].copy_(tensor)

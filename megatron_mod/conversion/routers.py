@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors.torch import save_file
@@ -32,19 +33,24 @@ from megatron_mod.conversion.config_types import (
 )
 from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_reader import HFReader, read_config
+from megatron_mod.hf.thresholds_mod import threshold_at
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.trainable import AVERAGE
-from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.config import AUTO, RoutingConfig, logit_border
 from megatron_mod.routing.scheme import GRANULARITIES, Scheme
 
-ROUTER_KEY = "decoder.layers.{}.router.weight"
-HF_ROUTER_KEY = "model.layers.{}.router.weight"
+Added: TypeAlias = dict[int, dict[str, Tensor]]
+"""What routed layers have beside dense ones: tensors by layer and by their names in it, which are
+the same in Megatron's layer and in Hugging Face's (``RoutingConfig.added_shapes``)."""
+
+KEY = "decoder.layers.{}.{}"
+HF_KEY = "model.layers.{}.{}"
 OURS = "megatron_mod"  # the published config's field for settings it has none for
 
 
-def read_routers(folder: str | Path, arch: Architecture) -> tuple[RoutingConfig, dict[int, Tensor]]:
-    """Settings and weights ``[1, H]`` by layer, from a run of ours, one of its steps, or a folder
-    of the published code; called by all ranks alike.
+def read_routers(folder: str | Path, arch: Architecture) -> tuple[RoutingConfig, Added]:
+    """Settings and what was added, from a run of ours, one of its steps, or a folder of the
+    published code; called by all ranks alike.
 
     Raises:
         ValueError: not such a folder, or routers that do not fit the model.
@@ -55,38 +61,46 @@ def read_routers(folder: str | Path, arch: Architecture) -> tuple[RoutingConfig,
         if manifest["kind"] != "routers":
             raise ValueError(f"{folder}: holds no routers; give a training run or a published one.")
         routing = RoutingConfig.from_dict(manifest["routing"])
-        weights = read_step(step, routing)
+        added = read_step(step, routing)
     else:
         with as_written(folder):
-            routing, weights = _read_published(Path(folder))
-    _check_fit(Path(folder), routing, weights, arch)
-    return routing, weights
+            routing, added = _read_published(Path(folder))
+    _check_fit(Path(folder), routing, added, arch)
+    return routing, added
 
 
-def read_step(step: Path, routing: RoutingConfig) -> dict[int, Tensor]:
-    """Router weights ``[1, H]`` by layer of a step folder, averaged if the training averaged them.
+def read_step(step: Path, routing: RoutingConfig) -> Added:
+    """What was added, of a step folder; averaged if the training averaged it.
 
     Raises:
-        ValueError: the saved routers are not those of ``routing``, or not finite.
+        ValueError: it is not what ``routing`` says, or not finite.
     """
     prefix = AVERAGE if read_manifest(step).get("averaged") else ""
-    wanted = {prefix + ROUTER_KEY.format(layer): layer for layer in routing.layers}
+    names = routing.added_shapes(1)
+    wanted = {
+        prefix + KEY.format(layer, name): (layer, name)
+        for layer in routing.layers
+        for name in names
+    }
     found = load_tensors(step / STATE, keep=prefix + "decoder.layers.")
     found = {k: v for k, v in found.items() if k.startswith(prefix + "decoder.")}
     if set(found) != set(wanted):
         difference = sorted(set(found) ^ set(wanted))
         raise ValueError(f"{step}: routers do not match its manifest: {difference}.")
-    for key, weight in found.items():
-        require_finite(weight, key, where=step / STATE)
-    return {layer: found[key] for key, layer in wanted.items()}
+    added: Added = {layer: {} for layer in routing.layers}
+    for key, (layer, name) in wanted.items():
+        require_finite(found[key], key, where=step / STATE)
+        added[layer][name] = found[key]
+    return added
 
 
 def write_step(
-    folder: Path, routing: RoutingConfig, weights: dict[int, Tensor], *, base: str, fingerprint: str
+    folder: Path, routing: RoutingConfig, added: Added, *, base: str, fingerprint: str
 ) -> None:
     """Write routers alone as a step folder, which a base refers to and training can start from."""
     folder.mkdir()
-    save_tensors({ROUTER_KEY.format(k): v for k, v in weights.items()}, folder / STATE)
+    tensors = {KEY.format(k, name): v for k, own in added.items() for name, v in own.items()}
+    save_tensors(tensors, folder / STATE)
     manifest = {
         "kind": "routers",
         "step": 0,
@@ -97,35 +111,49 @@ def write_step(
     write_manifest(folder, manifest)
 
 
-def write_published(
-    folder: Path, routing: RoutingConfig, weights: dict[int, Tensor], hf_config: dict
-) -> None:
+def write_published(folder: Path, routing: RoutingConfig, added: Added, hf_config: dict) -> None:
     """Fill a folder as the published code saves routers: its config fields, and their weights.
 
-    What it has no field for is in one of our own, which it does not read.
+    What it has no field for is in one of our own, which it does not read. A bias that is the same
+    in all layers becomes part of the threshold.
 
     Raises:
-        ValueError: thresholds that differ, which the published code does not know.
+        ValueError: thresholds or biases that differ, or stand-ins, which the published code does
+            not know.
     """
-    if len(set(routing.thresholds)) > 1:
+    if routing.stand_in_rank:
         raise ValueError(
-            "--routers-only: the layers' thresholds differ, and the published format has one for "
-            "all; calibrate with --scope model, or export the whole model."
+            "--routers-only: what is skipped has a stand-in, which the published format does not "
+            "know; train with router.stand_in none, or export the whole model."
         )
+    thresholds = {
+        logit_border(threshold) - float(added[layer].get("router.bias", torch.zeros(1)))
+        for layer, threshold in zip(routing.layers, routing.thresholds, strict=True)
+    }
+    if len(thresholds) > 1:
+        raise ValueError(
+            "--routers-only: the layers' thresholds or biases differ, and the published format has "
+            "one threshold for all; train with router.bias false, calibrate with --scope model, or "
+            "export the whole model."
+        )
+    weight = routing.capacity_loss_weight
     routed = [layer in routing.layers for layer in range(hf_config["num_hidden_layers"])]
     target = dict(zip(routing.layers, routing.capacity, strict=True))
     config = {
         **hf_config,
         "is_mod": routed,
         "granularity": routing.granularity,
-        "threshold": routing.thresholds[0],
+        "threshold": threshold_at(thresholds.pop()) if routing.bias else routing.thresholds[0],
         "mod_capacity": [target.get(layer) for layer in range(len(routed))],
-        "gradient_scale": routing.capacity_loss_weight,
+        "gradient_scale": None if weight == AUTO else weight,
         OURS: {name: getattr(routing, name) for name in _OURS},
     }
     text = json.dumps(config, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-    tensors = {HF_ROUTER_KEY.format(k): v.float().contiguous() for k, v in weights.items()}
+    tensors = {
+        HF_KEY.format(layer, "router.weight"): own["router.weight"].float().contiguous()
+        for layer, own in added.items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -154,7 +182,7 @@ _OURS = {
 }
 
 
-def _read_published(folder: Path) -> tuple[RoutingConfig, dict[int, Tensor]]:
+def _read_published(folder: Path) -> tuple[RoutingConfig, Added]:
     config, path = read_config(folder), folder / "config.json"
     if config.get("is_mod") is None:
         raise ValueError(
@@ -200,30 +228,34 @@ def _read_published(folder: Path) -> tuple[RoutingConfig, dict[int, Tensor]]:
         )
     except ValueError as error:
         raise ValueError(f"{path}: {OURS}: {error}") from error
-    pattern = re.compile(HF_ROUTER_KEY.replace(".", r"\.").format(r"(\d+)"))
+    pattern = re.compile(r"model\.layers\.(\d+)\.(router\.weight)")
     with HFReader(folder) as reader:
-        names = {n: int(m.group(1)) for n in reader.names() if (m := pattern.fullmatch(n))}
-        weights = {layer: reader.tensor(n).float().clone() for n, layer in names.items()}
-    return routing, dict(sorted(weights.items()))
+        names = {n: m.groups() for n in reader.names() if (m := pattern.fullmatch(n))}
+        added = {
+            int(layer): {name: reader.tensor(n).float().clone()}
+            for n, (layer, name) in names.items()
+        }
+    return routing, dict(sorted(added.items()))
 
 
-def _check_fit(
-    folder: Path, routing: RoutingConfig, weights: dict[int, Tensor], arch: Architecture
-) -> None:
-    if set(weights) != set(routing.layers):
+def _check_fit(folder: Path, routing: RoutingConfig, added: Added, arch: Architecture) -> None:
+    if set(added) != set(routing.layers):
         raise ValueError(
-            f"{folder}: holds routers of layers {sorted(weights)}, but its config routes layers "
+            f"{folder}: holds routers of layers {sorted(added)}, but its config routes layers "
             f"{list(routing.layers)}."
         )
-    outside = [layer for layer in weights if layer >= arch.num_layers]
-    if outside or not weights:
+    outside = [layer for layer in added if layer >= arch.num_layers]
+    if outside or not added:
         raise ValueError(
             f"{folder}: routers of layers {outside or 'none'}; this model has layers 0 to "
             f"{arch.num_layers - 1}."
         )
-    for layer, weight in weights.items():
-        if weight.shape != torch.Size((1, arch.hidden_size)):
-            raise ValueError(
-                f"{folder}: the router of layer {layer} has shape {tuple(weight.shape)} instead of "
-                f"{(1, arch.hidden_size)}, this model's; it belongs to another model."
-            )
+    shapes = routing.added_shapes(arch.hidden_size)
+    for layer, own in added.items():
+        for name, tensor in own.items():
+            if tensor.shape != torch.Size(shapes[name]):
+                what = "router" if name == "router.weight" else name
+                raise ValueError(
+                    f"{folder}: the {what} of layer {layer} has shape {tuple(tensor.shape)} "
+                    f"instead of {shapes[name]}, this model's; it belongs to another model."
+                )

@@ -115,7 +115,7 @@ class MegatronBackend(Backend):
     ) -> list[list]:
         routers = self.model.routers()
         for router in routers.values():
-            router.reset_counts()
+            router.reset()
         cut = map(collate_rows, batches)
         found = run_batches(self.model, cut, len(batches), finish=read, watch=self._watch)
         if counted:

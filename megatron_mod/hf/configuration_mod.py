@@ -19,7 +19,8 @@ class RoutedConfig:
     ``granularity`` (one of ``GRANULARITIES``), ``layers`` (zero-based indices of the routed
     layers), ``threshold`` (keep when ``sigmoid(logit)`` reaches it: a number, or one per routed
     layer; 0 keeps and 1 skips everything), ``keys_values`` (``all`` or ``selected``; for
-    ``attn_token`` and ``block_token``), and what the routers were trained for.
+    ``attn_token`` and ``block_token``), ``bias`` (whether routers have one), ``stand_in_rank`` (of
+    what skipped units add; none without), and what the routers were trained for.
     """
 
     routing: dict[str, Any]

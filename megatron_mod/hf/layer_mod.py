@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,15 +28,31 @@ class RoutingCall:
 
 
 class Router(nn.Module):
-    """One linear map ``H -> 1`` without bias, computed in fp32."""
+    """One affine map ``H -> 1``, computed in fp32."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(1)) if bias else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits ``[...]`` of hidden states ``[..., H]``."""
-        return nn.functional.linear(hidden_states.float(), self.weight.float()).squeeze(-1)
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(hidden_states.float(), self.weight.float(), bias).squeeze(-1)
+
+
+class StandIn(nn.Module):
+    """What a skipped unit adds: ``B A x + b`` of rank ``r``, of what the router reads (of an MLP:
+    of what the MLP reads)."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.up = nn.Linear(rank, hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[..., H]`` to the same."""
+        return self.up(self.down(hidden_states))
 
 
 class RoutedLayer:
@@ -50,7 +67,9 @@ class RoutedLayer:
         self.layer_idx = layer_idx
         self.router = None
         if layer_idx in config.routing["layers"]:
-            self.router = Router(config.hidden_size)
+            self.router = Router(config.hidden_size, config.routing.get("bias", False))
+            rank = config.routing.get("stand_in_rank")
+            self.stand_in = StandIn(config.hidden_size, rank) if rank else None
             self.logit_border = logit_border(config.thresholds()[layer_idx])
             self.target, self.per_sequence = config.target, config.per_sequence
             self.stores_selected = config.stores_selected
@@ -73,7 +92,13 @@ class RoutedLayer:
             storage.decide(self._sequences_to_keep(normed, routing))
         check_batch(batch, cached=len(storage.kept))
         routing.decisions[self.layer_idx] = storage.kept
-        rows = storage.rows
+        rows, others = storage.rows, None
+        if self.stand_in is not None and len(rows) < batch:
+            others = rest_of(storage.kept, len(rows))
+
+        def stand_in(skipped: Tensor) -> Tensor:
+            read = self.input_layernorm(skipped) if normed is None else normed[others]
+            return skipped + self.stand_in(read)
 
         def attend(kept: Tensor) -> Tensor:
             everyone = len(kept) == batch
@@ -85,11 +110,14 @@ class RoutedLayer:
             return kept + self.self_attn(hidden_states=inputs, **chosen)[0]
 
         if self.target == "attn":
-            hidden_states = self._mlp(_at(rows, hidden_states, attend))
+            hidden_states = self._mlp(_at(rows, hidden_states, attend, others, stand_in))
         elif self.target == "mlp":
-            hidden_states = _at(rows, attend(hidden_states), self._mlp)
+            hidden_states = attend(hidden_states)
+            hidden_states = _at(rows, hidden_states, self._mlp, others, self._instead_of_mlp)
         else:
-            hidden_states = _at(rows, hidden_states, lambda kept: self._mlp(attend(kept)))
+            hidden_states = _at(
+                rows, hidden_states, lambda kept: self._mlp(attend(kept)), others, stand_in
+            )
         storage.advance(length)
         return hidden_states
 
@@ -98,23 +126,34 @@ class RoutedLayer:
         keep = self._tokens_to_keep(normed, routing)
         routing.decisions[self.layer_idx] = keep
         kept = TokenSelection(keep)
-        everything = len(kept.index) == keep.numel()
+        everything, others = len(kept.index) == keep.numel(), None
+        if self.stand_in is not None and not everything:
+            others = rest_of(keep.flatten(), len(kept.index))
         if self.target == "mlp" or (everything and not self.stores_selected):
             hidden_states = hidden_states + self.self_attn(hidden_states=normed, **context)[0]
             if self.target == "attn":
                 return self._mlp(hidden_states)
-            return _at(kept.index, hidden_states.flatten(0, 1), self._mlp).view_as(normed)
+            tokens = hidden_states.flatten(0, 1)
+            tokens = _at(kept.index, tokens, self._mlp, others, self._instead_of_mlp)
+            return tokens.view_as(normed)
         update = self._attend_tokens(normed, kept, routing, context)
 
         def finish(tokens: Tensor) -> Tensor:
             tokens = tokens + update
             return self._mlp(tokens) if self.target == "block" else tokens
 
-        hidden_states = _at(kept.index, hidden_states.flatten(0, 1), finish).view_as(normed)
+        def stand_in(skipped: Tensor) -> Tensor:
+            return skipped + self.stand_in(normed.flatten(0, 1)[others])
+
+        tokens = _at(kept.index, hidden_states.flatten(0, 1), finish, others, stand_in)
+        hidden_states = tokens.view_as(normed)
         return self._mlp(hidden_states) if self.target == "attn" else hidden_states
 
     def _mlp(self, hidden_states: Tensor) -> Tensor:
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    def _instead_of_mlp(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + self.stand_in(self.post_attention_layernorm(hidden_states))
 
     def _sequences_to_keep(self, normed: Tensor, routing: RoutingCall) -> Tensor:
         """``[B]`` bool: the mean logit of the pooled tokens reaches the border."""
@@ -146,6 +185,9 @@ class RoutedLayer:
         """The attention's update ``[N, H]`` of the kept tokens, from all normed ones."""
         attn, cache = self.self_attn, context[CACHE]
         batch, length, _ = normed.shape
+        removed = self.logit_border == math.inf and routing.borders is None
+        if removed and self.layer_idx:  # nobody will ever read its keys; a cache's length is read
+            return kept.take(normed)  # off its first layer
         past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         rotary, slots = context["position_embeddings"], None
         chosen, chosen_rotary = kept.take(normed), [kept.take(t) for t in rotary]
@@ -193,13 +235,29 @@ class RoutedLayer:
         return visible[:, None]
 
 
-def _at(index: Tensor, values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """``values`` with ``function`` of the rows ``index`` (ascending) in those rows' place."""
+def _at(
+    index: Tensor,
+    values: Tensor,
+    function: Callable[[Tensor], Tensor],
+    others: Tensor | None = None,
+    instead: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """``values`` with ``function`` of the rows ``index`` (ascending) in those rows' place, and
+    ``instead`` of the rows ``others`` in theirs; without ``others`` they stay."""
     if len(index) == len(values):
         return function(values)
-    if len(index) == 0:
-        return values
-    return values.index_copy(0, index, function(values[index]))
+    changed = values
+    if len(index):
+        changed = changed.index_copy(0, index, function(values[index]))
+    if others is not None:
+        changed = changed.index_copy(0, others, instead(values[others]))
+    return changed
+
+
+def rest_of(kept: Tensor, count: int) -> Tensor:
+    """Where bool ``[N]`` has its zeros, of whose ones there are ``count``: without waiting for the
+    device."""
+    return kept.int().argsort(stable=True)[: len(kept) - count]
 
 
 def _project(

@@ -185,7 +185,8 @@ class RoutingRecord:
             else:
                 self.decisions.setdefault(layer, []).append(keep)
             if cache is not None:
-                sizes = _cache_bytes(model, layer, cache.layers[layer], batch=len(keep))
+                length = cache.get_seq_length()
+                sizes = _cache_bytes(model, layer, cache.layers[layer], length, batch=len(keep))
                 self.cache_bytes[layer] = sizes
         if routing.decisions and keep.dim() == 2:
             valid = routing.tokens
@@ -210,10 +211,10 @@ class RoutingRecord:
 
 
 def _cache_bytes(
-    model: RoutedModel, layer: int, storage: DynamicLayer, *, batch: int
+    model: RoutedModel, layer: int, storage: DynamicLayer, length: int, *, batch: int
 ) -> tuple[int, int]:
-    """What a layer's cache holds, and what it would hold were everything stored."""
-    routed, length = model.layers[layer], storage.get_seq_length()
+    """What a layer's cache holds, and what it would hold were all of ``length`` tokens stored."""
+    routed = model.layers[layer]
     length = min(length, routed.window - 1) if routed.window else length
     token = 2 * routed.self_attn.k_proj.out_features * model.embed_tokens.weight.element_size()
     dense = batch * length * token

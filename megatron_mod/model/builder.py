@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -58,12 +59,35 @@ class RoutedGPTModel(GPTModel):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy ``[B, S]`` of labels ``[B, S]`` under logits ``[S, B, vocab / tp]``."""
+        return super().compute_language_model_loss(labels, self.without_padding(logits))
+
+    def without_padding(self, logits: Tensor) -> Tensor:
+        """Logits ``[..., vocab / tp]``, changed in place so that no softmax sees the padding."""
         local = logits.shape[-1]
         first = local * self.pg_collection.tp.rank()
         padding = first + local - self.unpadded_vocab_size
         if padding > 0:
             logits[..., max(local - padding, 0) :] = torch.finfo(logits.dtype).min
-        return super().compute_language_model_loss(labels, logits)
+        return logits
+
+    @contextlib.contextmanager
+    def headless(self) -> Iterator[None]:
+        """In the block the last stage gives its final hidden states ``[S, B, H]`` (``[S / tp, B,
+        H]`` with sequence parallelism), and computes no logits."""
+        has_head, self.post_process = self.post_process, False
+        try:
+            yield
+        finally:
+            self.post_process = has_head
+
+    def head(self, hidden_states: Tensor) -> Tensor:
+        """Logits ``[N, vocab / tp]`` of final hidden states ``[N, H]``, on the last stage."""
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return self.without_padding(torch.nn.functional.linear(hidden_states, weight))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -16,26 +17,35 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
-from megatron_mod.model.trainable import ROUTERS
-from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.model.trainable import ROUTERS, STAND_INS
+from megatron_mod.routing.config import AUTO, RoutingConfig
 from megatron_mod.routing.decision import Decisions, keep_mask
 from megatron_mod.routing.router import Router
-from megatron_mod.routing.selection import Everything, Selection, count_chosen, select
+from megatron_mod.routing.selection import (
+    Everything,
+    Selection,
+    StandInOf,
+    count_chosen,
+    select,
+)
+from megatron_mod.routing.stand_in import StandIn
 
 
 class RoutedTransformerLayer(TransformerLayer):
-    """``y = x + m * F(x)`` with ``F`` attention, MLP or both, and ``m`` its router's decision.
+    """``y = x + m * F(x) + (1 - m) * S(x)`` with ``F`` attention, MLP or both, ``m`` its router's
+    decision, and ``S`` its stand-in, or nothing.
 
-    The router reads the output of the input norm. In training every unit is computed and
+    The router reads the output of the input norm, the stand-in too, but that of an MLP what the MLP
+    would read. In training every unit is computed and
     multiplied by the straight-through mask (``training_compute: dense``), or chosen units
-    only (``sparse``); in evaluation chosen units only.
+    only (``sparse``); in evaluation chosen units only, and stand-ins of the others.
 
     With sequence parallelism the layer gathers its rows, works as if there were none, and
     scatters them again: its tensor-parallel ranks then decide on the same numbers, and
     only chosen tokens take part in its reductions.
     """
 
-    adds: ClassVar[dict[str, str]] = {"router": ROUTERS}
+    adds: ClassVar[dict[str, str]] = {"router": ROUTERS, "stand_in": STAND_INS}
 
     def __init__(self, config, *args, routing: RoutingConfig, **kwargs) -> None:
         if config.hidden_dropout:
@@ -50,7 +60,10 @@ class RoutedTransformerLayer(TransformerLayer):
         super().__init__(config, *args, **kwargs)
         self.routing = routing
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.router = Router(config.hidden_size, device=device)
+        self.router = Router(config.hidden_size, bias=routing.bias, device=device)
+        self.stand_in = None
+        if rank := routing.stand_in_rank:
+            self.stand_in = StandIn(config.hidden_size, rank, device=device)
 
     def forward(
         self,
@@ -83,15 +96,21 @@ class RoutedTransformerLayer(TransformerLayer):
         normed = self.input_layernorm(x)
         chosen = self._choose(normed, layout)
         if self.routing.scheme.target == "attn":
-            x = chosen.add(x, self._attend(normed, chosen, layout, rotary_pos_emb))
+            update = self._attend(normed, chosen, layout, rotary_pos_emb)
+            self._show(layout, x, normed, update)
+            x = chosen.add(x, update, self._instead(normed))
             x = x + self._feed_forward(x)
         elif self.routing.scheme.target == "mlp":
             x = x + self._attend(normed, Everything(), layout, rotary_pos_emb)
-            x = chosen.add(x, self._feed_forward(chosen.take(x)))
+            update = self._feed_forward(chosen.take(x))
+            if layout.step.watch_units:
+                self._show(layout, x, self.pre_mlp_layernorm(x), update)
+            x = chosen.add(x, update, self._instead(x, self.pre_mlp_layernorm))
         else:
             update = self._attend(normed, chosen, layout, rotary_pos_emb)
             update = update + self._feed_forward(chosen.take(x) + update)
-            x = chosen.add(x, update)
+            self._show(layout, x, normed, update)
+            x = chosen.add(x, update, self._instead(normed))
         if self.gathers_rows:
             x = scatter_to_sequence_parallel_region(x, group=tp)
         return x, None
@@ -101,12 +120,32 @@ class RoutedTransformerLayer(TransformerLayer):
         """The global layer index."""
         return self.layer_number - 1
 
-    @property
-    def logit_border(self) -> float:
-        return self.routing.logit_border(self.index)
+    def logit_border(self, layout: TokenLayout) -> float:
+        """The logit from which on a unit is kept."""
+        own = layout.step.borders.get(self.index)
+        return self.routing.logit_border(self.index) if own is None else own
+
+    def _show(self, layout: TokenLayout, *grids: Tensor) -> None:
+        if layout.step.watch_units:
+            layout.step.watch_units(self.index, *(grid[layout.valid] for grid in grids))
+
+    def _instead(
+        self, grid: Tensor, norm: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> StandInOf | None:
+        """What the stand-in makes of chosen tokens of ``[S, B, H]``, which ``norm`` readies."""
+        if self.stand_in is None:
+            return None
+
+        def of(chosen: Selection | Everything) -> Tensor:
+            tokens = chosen.take(grid)
+            return self.stand_in(norm(tokens) if len(tokens) else tokens)
+
+        return of
 
     def _choose(self, normed: Tensor, layout: TokenLayout) -> Selection | Everything:
         """Ask the router about normed hidden states ``[S, B, H]``."""
+        if layout.step.dense:
+            return Everything()
         if self.routing.scheme.per_sequence:
             kept, mask = self._decide_sequences(normed, layout)
         else:
@@ -161,12 +200,20 @@ class RoutedTransformerLayer(TransformerLayer):
 
     def _decide(self, logits: Tensor, valid: Tensor, layout: TokenLayout) -> Tensor:
         """The mask of units with these logits, zero where there is none; noted in the layout."""
-        penalty = layout.step.penalty_per_unit.get(self.index, 0.0)
-        mask = keep_mask(logits, border=self.logit_border, penalty_gradient=penalty * valid)
-        made = Decisions(logits, mask * valid, valid)
-        layout.decisions[self.index] = made
-        self.router.count(made)
-        return made.mask
+        penalty = layout.step.penalty_per_unit.get(self.index)
+        sparse = self.routing.training_compute == "sparse"
+        mask = keep_mask(
+            logits,
+            valid,
+            border=self.logit_border(layout),
+            penalty=logits.new_zeros(()) if penalty is None else penalty,
+            pull=self.router.pull,
+            # No price is known for what was not computed.
+            only_kept=sparse and self.routing.capacity_loss_weight == AUTO,
+        )
+        layout.decisions[self.index] = made = Decisions(logits, mask, valid)
+        self.router.note(made)
+        return mask
 
     def _attend(
         self,

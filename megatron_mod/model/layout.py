@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -54,16 +54,25 @@ class AttentionPlan(PackedSeqParams):
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a step of a training asks of the routed layers; it travels in the ``TokenLayout``.
+    """What a pass asks of the routed layers; it travels in the ``TokenLayout``.
 
     Args:
         penalty_per_unit: the derivative of the capacity penalty by one unit's mask, by global
             layer index (``CapacityController.penalty_per_unit``); none without.
         check_decisions: stop if tensor-parallel ranks decide differently.
+        dense: compute everything and ask no router.
+        borders: logits from which on layers are kept, in the place of their thresholds, by global
+            layer index.
+        watch_units: with ``dense``, is shown what a layer computes: its global index, and of the
+            tokens that are no padding, ``[N, H]`` each, the residual stream that the unit adds to,
+            what a stand-in would read, and what the unit adds.
     """
 
     penalty_per_unit: Mapping[int, Tensor] = field(default_factory=dict)
     check_decisions: bool = False
+    dense: bool = False
+    borders: Mapping[int, float] = field(default_factory=dict)
+    watch_units: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
 
 
 @dataclass

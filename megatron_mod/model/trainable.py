@@ -26,7 +26,7 @@ from megatron_mod.parallel import device
 if TYPE_CHECKING:
     from megatron_mod.model.builder import ModelChunks
 
-BASE, ROUTERS = "base", "routers"
+BASE, ROUTERS, STAND_INS = "base", "routers", "stand_ins"
 AVERAGE = "average."  # before the key of a parameter's mean over a training's last steps
 
 
@@ -57,52 +57,67 @@ def open_parts(model: torch.nn.Module, names: Iterable[str]) -> None:
 
 
 class Trainable:
-    """What of a model trains, as far as this rank holds it.
+    """What a model has beside its base, or trains of it, as far as this rank holds it.
 
-    ``parameters``: by the key in a checkpoint, which is the same at every topology.
+    Both by the key in a checkpoint, which is the same at every topology: ``parameters`` train,
+    ``fixed`` are what was added and stays as it is.
     """
 
     def __init__(self, model: ModelChunks) -> None:
         self.model = model
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        described = model.sharded_state_dict()
-        self.parameters = {described[name].key: p for name, p in trained.items()}
+        described, part = model.sharded_state_dict(), parts_of(model)
+        self.parameters: dict[str, Tensor] = {}
+        self.fixed: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.parameters[described[name].key] = parameter
+            elif part(name) != BASE:
+                self.fixed[described[name].key] = parameter
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """All of it: what a checkpoint holds."""
+        return {**self.fixed, **self.parameters}
 
     def sharded(
         self, data: Mapping[str, Tensor] | None = None, *, prefix: str = ""
     ) -> dict[str, ShardedTensor]:
         """For ``save_state`` and ``load_state``, by key, with ``prefix`` before it.
 
-        ``data``: tensors in the parameters' place; parameters that have none are left out.
+        ``data``: tensors in the place of what is kept; what has none is left out.
         """
-        data = self.parameters if data is None else data
+        data = self.kept if data is None else data
         return {
             prefix + entry.key: replace(entry, key=prefix + entry.key, data=data[entry.key])
             for entry in self.model.sharded_state_dict().values()
-            if entry.key in self.parameters and entry.key in data
+            if entry.key in data
         }
 
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor]) -> None:
-        """Fill the parameters, from what ``load_state`` made of ``sharded``."""
-        for key, parameter in self.parameters.items():
+        """Fill all of it, from what ``load_state`` made of ``sharded``."""
+        for key, parameter in self.kept.items():
             parameter.copy_(values[key])
 
     def count(self) -> int:
         """Numbers that train, of all ranks; the first call is made by all of them."""
-        return sum(numbers for numbers, _ in self._whole.values())
+        return sum(numbers for numbers, _, trains in self._whole.values() if trains)
 
     def nbytes(self) -> int:
-        """Bytes that they take; as ``count``."""
-        return sum(numbers * size for numbers, size in self._whole.values())
+        """Bytes that all of it takes; as ``count``."""
+        return sum(numbers * size for numbers, size, _ in self._whole.values())
 
     @cached_property
-    def _whole(self) -> dict[str, tuple[int, int]]:
-        """Numbers, and bytes of each, of every parameter of the whole model by key."""
+    def _whole(self) -> dict[str, tuple[int, int, bool]]:
+        """Numbers, bytes of each, and whether they train, of everything in the model by key."""
         mine = self.sharded()
         apply_factories(mine)
         sizes = {
-            entry.key: (math.prod(entry.global_shape), entry.dtype.itemsize)
+            entry.key: (
+                math.prod(entry.global_shape),
+                entry.dtype.itemsize,
+                entry.key in self.parameters,
+            )
             for entry in nested_values(mine)
         }
         everybody: list = [None] * dist.get_world_size()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.config import AUTO, RoutingConfig
+
+MEMORY = 0.7  # of the price: what a step's own finding leaves of it
 
 
 class CapacityController:
-    """Switches the capacity penalty by the previous step's global capacity.
+    """The target of each step, and what a kept unit costs.
 
     The published ``weight * relu(mean(m) - target)`` on one micro-batch depends on
     how the batch was cut. Here a step's penalty is
@@ -21,6 +23,13 @@ class CapacityController:
     the first step). ``scope: model`` compares the means over the layers instead,
     so important layers may stay on. All state stays on the device.
 
+    ``capacity_loss_weight: auto`` finds a price in place of a weight: that at which moving all
+    logits together would gain nothing, ``price = -N sum(s e) / sum(s)`` with ``e = dL/dm`` of each
+    unit, ``s`` the sigmoid's slope at its logit and ``N`` the units of the global batch. It is the
+    derivative of the loss along a capacity that a shift of all logits would change, so what is left
+    of the gradient only says which units are worth more than others. A step uses the running mean
+    of those before it; the first has none and pays nothing.
+
     The target may fall from 1 over the first share of a training
     (``capacity_warmup_fraction``), so that the least important units are given up first
     (gradual pruning, Zhu and Gupta 2017, with a linear schedule).
@@ -29,14 +38,19 @@ class CapacityController:
     def __init__(self, config: RoutingConfig, *, device: torch.device | None = None) -> None:
         self.config = config
         self.final_target = torch.tensor(config.capacity, dtype=torch.float32, device=device)
-        self.start_step(1.0)
+        self.target = self.target_at(0.0)
         self.previous = torch.ones_like(self.final_target)
+        self.price: Tensor | None = None
 
-    def start_step(self, progress: float) -> None:
-        """Set a step's target; ``progress``: the share of the training's steps done, 0 to 1."""
+    def target_at(self, progress: float) -> Tensor:
+        """``[num_routed]``; ``progress``: the share of the training's steps done, 0 to 1."""
         warmup = self.config.capacity_warmup_fraction
         share = min(progress / warmup, 1.0) if warmup else 1.0
-        self.target = torch.lerp(torch.ones_like(self.final_target), self.final_target, share)
+        return torch.lerp(torch.ones_like(self.final_target), self.final_target, share)
+
+    def start_step(self, progress: float) -> None:
+        """Set a step's target."""
+        self.target = self.target_at(progress)
 
     def switch(self) -> Tensor:
         """``on_l`` of this step, fp32 ``[num_routed]``."""
@@ -50,19 +64,37 @@ class CapacityController:
 
         ``num_units`` counts the valid units of the global batch.
         """
+        if self.config.capacity_loss_weight == AUTO:
+            price = torch.zeros_like(self.target) if self.price is None else self.price
+            return price / num_units
         return self.switch() * (self.config.capacity_loss_weight / num_units)
 
     def penalty(self, capacity: Tensor) -> Tensor:
-        """This step's penalty, a scalar, given its global capacity ``[num_routed]``."""
+        """This step's penalty, a scalar, given its global capacity ``[num_routed]``.
+
+        A price is none: it is paid for and against every unit alike.
+        """
+        if self.config.capacity_loss_weight == AUTO:
+            return capacity.new_zeros(())
         excess = self.switch() * (capacity - self.target)
         return self.config.capacity_loss_weight * excess.sum()
 
-    def end_step(self, capacity: Tensor) -> None:
-        """Remember this step's global capacity ``[num_routed]`` for the next switch."""
+    def end_step(self, capacity: Tensor, pull: Tensor, num_units: int) -> None:
+        """Remember this step's global capacity ``[num_routed]`` for the next switch, and what the
+        units pulled (``[num_routed, 2]``, see ``decision.keep_mask``) for the next price."""
         self.previous = capacity.detach().clone()
+        if self.config.capacity_loss_weight != AUTO:
+            return
+        if self.config.scope == "model":
+            pull = pull.sum(0, keepdim=True).expand_as(pull)
+        found = -num_units * pull[:, 0] / pull[:, 1].clamp(min=1e-30)
+        self.price = found if self.price is None else torch.lerp(found, self.price, MEMORY)
 
-    def state_dict(self) -> dict[str, list[float]]:
-        return {"previous": self.previous.tolist()}
+    def state_dict(self) -> dict[str, list[float] | None]:
+        price = None if self.price is None else self.price.tolist()
+        return {"previous": self.previous.tolist(), "price": price}
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+    def load_state_dict(self, state: dict[str, list[float] | None]) -> None:
         self.previous = torch.tensor(state["previous"]).to(self.target)
+        price = state.get("price")
+        self.price = None if price is None else torch.tensor(price).to(self.target)

@@ -8,6 +8,8 @@ from functools import cached_property
 
 from megatron_mod.routing.scheme import Scheme
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class RoutingConfig:
@@ -18,7 +20,7 @@ class RoutingConfig:
     granularities only (default ``prompt``), ``keys_values`` to token-routed attention only
     (``attn_token`` and ``block_token``, default ``all``); elsewhere they are ``None``.
     ``threshold`` is one number or, once calibrated, one per routed layer; 0 keeps and 1 skips
-    everything.
+    everything. ``stand_in_rank`` is that of what skipped units add, ``None`` if they add nothing.
 
     Raises:
         ValueError: an unknown granularity, or a setting that this granularity would ignore.
@@ -28,12 +30,14 @@ class RoutingConfig:
     layers: tuple[int, ...]
     capacity: tuple[float, ...]
     scope: str = "model"
-    capacity_loss_weight: float = 1.0
+    capacity_loss_weight: float | str = 1.0
     capacity_warmup_fraction: float = 0.0
     threshold: float | tuple[float, ...] = 0.5
     pooling: str | None = None
     keys_values: str | None = None
     training_compute: str = "dense"
+    bias: bool = False
+    stand_in_rank: int | None = None
 
     def __post_init__(self) -> None:
         scheme = self.scheme
@@ -62,6 +66,17 @@ class RoutingConfig:
         if isinstance(self.threshold, tuple):
             return self.threshold
         return (self.threshold,) * len(self.layers)
+
+    def added_shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """What a routed layer has beside a dense one: shapes of tensors, by their names in it."""
+        shapes: dict[str, tuple[int, ...]] = {"router.weight": (1, hidden_size)}
+        if self.bias:
+            shapes["router.bias"] = (1,)
+        if rank := self.stand_in_rank:
+            shapes["stand_in.down.weight"] = (rank, hidden_size)
+            shapes["stand_in.up.weight"] = (hidden_size, rank)
+            shapes["stand_in.up.bias"] = (hidden_size,)
+        return shapes
 
     def logit_border(self, layer: int) -> float:
         """A layer's: a unit is kept when its logit is at least this."""

@@ -22,20 +22,36 @@ class Decisions(NamedTuple):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: the hard mask. Backward: ``dL/dp = dL/dm + d penalty/dm``."""
+    """Forward: the hard mask. Backward: ``dL/dz = s (dL/dm + d penalty/dm)``, ``s`` the sigmoid's
+    slope at ``z``."""
 
     @staticmethod
-    def forward(ctx, probability: Tensor, keep: Tensor, penalty_gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(penalty_gradient)
-        return keep.to(probability.dtype)
+    def forward(
+        ctx, logits: Tensor, keep: Tensor, heard: Tensor, penalty: Tensor, pull: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(logits, heard, penalty)
+        ctx.pull = pull
+        return keep.to(logits.dtype)
 
     @staticmethod
-    def backward(ctx, grad_mask: Tensor) -> tuple[Tensor, None, None]:
-        (penalty_gradient,) = ctx.saved_tensors
-        return grad_mask + penalty_gradient, None, None
+    def backward(ctx, grad_mask: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits, heard, penalty = ctx.saved_tensors
+        probability = torch.sigmoid(logits)
+        slope = probability * (1 - probability) * heard
+        if ctx.pull is not None:
+            ctx.pull += torch.stack(((slope * grad_mask).sum(), slope.sum()))
+        return slope * (grad_mask + penalty), None, None, None, None
 
 
-def keep_mask(logits: Tensor, *, border: float, penalty_gradient: Tensor) -> Tensor:
+def keep_mask(
+    logits: Tensor,
+    valid: Tensor,
+    *,
+    border: float,
+    penalty: Tensor,
+    pull: Tensor | None = None,
+    only_kept: bool = False,
+) -> Tensor:
     """Decide which units are kept: ``m = 1 if logit >= border else 0`` (ties are kept).
 
     Comparing logits rather than their sigmoids keeps the border exact: in fp32
@@ -44,12 +60,16 @@ def keep_mask(logits: Tensor, *, border: float, penalty_gradient: Tensor) -> Ten
 
     Args:
         logits: fp32, any shape.
+        valid: bool, same shape; where there is no unit the mask and its gradient are zero.
         border: ``log(t / (1 - t))`` of the threshold ``t``.
-        penalty_gradient: same shape; the derivative of the capacity penalty by each
-            unit's mask, added where the task's gradient arrives.
+        penalty: a scalar: the derivative of the capacity penalty by a unit's mask, added where
+            the loss's gradient arrives.
+        pull: fp32 ``[2]``: backward adds ``sum s dL/dm`` and ``sum s``, with ``s`` the slope of the
+            sigmoid at each unit's logit (``capacity.CapacityController`` makes a price of them).
+        only_kept: units that are skipped get no gradient, and count nowhere in ``pull``.
 
     Returns:
         The mask, fp32 zeros and ones, shape of ``logits``.
     """
-    keep = logits >= border
-    return _StraightThrough.apply(torch.sigmoid(logits), keep, penalty_gradient)
+    keep = (logits >= border) & valid
+    return _StraightThrough.apply(logits, keep, keep if only_kept else valid, penalty, pull)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias, Union
 
 import torch
 from torch import Tensor
+
+# What stands in for the update of the tokens that a choice takes, in the form that it takes them.
+StandInOf: TypeAlias = Callable[[Union["Everything", "Selection"]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,16 @@ class Everything:
     def take(self, grid: Tensor) -> Tensor:
         return grid
 
-    def add(self, grid: Tensor, update: Tensor) -> Tensor:
-        """``grid + mask * update``, all ``[S, B, H]``."""
-        return grid + (
-            update if self.mask is None else update * self.mask.to(update.dtype)[..., None]
-        )
+    def add(self, grid: Tensor, update: Tensor, instead: StandInOf | None = None) -> Tensor:
+        """``grid + mask * update``, and ``(1 - mask) * instead`` of all tokens, all
+        ``[S, B, H]``."""
+        if self.mask is None:
+            return grid + update
+        mask = self.mask.to(update.dtype)[..., None]
+        if instead is None:
+            return grid + update * mask
+        other = instead(self)
+        return grid + other + (update - other) * mask
 
 
 @dataclass(frozen=True)
@@ -84,13 +94,15 @@ class Selection:
 
     ``index``: their places in the flattened ``[S * B]``, ordered by document, then position;
     ``documents``: the documents that have any, among those of the batch, int64 ``[D]``;
-    ``mask``: ``[S, B]``, multiplies what is added (``None``: ones).
+    ``mask``: ``[S, B]``, multiplies what is added (``None``: ones). ``others``: the places of the
+    tokens that are not chosen, padding included, int64 ``[S * B - N]``.
     """
 
     index: Tensor
     documents: Tensor
     segments: Segments
     mask: Tensor | None = None
+    others: Tensor | None = None
 
     def take(self, grid: Tensor) -> Tensor:
         return grid.flatten(0, 1).index_select(0, self.index).unsqueeze(1)
@@ -100,11 +112,25 @@ class Selection:
         zeros = stream.new_zeros(shape[0] * shape[1], *stream.shape[2:])
         return zeros.index_copy(0, self.index, stream.squeeze(1)).view(*shape, *stream.shape[2:])
 
-    def add(self, grid: Tensor, update: Tensor) -> Tensor:
-        """``grid`` ``[S, B, H]`` with ``mask * update`` added at the chosen tokens."""
+    @property
+    def rest(self) -> Selection:
+        """The tokens that are not chosen, of which only ``take`` is known."""
+        return replace(self, index=self.others, mask=None)
+
+    def add(self, grid: Tensor, update: Tensor, instead: StandInOf | None = None) -> Tensor:
+        """``grid`` ``[S, B, H]`` with ``mask * update`` and ``(1 - mask) * instead`` added at the
+        chosen tokens, and ``instead`` at the others."""
+        flat = grid.flatten(0, 1)
         if self.mask is not None:
-            update = update * self.take(self.mask).to(update.dtype)[..., None]
-        flat = grid.flatten(0, 1).index_add(0, self.index, update.squeeze(1))
+            mask = self.take(self.mask).to(update.dtype)[..., None]
+            if instead is None:
+                update = update * mask
+            else:
+                other = instead(self)
+                update = other + (update - other) * mask
+        flat = flat.index_add(0, self.index, update.squeeze(1))
+        if instead is not None:
+            flat = flat.index_add(0, self.others, instead(self.rest).squeeze(1))
         return flat.view_as(grid)
 
 
@@ -156,7 +182,8 @@ def select(
     segments = Segments(
         num_documents, longest, counts[rank][documents], slots, positions.t().flatten()[by_row]
     )
-    return Selection(column * rows + row, documents, segments, mask)
+    others = _indices(~chosen.flatten(), chosen.numel() - num_chosen)
+    return Selection(column * rows + row, documents, segments, mask, others)
 
 
 def _indices(flags: Tensor, count: int) -> Tensor:

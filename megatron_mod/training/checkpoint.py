@@ -46,12 +46,12 @@ class RunState:
 def save_step(folder: Path, state: RunState, *, step: int, manifest: dict) -> None:
     """Fill a step's folder, which exists and is empty; called by all ranks."""
     trainable = state.trainable
-    require_finite(step, trainable.parameters.values())
+    require_finite(step, trainable.kept.values())
     optimizer = OptimizerState(state.optimizer, trainable.model, loading=False)
     steps = optimizer.steps()
     content = {
         "model": trainable.sharded(),
-        "average": trainable.sharded(state.average.mean, prefix=AVERAGE),
+        "average": trainable.sharded(_averaged(state), prefix=AVERAGE),
         "optimizer": optimizer.tensors() if steps else {},
         "random": _random_states(),
     }
@@ -70,6 +70,11 @@ def save_step(folder: Path, state: RunState, *, step: int, manifest: dict) -> No
     own = {"averaged": averaged, "progress": progress}
     values = {"kind": "routers", "step": step, **manifest, **own}
     on_first_rank(lambda: write_manifest(folder, values))
+
+
+def _averaged(state: RunState) -> dict[str, Tensor]:
+    """What an export takes: the mean of what trains, and what was added beside it."""
+    return {**state.trainable.fixed, **state.average.mean} if state.average.mean else {}
 
 
 def load_step(folder: Path, state: RunState, *, same_topology: bool) -> int:
@@ -93,7 +98,8 @@ def load_step(folder: Path, state: RunState, *, same_topology: bool) -> int:
 
     trainable.put(loaded.get("model", {}))
     if progress["optimizer_steps"]:
-        tensors = {**loaded.get("optimizer", {}), **loaded.get("model", {})}
+        weights = {k: t for k, t in loaded.get("model", {}).items() if k in trainable.parameters}
+        tensors = {**loaded.get("optimizer", {}), **weights}
         optimizer.load(tensors, steps=progress["optimizer_steps"])
     state.scheduler.step(increment=progress["scheduler_steps"] - state.scheduler.num_steps)
     state.average.count = progress["averaged_steps"]

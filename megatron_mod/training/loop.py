@@ -15,6 +15,7 @@ from megatron_mod.parallel import device, topology
 from megatron_mod.parallel.agree import largest, on_first_rank
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.training.average import ParameterAverage
+from megatron_mod.training.borders import Hold, last_batches, layer_of_bias, move, settle, shifts
 from megatron_mod.training.checkpoint import RunState, write_json
 from megatron_mod.training.ending import next_steps, summary
 from megatron_mod.training.faults import FaultCounter, not_finite
@@ -24,7 +25,7 @@ from megatron_mod.training.plan import Plan, description, make_loader
 from megatron_mod.training.resume import RunCheckpoints
 from megatron_mod.training.run_folder import SUMMARY, RunFolder
 from megatron_mod.training.signals import StopRequest, stopped
-from megatron_mod.training.start import start_routers
+from megatron_mod.training.start import start
 from megatron_mod.training.step import StepResult, run_schedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,8 +57,8 @@ class Training:
             plan.topology,
             implementation=plan.implementation,
             dtype=DTYPES[config.model.dtype],
+            trained=config.train.parts,
         )
-        start_routers(self.model, config, plan.base, plan.routing)
         trainable = Trainable(self.model)
         text = description(config, plan, parameters=trainable.count())
         topology.print_once(text)
@@ -67,7 +68,6 @@ class Training:
         self.data = make_loader(config, plan, plan.train, data_rank=rank)
         if plan.validation:
             self.validation = make_loader(config, plan, plan.validation, data_rank=rank)
-        self.frozen = frozen_digests(self.model)
         optimizer, scheduler = build_optimizer(self.chunks, config)
         self.state = RunState(
             trainable,
@@ -83,7 +83,11 @@ class Training:
             ),
             FaultCounter(most_in_a_row=config.train.max_skipped_steps),
         )
-        self.start = run.resume(self.state)
+        step = run.resume(self.state)
+        if step is None:
+            start(self.model, config, plan, self.data)
+        self.start = step or 0
+        self.frozen = frozen_digests(self.model)
         rejects = run.folder.path / "rejects.jsonl"
         with writing(rejects):
             on_first_rank(lambda: write_rejects(rejects, plan.train, plan.validation))
@@ -104,6 +108,8 @@ class Training:
             asked = self._take(step)
             if step > (1 - self.config.optimizer.average_fraction) * steps:
                 self.state.average.update()
+            if step == steps:
+                self._settle()
             asked = asked or self._validate_if_due(step)
             self._leave_if(self._save_if_due(step, asked), step)
         if steps == 0:
@@ -130,11 +136,12 @@ class Training:
             controller=state.controller,
             loss=self.plan.loss,
             check_decisions=bool(check) and step % check == 0,
+            note_scores=self.plan.routing.bias,
         )
-        wrong, asked = largest(not_finite(result.task_loss, self.model), self.stop.asked)
+        wrong, asked = largest(not_finite(result.loss, self.model), self.stop.asked)
         sources = partial(self.data.sources, step - 1)
-        skipped = state.faults.skips(step, finite=not wrong, loss=result.task_loss, samples=sources)
-        grad_norm = 0.0 if skipped else state.optimizer.step()[1]
+        skipped = state.faults.skips(step, finite=not wrong, loss=result.loss, samples=sources)
+        grad_norm = 0.0 if skipped else self._update(result, step)
         state.scheduler.step(increment=1)
         state.metrics.add_tokens(batch.num_tokens, positions=batch.num_positions)
         if skipped:
@@ -142,15 +149,50 @@ class Training:
             return int(asked)
         if step in (1, config.train.steps) or step % config.logging.interval == 0:
             self._log(step, result, learning_rate, grad_norm)
-        state.controller.end_step(result.capacity)
+        state.controller.end_step(result.capacity, result.pull, result.num_units)
         return int(asked)
 
+    def _update(self, result: StepResult, step: int) -> float:
+        """Take the optimizer's step, and set the borders for the next; returns the gradient norm.
+
+        The scores are those of before the step, so it may not move them together.
+        """
+        routing, controller = self.plan.routing, self.state.controller
+        if not routing.bias:
+            return self.state.optimizer.step()[1]
+        hold = Hold(self.model, routing)
+        norm = self.state.optimizer.step()[1]
+        hold.release(result.read)
+        target = controller.target_at(step / self.config.train.steps)
+        move(self.model, shifts(self.model, routing, target))
+        return norm
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Set the biases of what is exported so that the last steps' samples, with real skipping,
+        are kept to the target."""
+        if not self.plan.routing.bias:
+            return
+        topology.at("setting the borders on data")
+        batches = last_batches(self.data, self.config.train.steps)
+        with self.state.average.applied():
+            moved = settle(
+                self.chunks,
+                self.model,
+                batches,
+                self.plan.routing,
+                shares=self.state.controller.final_target,
+            )
+        for key, mean in self.state.average.mean.items():  # their own came back after the block
+            if (layer := layer_of_bias(key)) is not None:
+                mean += moved[layer]
+
     def _log(self, step: int, result: StepResult, learning_rate: float, grad_norm: float) -> None:
-        task_loss = float(result.task_loss)
+        penalty = float(self.state.controller.penalty(result.capacity))
         self.state.metrics.log(
             step,
-            loss=task_loss + float(self.state.controller.penalty(result.capacity)),
-            task_loss=task_loss,
+            loss=float(result.loss) + penalty,
+            task_loss=float(result.task_loss),
             capacity=result.capacity.tolist(),
             learning_rate=learning_rate,
             grad_norm=float(grad_norm),
@@ -182,13 +224,10 @@ class Training:
         for batch in self.validation.passes():
             if asked := self.stop.agreed():
                 return asked
-            result = run_schedule(
-                self.chunks, self.model, batch, routing, controller=None, loss=self.plan.loss
-            )
+            result = run_schedule(self.chunks, self.model, batch, routing, controller=None)
             loss = loss + result.task_loss * batch.num_labels
-            num_units = batch.num_sequences if routing.scheme.per_sequence else batch.num_tokens
-            capacity = capacity + result.capacity * num_units
-            labels, units = labels + batch.num_labels, units + num_units
+            capacity = capacity + result.capacity * result.num_units
+            labels, units = labels + batch.num_labels, units + result.num_units
         self.model.train()
         return float(loss / labels), (capacity / units).tolist()
 

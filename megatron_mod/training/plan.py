@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
@@ -16,8 +18,14 @@ from megatron_mod.model.architecture import check_parallel
 from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.training.losses import CrossEntropy, Loss
+from megatron_mod.training.losses import CrossEntropy, Distillation, Loss
 from megatron_mod.training.resume import check_settings
+
+LOSSES: dict[str, Callable[[], Loss]] = {
+    "task": CrossEntropy,
+    "distill": Distillation,
+    "both": partial(Distillation, with_cross_entropy=True),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Plan:
     implementation: str
     train: Samples
     validation: Samples | None
-    loss: Loss = field(default_factory=CrossEntropy)
+    loss: Loss
 
 
 def prepare(config: Config) -> Plan:
@@ -73,12 +81,13 @@ def prepare(config: Config) -> Plan:
             f"data.max_length = {config.data.max_length}: the model reads at most "
             f"{arch.max_sequence_length} tokens (max_position_embeddings)."
         )
-    routing = config.router.resolve(num_layers=arch.num_layers)
+    routing = config.router.resolve(num_layers=arch.num_layers, hidden_size=arch.hidden_size)
     tokenizer = load_tokenizer(
         config.data.tokenizer or base.huggingface, vocab_size=arch.vocab_size
     )
     train_data, validation = load_data(config.data, tokenizer, seed=config.train.seed)
-    return Plan(base, routing, plan, implementation, train_data, validation)
+    loss = LOSSES[config.train.loss]()
+    return Plan(base, routing, plan, implementation, train_data, validation, loss)
 
 
 def make_loader(config: Config, plan: Plan, samples: Samples, *, data_rank: int) -> Loader:
@@ -106,8 +115,9 @@ def description(config: Config, plan: Plan, *, parameters: int) -> str:
         f"{t.world_size} rank(s) on {device.describe()}: tensor {t.tensor} x pipeline {t.pipeline}"
         f"{f' x context {t.context}' if t.context > 1 else ''} x data {t.data}\n"
         f"{arch.num_layers} layers ({plan.implementation}) frozen in {config.model.dtype};"
-        f" training {len(routing.layers)} routers ({parameters} parameters, float32),"
-        f" {routing.granularity} on layers {list(routing.layers)}\n"
+        f" training {len(routing.layers)} {config.train.trainable.replace('_', '-')}"
+        f" ({parameters} parameters, float32), {routing.granularity} on layers"
+        f" {list(routing.layers)}\n"
         f"{len(plan.train)} training and {len(plan.validation or ())} validation samples;"
         f" {config.train.steps} steps of {config.train.global_batch_size} sequences"
     )

@@ -101,17 +101,17 @@ class RunCheckpoints:
             "settings": _settings(config),
         }
 
-    def resume(self, state: RunState) -> int:
-        """Load the newest good checkpoint; returns its step, or 0 at the start of a run.
+    def resume(self, state: RunState) -> int | None:
+        """Load the newest good checkpoint; returns its step, or None at the start of a run.
 
         Raises:
             ValueError: damaged checkpoints, another base, other data or other settings, or a disk
                 without room for another checkpoint.
         """
         found = self.folder.newest_good()
-        step = self._load(*found, state) if found else 0
-        state.metrics.continue_after(step, found and found[1]["progress"]["metrics"])
-        if not found or step < self.config.train.steps:
+        step = self._load(*found, state) if found else None
+        state.metrics.continue_after(step or 0, found and found[1]["progress"]["metrics"])
+        if step is None or step < self.config.train.steps:
             self.folder.require_room(_size(state))
         self.folder.write_settings(self._manifest["run"], to_yaml(self.config))
         return step

@@ -1,32 +1,96 @@
-"""Where the routers of a new run start."""
+"""Where the routers of a new run start, and what stands in for what they skip."""
 
 from __future__ import annotations
 
+from itertools import count
+
 from megatron_mod.checkpoint.manifest import ROUTERS
 from megatron_mod.config.schema import Config
-from megatron_mod.conversion.restore import put_routers
+from megatron_mod.conversion.restore import put_added
 from megatron_mod.conversion.routers import read_routers
-from megatron_mod.conversion.source import Base
+from megatron_mod.data.loader import Loader, StepBatch
 from megatron_mod.model.builder import ModelChunks
+from megatron_mod.parallel import topology
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.training.importance import leave_one_out, start_apart
+from megatron_mod.training.plan import Plan
+from megatron_mod.training.stand_ins import fit_stand_ins
+
+LABELS = 1000  # on which a layer's importance is measured
 
 
-def start_routers(model: ModelChunks, config: Config, base: Base, routing: RoutingConfig) -> None:
-    """Fill the routers from ``model.routers``, or from those beside the base; called by all ranks.
+def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
+    """Fill routers and stand-ins: from ``model.routers``, or those beside the base, and what these
+    do not have is solved or measured on the training's first samples. Called by all ranks.
 
     Raises:
         ValueError: they were made for other layers or another way of deciding than the settings'.
     """
-    beside = base.path / ROUTERS
+    routing = plan.routing
+    found = _given(config, plan)
+    if found:
+        put_added(model, found)
+    given = set(next(iter(found.values()))) if found else set()
+    if routing.stand_in_rank and "stand_in.up.weight" not in given:
+        topology.at("fitting the stand-ins")
+        batches = first_batches(data, tokens=config.router.stand_in_tokens)
+        explained = fit_stand_ins(model, batches)
+        tokens = sum(batch.num_tokens for batch in batches)
+        shares = ", ".join(f"{layer}: {share:.2f}" for layer, share in explained.items())
+        topology.print_once(
+            f"stand-ins of rank {routing.stand_in_rank} fitted on {tokens} tokens; explained"
+            f" variance by layer {shares}"
+        )
+    if config.router.init == "importance" and not given & {"router.weight"}:
+        topology.at("measuring the layers' importance")
+        costs = leave_one_out(model, first_batches(data, labels=LABELS), routing.layers)
+        start_apart(model, costs, border=routing.logit_border(routing.layers[0]))
+        shown = ", ".join(f"{layer}: {cost:.3f}" for layer, cost in costs.items())
+        topology.print_once(f"cost of leaving a layer out, nats a label: {shown}")
+
+
+def _given(config: Config, plan: Plan) -> dict | None:
+    beside = plan.base.path / ROUTERS
     folder = config.model.routers or (beside if beside.is_dir() else None)
     if folder is None:
-        return
-    found, weights = read_routers(folder, base.arch)
+        return None
+    found, added = read_routers(folder, plan.base.arch)
     for field in ("granularity", "layers", "threshold"):
-        theirs, ours = getattr(found, field), getattr(routing, field)
+        theirs, ours = getattr(found, field), getattr(plan.routing, field)
         if theirs != ours:
             raise ValueError(
                 f"router.{field} = {ours}: the routers in {folder} have {theirs}; set that, or "
                 "start from other routers (model.routers)."
             )
-    put_routers(model, weights)
+    return _check_fits(added, found, plan.routing, folder)
+
+
+def _check_fits(added: dict, theirs: RoutingConfig, ours: RoutingConfig, folder) -> dict:
+    if theirs.bias and not ours.bias:
+        raise ValueError(
+            f"router.bias = false: the routers in {folder} have biases; set it to true, or start "
+            "from other routers (model.routers)."
+        )
+    if theirs.stand_in_rank and theirs.stand_in_rank != ours.stand_in_rank:
+        wanted = f"linear and router.stand_in_rank to {theirs.stand_in_rank}"
+        raise ValueError(
+            f"router.stand_in: the routers in {folder} were made with stand-ins of rank "
+            f"{theirs.stand_in_rank}; set router.stand_in to {wanted}, or start from other routers "
+            "(model.routers)."
+        )
+    return added
+
+
+def first_batches(data: Loader, *, tokens: int = 0, labels: int = 0) -> list[StepBatch]:
+    """Those of a training's first steps, until they have so many tokens and labelled ones, or
+    every sample was seen."""
+    batches: list[StepBatch] = []
+    for step in count():
+        batches.append(data.step(step))
+        enough = (
+            sum(batch.num_tokens for batch in batches) >= tokens
+            and sum(batch.num_labels for batch in batches) >= labels
+        )
+        if enough or (step + 1) * data.global_batch_size >= len(data.samples):
+            return batches
+    raise AssertionError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -12,24 +11,30 @@ from torch import Tensor
 
 from megatron_mod.data.loader import StepBatch
 from megatron_mod.model.builder import ModelChunks
-from megatron_mod.model.forward import run_batches
+from megatron_mod.model.forward import Outcome, run_batches
 from megatron_mod.model.layout import StepContext
 from megatron_mod.parallel import device
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.training.losses import CrossEntropy, Loss
+from megatron_mod.training.losses import CrossEntropy, Loss, Shares
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What a pass measured over the whole global batch, the same on every rank, on the device.
 
-    ``task_loss``: the loss without the penalty, in nats per labelled token where it is the cross
-    entropy; ``capacity``: kept over valid units, ``[num_routed]``.
+    ``loss``: what is minimised, without the penalty; ``task_loss``: cross entropy in nats per
+    labelled token; ``capacity``: kept over valid units, ``[num_routed]``; ``pull``: see
+    ``keep_mask``, ``[num_routed, 2]``; ``read``: the mean of what the units were decided on,
+    ``[num_routed, H]``, where scores were noted; ``num_units``: valid units of a layer.
     """
 
+    loss: Tensor
     task_loss: Tensor
     capacity: Tensor
+    pull: Tensor
+    read: Tensor
+    num_units: int
 
 
 def run_schedule(
@@ -41,6 +46,7 @@ def run_schedule(
     controller: CapacityController | None,
     loss: Loss | None = None,
     check_decisions: bool = False,
+    note_scores: bool = False,
 ) -> StepResult:
     """Run all micro-batches forward, and backward if there is a controller to train with.
 
@@ -52,38 +58,60 @@ def run_schedule(
         model: this rank's part of the model, unwrapped.
         loss: ``CrossEntropy`` without.
         check_decisions: stop if tensor-parallel ranks decide differently.
+        note_scores: have the routers keep each unit's logit.
     """
     loss = loss or CrossEntropy()
-    penalty = {}
+    penalty, training = {}, controller is not None
+    num_units = batch.num_sequences if routing.scheme.per_sequence else batch.num_tokens
     if controller is not None:
-        num_units = batch.num_sequences if routing.scheme.per_sequence else batch.num_tokens
         penalty = dict(zip(routing.layers, controller.penalty_per_unit(num_units), strict=True))
+    loss.prepare(model, batch)
     for router in model.routers().values():
-        router.reset_counts()
-    losses = run_batches(
+        router.reset(notes_scores=note_scores)
+    found: list[Shares] = []
+
+    def finish(outcome: Outcome) -> Tensor:
+        shares = loss(outcome, batch)
+        found.append(Shares(shares.loss.detach(), shares.cross_entropy))
+        return shares.loss
+
+    run_batches(
         model,
         batch.micro_batches,
         len(batch.micro_batches),
-        finish=partial(loss, batch=batch),
+        finish=finish,
         chunks=chunks,
         with_labels=not loss.reads_logits,
-        training=controller is not None,
+        training=training,
         step=StepContext(penalty_per_unit=penalty, check_decisions=check_decisions),
     )
-    return _reduce(losses, model, routing)
+    return _reduce(found, model, routing, num_units)
 
 
-def _reduce(losses: list[Tensor], model: ModelChunks, routing: RoutingConfig) -> StepResult:
-    """Add up loss, kept and valid units of all ranks; tensor-parallel ranks hold copies."""
-    totals, routers = torch.zeros(1 + 2 * len(routing.layers), device=device.device()), {}
+def _reduce(
+    shares: list[Shares], model: ModelChunks, routing: RoutingConfig, num_units: int
+) -> StepResult:
+    """Add up what all ranks found; tensor-parallel ranks hold copies."""
+    losses = torch.zeros(2, device=device.device())
+    size = 4 + model.config.hidden_size
+    noted = torch.zeros(len(routing.layers), size, device=device.device())
     if model.groups.tp.rank() == 0:
+        for share in shares:
+            losses += torch.stack(share)
         routers = model.routers()
-        if losses:
-            totals[0] = torch.stack(losses).sum()
-    for position, layer in enumerate(routing.layers, start=1):
-        if layer in routers:
-            totals[position] = routers[layer].kept
-            totals[position + len(routing.layers)] = routers[layer].valid
+        for place, layer in enumerate(routing.layers):
+            if router := routers.get(layer):
+                counts = torch.stack((router.kept, router.valid))
+                noted[place] = torch.cat((counts, router.pull, router.read))
+    totals = torch.cat((losses, noted.flatten()))
     dist.all_reduce(totals)
-    kept, valid = totals[1:].chunk(2)
-    return StepResult(task_loss=totals[0], capacity=kept / valid.clamp(min=1))
+    noted = totals[2:].view_as(noted)
+    kept, valid = noted[:, 0], noted[:, 1]
+    return StepResult(
+        loss=totals[0],
+        task_loss=totals[1],
+        capacity=kept / valid.clamp(min=1),
+        pull=noted[:, 2:4],
+        read=noted[:, 4:] / num_units,
+        num_units=num_units,
+    )

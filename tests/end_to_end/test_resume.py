@@ -14,7 +14,7 @@ import torch
 from megatron_mod.checkpoint.distributed import load_tensors
 from megatron_mod.checkpoint.folders import only_writer
 from megatron_mod.conversion import convert
-from megatron_mod.conversion.routers import ROUTER_KEY, read_step
+from megatron_mod.conversion.routers import KEY, read_step
 from megatron_mod.conversion.source import open_source
 from megatron_mod.model.trainable import AVERAGE
 from megatron_mod.routing.config import RoutingConfig
@@ -89,7 +89,7 @@ def test_the_end_exports_the_average_and_goes_on_from_the_routers(trainer, whole
         (whole / "step_00000006" / "megatron_mod.json").read_text())["routing"])  # fmt: skip
     exported = read_step(whole / "step_00000006", routing)
     for layer, weight in exported.items():
-        key = ROUTER_KEY.format(layer)
+        key = KEY.format(layer, "router.weight")
         mean = torch.stack([step[key].double() for step in steps]).mean(0)
         assert torch.allclose(weight.double(), mean, rtol=1e-5)
         assert not torch.allclose(weight.double(), steps[-1][key].double(), rtol=1e-3)

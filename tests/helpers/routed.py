@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mod.conversion.convert import HF_ROUTER_KEY, copy_companions
+from megatron_mod.conversion.convert import HF_KEY, copy_companions
 from megatron_mod.conversion.export import add_routing, make_portable
 from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.hf_writer import HFWriter
@@ -14,10 +14,15 @@ from megatron_mod.routing.config import RoutingConfig
 
 
 def save_export(
-    export: Path, hf: Path, routers: dict[int, torch.Tensor], **routing: object
+    export: Path,
+    hf: Path,
+    routers: dict[int, torch.Tensor],
+    more: dict[int, dict[str, torch.Tensor]] | None = None,
+    **routing: object,
 ) -> Path:
     """The folder ``convert_megatron_to_hf`` would write for ``hf`` with routers ``[1, H]``.
 
+    ``more``: other tensors of the routed layers, by layer and their names in it.
     ``routing`` holds fields of ``RoutingConfig``; the granularity is ``attn_sequence`` without.
     """
     export.mkdir()
@@ -26,7 +31,9 @@ def save_export(
         for name in sorted(reader.names()):
             writer.add(name, reader.tensor(name))
     for layer, weight in routers.items():
-        writer.add(HF_ROUTER_KEY.format(layer), weight)
+        writer.add(HF_KEY.format(layer, "router.weight"), weight)
+        for name, tensor in (more or {}).get(layer, {}).items():
+            writer.add(HF_KEY.format(layer, name), tensor)
     writer.close()
     copy_companions(hf, export)
     make_portable(export)

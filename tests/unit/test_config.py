@@ -225,7 +225,7 @@ def test_shipped_configurations_parse(path):
         "--data.train", "train.jsonl",
         *(["--data.validation", "v.jsonl"] if "validation_interval" in path.read_text() else []),
     ])  # fmt: skip
-    assert config.router.resolve(num_layers=30).layers
+    assert config.router.resolve(num_layers=30, hidden_size=576).layers
 
 
 SMOL = Architecture(

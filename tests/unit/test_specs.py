@@ -81,7 +81,7 @@ def test_what_a_step_asks_travels_with_the_layout(own_model):
             step=StepContext(penalty_per_unit=penalty),
         )
         router.weight.grad = None
-        router.reset_counts()
+        router.reset()
         model(ids, positions, None, labels=ids, packed_seq_params=layout).mean().backward()
         slopes.append(router.weight.grad)
         (made,) = layout.decisions.values()

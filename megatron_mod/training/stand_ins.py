@@ -1,0 +1,59 @@
+"""Solves the stand-ins of a model's routed layers from what its dense layers compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mod.data.loader import StepBatch
+from megatron_mod.model.builder import ModelChunks
+from megatron_mod.model.forward import run_batches
+from megatron_mod.model.layout import StepContext
+from megatron_mod.parallel import device
+from megatron_mod.routing.stand_in import Moments
+
+RIDGE = 1e-2  # of the mean variance of what is read
+
+
+def fit_stand_ins(model: ModelChunks, batches: Iterable[StepBatch]) -> dict[int, float]:
+    """Solve and fill in this rank's stand-ins; called by all ranks alike.
+
+    Tokens go by once, a global batch at a time; what is kept of them are the moments. Every rank
+    that holds a layer solves it, from the same sums.
+
+    Returns:
+        The share of each layer's variance that its stand-in explains, of all layers.
+    """
+    config, groups = model.config, model.groups
+    layers = model.routed_layers()
+    moments = {index: Moments(config.hidden_size, device=device.device()) for index in layers}
+
+    def watch(layer: int, residual: Tensor, read: Tensor, update: Tensor) -> None:
+        moments[layer].add(residual, read, update)
+
+    with model[-1].headless():
+        for batch in batches:
+            run_batches(
+                model,
+                batch.micro_batches,
+                len(batch.micro_batches),
+                finish=lambda outcome: None,
+                step=StepContext(dense=True, watch_units=watch),
+            )
+    explained = {}
+    for index, found in moments.items():
+        for sums in (found.table, found.squares):
+            dist.all_reduce(sums, group=groups.dp_cp)
+        stand_in = layers[index].stand_in
+        solution = found.solve(stand_in.down.out_features, ridge=RIDGE)
+        stand_in.put(solution)
+        for parameter in stand_in.parameters():  # the last bit of a solver is each machine's own
+            for group in (groups.tp, groups.dp_cp):
+                first = dist.get_process_group_ranks(group)[0]
+                dist.broadcast(parameter.data, src=first, group=group)
+        explained[index] = solution.explained
+    everybody: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, explained)
+    return dict(sorted({k: v for found in everybody for k, v in found.items()}.items()))
