@@ -9,7 +9,6 @@ from megatron_mod.config import cli
 from megatron_mod.conversion.convert import hf_to_megatron
 from tests.helpers import tiny
 
-
 # Router-Tuning's recipe, which needs nothing before its first step.
 PUBLISHED = {
     "router.granularity": "attn_sequence", "router.bias": "false", "router.init": "zeros",
