@@ -8,16 +8,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
+
+import torch
 
 from megatron_mod.config import cli
+from megatron_mod.conversion.convert import megatron_to_hf
+from megatron_mod.conversion.routers import write_step
+from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.dataset import load_samples
-from megatron_mod.evaluation import static
 from megatron_mod.evaluation.huggingface import load_huggingface
 from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
-from megatron_mod.evaluation.perplexity import perplexity
 from megatron_mod.evaluation.rows import Row
+from megatron_mod.evaluation.static import Greedy, loss_without
 from megatron_mod.parallel import topology
-from megatron_mod.routing.config import resolve_layers
+from megatron_mod.routing.config import RoutingConfig, resolve_layers
 from megatron_mod.routing.scheme import Scheme
 from megatron_mod.training.loop import train as run_training
 from megatron_mod.training.plan import prepare
@@ -51,44 +56,68 @@ class Static:
     """What removing layers for good costs, measured once per set of layers."""
 
     def __init__(self, args: Trainings) -> None:
-        self.model, tokenizer = load_huggingface(args.hf_path)
-        self.backend = HuggingFaceBackend(self.model, tokenizer)
-        self.samples = {
-            name: load_samples(args.data / f"{name}.jsonl", tokenizer, max_length=MAX_LENGTH)
-            for name in ("ranking", "validation")
-        }
-        self.layers = resolve_layers(
-            {"deepest": DEEPEST}, num_layers=self.model.config.num_hidden_layers
-        )
+        self.args, self.base = args, open_base(args.hf_path)
+        self.layers = resolve_layers({"deepest": DEEPEST}, num_layers=self.base.arch.num_layers)
         self.store = args.out / "static.json"
         self.known = json.loads(self.store.read_text()) if self.store.exists() else {}
+        self._choices: dict[str, Greedy] = {}
+        self._rows: dict[str, list[Row]] = {}
 
     def importance(self, target: str) -> dict[int, float]:
         """How much the loss grows without one layer's ``target``, nats a token."""
-        found = self._once(
-            f"importance {target}",
-            lambda: static.rank_layers(
-                self.model, self.samples["ranking"], self.layers, target=target
-            ),
-        )
+
+        def measure() -> dict[int, float]:
+            choice = self._choice(target)
+            choice.first(1)
+            kept = loss_without(choice.backend, choice.rows, ())
+            return {layer: loss - kept for layer, loss in choice.losses[0].items()}
+
+        found = self._once(f"importance {target}", measure)
         return {int(layer): cost for layer, cost in found.items()}
 
     def loss(self, target: str, capacity: float) -> tuple[float, list[int]]:
-        """Validation loss without the least important layers, and which they are."""
-        removed = static.removed_layers(self.importance(target), capacity=capacity)
+        """Validation loss at this capacity without the layers that cost least, and which they
+        are."""
+        count = round((1.0 - capacity) * len(self.layers))
+        removed = self._once(
+            f"removed {target} {count}", lambda: sorted(self._choice(target).first(count))
+        )
 
         def measure() -> float:
-            with static.without(self.model, removed, target=target):
-                rows = [Row.labelled(sample) for sample in self.samples["validation"]]
-                return math.log(perplexity(self.backend, rows).perplexity)
+            backend = self._choice(target).backend
+            return loss_without(backend, self._rows["validation"], removed)
 
         return self._once(f"loss {target} {removed}", measure), removed
+
+    def _choice(self, target: str) -> Greedy:
+        """On the model with routers whose thresholds alone say what is kept."""
+        if target not in self._choices:
+            export = self.args.out / f"static_{target}"
+            if not export.exists():
+                save_untrained(self.base, target, self.layers, export)
+            backend = HuggingFaceBackend(*load_huggingface(export))
+            for name in ("ranking", "validation"):
+                path = self.args.data / f"{name}.jsonl"
+                samples = load_samples(path, backend.tokenizer, max_length=MAX_LENGTH)
+                self._rows[name] = list(map(Row.labelled, samples))
+            self._choices[target] = Greedy(backend, self._rows["ranking"])
+        return self._choices[target]
 
     def _once(self, key: str, measure) -> object:
         if key not in self.known:
             self.known[key] = measure()
             self.store.write_text(json.dumps(self.known, indent=1) + "\n")
         return self.known[key]
+
+
+def save_untrained(base: Base, target: str, layers: Sequence[int], save: Path) -> None:
+    """Write an export whose routers are zeros."""
+    routing = RoutingConfig(f"{target}_token", tuple(layers), (1.0,) * len(layers))
+    weights = {layer: torch.zeros(1, base.arch.hidden_size) for layer in layers}
+    where = {"base": str(base.path.resolve()), "fingerprint": base.fingerprint()}
+    with TemporaryDirectory() as folder:
+        write_step(Path(folder) / "routers", routing, weights, **where)
+        megatron_to_hf(Path(folder) / "routers", save)
 
 
 def train(args: Trainings, name: str, weight: float) -> dict:

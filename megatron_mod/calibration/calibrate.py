@@ -124,8 +124,8 @@ def add(report: dict, folder: Path) -> None:
 
 
 HEADER = (
-    f"{'':<10} {'capacity':>8} {'perplexity':>10} {'static (layers removed)':>24}"
-    f" {'counted':>8} {'prefill':>8} {'decode':>8}"
+    f"{'':<10} {'capacity':>8} {'perplexity':>10} {'counted':>8} {'prefill':>8} {'decode':>8}"
+    f"   static: {'perplexity':>10} {'counted':>8} {'removed':>8}"
 )
 
 
@@ -140,8 +140,9 @@ def line(shown: CurvePoint, name: str = "") -> str:
         return f"{'-' if value is None else f'{value:.3f}x':>8}"
 
     point = shown.point
-    static = f"{shown.static.perplexity:.3f} ({len(shown.removed)})"
     return (
-        f"{name:<10} {point.mean_capacity:>8.3f} {point.perplexity:>10.3f} {static:>24}"
+        f"{name:<10} {point.mean_capacity:>8.3f} {point.perplexity:>10.3f}"
         f" {ratio(shown.speedup)} {ratio(shown.prefill)} {ratio(shown.decode)}"
+        f"           {shown.static.perplexity:>10.3f} {ratio(shown.static_speedup)}"
+        f" {len(shown.removed):>8}"
     )

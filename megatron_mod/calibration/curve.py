@@ -1,4 +1,4 @@
-"""Quality against work: routers at several capacities, beside the best static removal."""
+"""Quality against work: routers at several capacities, beside static removal."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_mod.calibration.search import Calibration, Point
-from megatron_mod.evaluation.static import removed_layers
+from megatron_mod.evaluation.rows import Row
+from megatron_mod.evaluation.static import METHOD, Greedy, count_at_work, thresholds_without
 
 NEAR = 0.02  # what a curve's capacity may differ from the one asked for
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A point with the static removal of the same capacity, and what was measured on a device.
+    """A point with the static removal nearest to its work, and what was measured on a device.
 
     ``speedup``, ``static_speedup``: of counted work; ``prefill``, ``decode``: of time, where it was
     measured.
@@ -33,8 +34,10 @@ class CurvePoint:
             "capacity_per_layer": list(self.point.capacity),
             "thresholds": list(self.point.thresholds),
             "perplexity": self.point.perplexity,
+            "static_method": METHOD,
             "static_perplexity": self.static.perplexity,
             "static_removed_layers": self.removed,
+            "static_capacity": self.static.mean_capacity,
             "static_counted_speedup": self.static_speedup,
             "counted_speedup": self.speedup,
             "prefill_speedup": self.prefill,
@@ -45,10 +48,8 @@ class CurvePoint:
 class Curve:
     """Makes the points of one calibration's curve.
 
-    A layer is removed for good by the threshold 1, so the static baseline runs on whatever the
-    routed model runs on.
-
     Args:
+        ranking: what the layers to remove are chosen on; ``None``: the calibration's rows.
         timing: prefill and decode speed-up at the thresholds given; ``None``: not measured.
     """
 
@@ -56,22 +57,22 @@ class Curve:
         self,
         calibration: Calibration,
         *,
+        ranking: Sequence[Row] | None = None,
         timing: Callable[[Sequence[float]], tuple[float, float]] | None = None,
     ) -> None:
         self.calibration, self.timing = calibration, timing
-        layers = calibration.backend.layers
-        self.importance = {
-            layer: self._without([layer]).nats - calibration.dense.nats for layer in layers
-        }
+        self.removal = Greedy(
+            calibration.backend,
+            calibration.rows if ranking is None else ranking,
+            after_pass=calibration.after_pass,
+        )
 
     def at(self, point: Point) -> CurvePoint:
         """What belongs to a point of the calibration."""
-        removed = removed_layers(self.importance, capacity=point.mean_capacity)
+        calibration = self.calibration
+        count = count_at_work(calibration.work, calibration.rows, point.flops)
+        removed = sorted(self.removal.first(count))
+        static = calibration.at(thresholds_without(calibration.backend.layers, removed))
         times = self.timing(point.thresholds) if self.timing else (None, None)
-        static = self._without(removed)
-        speedup = self.calibration.speedup
+        speedup = calibration.speedup
         return CurvePoint(point, speedup(point), removed, static, speedup(static), *times)
-
-    def _without(self, removed: Sequence[int]) -> Point:
-        layers = self.calibration.backend.layers
-        return self.calibration.at([1.0 if layer in removed else 0.0 for layer in layers])

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from megatron_mod.evaluation.static import METHOD
+
 ROUTED, STATIC, DENSE = "tab:blue", "tab:orange", "black"
 
 
 def quality_against_work(
     curve: Sequence[dict], *, dense_perplexity: float, chosen: dict, name: str = "chosen"
 ) -> Figure:
-    """Perplexity over counted work saved: routers, the best static removal, and the dense model.
+    """Perplexity over counted work saved: routers, static removal, and the dense model.
 
     ``curve``, ``chosen``: points as ``CurvePoint.to_dict`` gives them.
     """
@@ -21,7 +23,7 @@ def quality_against_work(
     points = [*curve, chosen]
     for prefix, color, label in (
         ("", ROUTED, "routers"),
-        ("static_", STATIC, "best static removal"),
+        ("static_", STATIC, f"static removal ({METHOD})"),
     ):
         pairs = [(one[f"{prefix}counted_speedup"], one[f"{prefix}perplexity"]) for one in points]
         axes.plot(*zip(*sorted(pairs), strict=True), "o-", color=color, label=label)

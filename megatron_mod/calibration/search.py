@@ -45,14 +45,14 @@ class Point:
         """Of all units in all layers."""
         return torch.cat(list(self.logits.values()))
 
-    def moved(self, thresholds: Sequence[float]) -> Point | None:
-        """The point at other thresholds, if every unit is decided there as it is here."""
-        for now, then, logits in zip(
-            self.thresholds, thresholds, self.logits.values(), strict=True
-        ):
-            if not torch.equal(logits >= logit_border(now), logits >= logit_border(then)):
-                return None
-        return replace(self, thresholds=tuple(thresholds))
+    def decides_as(self, thresholds: Sequence[float]) -> bool:
+        """Whether every unit is decided at other thresholds as it is here."""
+        return all(
+            torch.equal(logits >= logit_border(now), logits >= logit_border(then))
+            for now, then, logits in zip(
+                self.thresholds, thresholds, self.logits.values(), strict=True
+            )
+        )
 
 
 class Calibration:
@@ -85,9 +85,12 @@ class Calibration:
         """The model at these thresholds, one per routed layer; equal decisions are run once."""
         thresholds = tuple(thresholds)
         if thresholds not in self._known:
-            alike = (point.moved(thresholds) for point in self._known.values())
-            point = next(filter(None, alike), None)
-            if point is None:
+            alike = (point for point in self._known.values() if point.decides_as(thresholds))
+            if point := next(alike, None):
+                # A layer that keeps nobody takes less work once it is known that it never will.
+                flops = self._flops(thresholds, point.logits)
+                point = replace(point, thresholds=thresholds, flops=flops)
+            else:
                 point = self._run(thresholds)
                 self.after_pass()
             self._known[thresholds] = point
@@ -96,13 +99,6 @@ class Calibration:
     def _run(self, thresholds: tuple[float, ...]) -> Point:
         found = self.backend.observe(self.rows, thresholds=thresholds)
         borders = dict(zip(self.backend.layers, map(logit_border, thresholds), strict=True))
-        flops = 0
-        for row, observed in zip(self.rows, found, strict=True):
-            kept = {
-                layer: (observed.logits[layer] >= border).expand(len(row.ids))
-                for layer, border in borders.items()
-            }
-            flops += self.work.prefill(len(row.ids), kept)
         logits = {
             layer: torch.cat([observed.logits[layer] for observed in found]) for layer in borders
         }
@@ -115,9 +111,22 @@ class Calibration:
             ),
             perplexity=math.exp(nats / self.labels),
             nats=nats,
-            flops=flops,
+            flops=self._flops(thresholds, logits),
             logits=logits,
         )
+
+    def _flops(self, thresholds: tuple[float, ...], logits: dict[int, Tensor]) -> int:
+        work, lengths = self.work.at(thresholds), [len(row.ids) for row in self.rows]
+        units = [1] * len(lengths) if self.backend.by_sequence else lengths
+        kept = {
+            layer: (logits[layer] >= logit_border(threshold)).split(units)
+            for layer, threshold in zip(self.backend.layers, thresholds, strict=True)
+        }
+        flops = 0
+        for row, length in enumerate(lengths):
+            made = {layer: parts[row].expand(length) for layer, parts in kept.items()}
+            flops += work.prefill(length, made)
+        return flops
 
     def speedup(self, point: Point) -> float:
         """Counted work of the dense model over the point's."""

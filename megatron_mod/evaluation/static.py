@@ -1,110 +1,93 @@
-"""The baseline a router must beat: what it routes removed for good from the least important
-layers."""
+"""The baseline a router must beat: what it routes removed for good, from the layers that are best
+spared together.
+
+A layer whose threshold is 1 is removed and one whose threshold is 0 keeps all, so the baseline runs
+on whatever the routed model runs on, with whatever that has for what it skips.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from megatron_mod.data.chat import Sample
+from megatron_mod.evaluation.backend import Backend
+from megatron_mod.evaluation.rows import Row, evenly
+from megatron_mod.evaluation.work import Work
 
-
-@contextlib.contextmanager
-def without(model, layers: Iterable[int], *, target: str) -> Iterator[None]:
-    """The block's dense Hugging Face model adds nothing for the ``target`` of ``layers``: their
-    ``attn``, their ``mlp``, or the whole ``block``."""
-
-    def zero(module: object, inputs: object, output: Tensor | tuple) -> Tensor | tuple:
-        if isinstance(output, tuple):
-            return (torch.zeros_like(output[0]), *output[1:])
-        return torch.zeros_like(output)
-
-    def unchanged(module: object, inputs: tuple, output: Tensor) -> Tensor:
-        return inputs[0]
-
-    def hook(layer: torch.nn.Module) -> object:
-        if target == "block":
-            return layer.register_forward_hook(unchanged)
-        return (layer.self_attn if target == "attn" else layer.mlp).register_forward_hook(zero)
-
-    hooks = [hook(model.model.layers[index]) for index in layers]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
+METHOD = "greedy"
+CHOICE_TOKENS = 1500  # that layers are chosen on: k of L layers take about k * L passes over them
 
 
-def removed_layers(importance: dict[int, float], *, capacity: float) -> list[int]:
-    """The least important layers to remove so that ``capacity`` of them stays (rounded)."""
-    count = round((1.0 - capacity) * len(importance))
-    return sorted(sorted(importance, key=importance.__getitem__)[:count])
+def thresholds_without(layers: Sequence[int], removed: Collection[int]) -> list[float]:
+    """Of the routed ``layers``, so that ``removed`` ones are skipped and all else is kept."""
+    return [1.0 if layer in removed else 0.0 for layer in layers]
 
 
-@torch.no_grad()
-def rank_layers(
-    model,
-    samples: Sequence[Sample],
-    layers: Sequence[int],
-    *,
-    target: str,
-    progress: Iterable[Sample] | None = None,
-) -> dict[int, float]:
-    """How much the loss (nats a token) grows when one layer's ``target`` is removed, for each.
+def loss_without(backend: Backend, rows: Sequence[Row], removed: Collection[int]) -> float:
+    """Nats a label of the rows, with these of the routed layers removed; called by all ranks."""
+    found = backend.observe(rows, thresholds=thresholds_without(backend.layers, removed))
+    nats = math.fsum(-one.score.log_probability for one in found)
+    return nats / sum(row.num_labels for row in rows)
 
-    The layers below the first candidate are computed once per sample; each removal then
-    starts from the hidden states in front of its layer.
+
+class Greedy:
+    """Chooses layers to remove, each next one costing least given those already out.
+
+    Every rank makes the same calls and gets the same layers. Nothing is run before it is asked for.
+
+    Args:
+        rows: some of them, ``CHOICE_TOKENS`` from all over, are what layers are chosen on.
+        after_pass: called after every pass over these.
     """
-    grown = dict.fromkeys(layers, 0.0)
-    tokens = 0
-    for sample in progress or samples:
-        ids = torch.tensor([sample.ids], device=model.device)
-        targets = _label_positions(sample)
-        inputs, context = _inputs_of_layers(model, ids)
-        last = len(inputs) - 1
-        dense = _loss_from(model, last, inputs[last], context, ids[0], targets)
-        for index in layers:
-            with without(model, [index], target=target):
-                loss = _loss_from(model, index, inputs[index], context, ids[0], targets)
-            grown[index] += loss - dense
-        tokens += len(targets)
-    return {index: value / tokens for index, value in grown.items()}
+
+    def __init__(
+        self,
+        backend: Backend,
+        rows: Sequence[Row],
+        *,
+        after_pass: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.backend, self.after_pass = backend, after_pass
+        tokens = sum(len(row.ids) for row in rows)
+        self.rows = evenly(rows, max(1, round(len(rows) * CHOICE_TOKENS / tokens)))
+        self.order: list[int] = []  # of removal, as far as it has been asked for
+        self.losses: list[dict[int, float]] = []  # of every candidate in each round, nats a label
+
+    def first(self, count: int) -> list[int]:
+        """The ``count`` layers to remove, in the order of their removal."""
+        assert count <= len(self.backend.layers)
+        while len(self.order) < count:
+            losses = {
+                layer: self._loss([*self.order, layer])
+                for layer in self.backend.layers
+                if layer not in self.order
+            }
+            self.losses.append(losses)
+            self.order.append(min(losses, key=losses.__getitem__))
+        return self.order[:count]
+
+    def _loss(self, removed: Collection[int]) -> float:
+        loss = loss_without(self.backend, self.rows, removed)
+        self.after_pass()
+        return loss
 
 
-def _loss_from(
-    model, start: int, hidden: Tensor, context: dict, ids: Tensor, targets: Tensor
-) -> float:
-    """Summed loss of the target positions, from hidden states ``[1, T, H]`` before a layer on."""
-    for layer in model.model.layers[start:]:
-        hidden = layer(hidden, **context)
-    logits = model.lm_head(model.model.norm(hidden)[0, targets - 1])
-    return float(cross_entropy(logits.float(), ids[targets], reduction="sum"))
+def count_at_work(work: Work, rows: Sequence[Row], flops: int) -> int:
+    """How many of the routed layers to remove so that a prefill of every row takes about ``flops``.
+
+    Layers are alike, so each takes the same off.
+    """
+    layers = work.routing.layers
+    with_all, with_none = (
+        sum(_removal_flops(work, len(row.ids), removed) for row in rows) for removed in ((), layers)
+    )
+    count = round((with_all - flops) / (with_all - with_none) * len(layers))
+    return min(max(count, 0), len(layers))
 
 
-def _inputs_of_layers(model, ids: Tensor) -> tuple[list[Tensor], dict]:
-    """The hidden states in front of every layer, and the arguments all layers are called with."""
-    inputs: list[Tensor] = []
-    contexts: list[dict] = []
-
-    def record(module: object, args: tuple, kwargs: dict) -> None:
-        inputs.append(args[0])
-        contexts.append(kwargs)
-
-    hooks = [
-        layer.register_forward_pre_hook(record, with_kwargs=True) for layer in model.model.layers
-    ]
-    try:
-        model.model(ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return inputs, contexts[0]
-
-
-def _label_positions(sample: Sample) -> Tensor:
-    """Positions of the labelled tokens that have a token before them."""
-    return torch.tensor([i for i, is_label in enumerate(sample.labelled) if is_label and i])
+def _removal_flops(work: Work, length: int, removed: Collection[int]) -> int:
+    layers = work.routing.layers
+    kept = {layer: torch.full((length,), layer not in removed) for layer in layers}
+    return work.at(thresholds_without(layers, removed)).prefill(length, kept)

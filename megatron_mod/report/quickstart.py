@@ -10,14 +10,18 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
+from megatron_mod.benchmark.inference_speed import decisions_of, kept_share, prefill_flops
+from megatron_mod.calibration.curve import Curve
+from megatron_mod.calibration.search import Calibration
 from megatron_mod.data.dataset import load_samples
-from megatron_mod.evaluation import speed, static
+from megatron_mod.evaluation import speed
 from megatron_mod.evaluation.huggingface import load_huggingface, load_model
 from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.perplexity import perplexity
 from megatron_mod.evaluation.prompts import long_prompts
 from megatron_mod.evaluation.rows import Row
-from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.evaluation.static import METHOD
+from megatron_mod.evaluation.work import Work
 
 CONTEXT = 1000  # tokens of a prompt whose prefill and decode are timed, if the model has room
 PROMPTS = 4
@@ -36,37 +40,32 @@ def build_report(
     """Measure quality and speed and put them beside the training's summary.
 
     Args:
-        ranking, held_out: JSON lines neither the training nor the other one has seen.
+        ranking: text that the layers of static removal are chosen on.
+        held_out: text that everything is scored on. Training saw neither.
     """
     dense, tokenizer = load_huggingface(hf_path)
     routed = load_model(export)
     routing = routed.config.routing
-    text = {
-        name: load_samples(path, tokenizer, max_length=max_length)
+    work = Work.of(routed.config.to_dict())
+    rows = {
+        name: [Row.labelled(one) for one in load_samples(path, tokenizer, max_length=max_length)]
         for name, path in (("ranking", ranking), ("held_out", held_out))
     }
-
-    held_out_rows = [Row.labelled(sample) for sample in text["held_out"]]
-    dense_backend = HuggingFaceBackend(dense, tokenizer)
-    routed_backend = HuggingFaceBackend(routed, tokenizer, pooling=routing["pooling"])
-    with_dense = perplexity(dense_backend, held_out_rows)
-    with_routers = perplexity(routed_backend, held_out_rows)
-    target = RoutingConfig.from_dict(routing).scheme.target
-    importance = static.rank_layers(
-        dense,
-        text["ranking"],
-        routing["layers"],
-        target=target,
-        progress=tqdm(text["ranking"], desc="ranking layers", unit="sample"),
-    )
-    capacity = fmean(with_routers.capacity)
-    removed = static.removed_layers(importance, capacity=capacity)
-    with static.without(dense, removed, target=target):
-        with_static = perplexity(dense_backend, held_out_rows)
 
     context = min(CONTEXT, dense.config.max_position_embeddings - speed.NEW_TOKENS)
     prompts = long_prompts(tokenizer, length=context, count=PROMPTS)
     timing = speed.compare([dense, routed], tqdm(prompts, desc="timing", unit="prompt"))
+    capacity_there, counted = prompt_work(routed, work, prompts)
+
+    with_dense = perplexity(HuggingFaceBackend(dense, tokenizer), rows["held_out"])
+    backend = HuggingFaceBackend(routed, tokenizer, pooling=routing["pooling"])
+    thresholds = backend.thresholds
+    with tqdm(desc="passes over the text", unit="") as passes:  # these move the thresholds
+        calibration = Calibration(
+            backend, rows["held_out"], work, scope=routing["scope"], after_pass=passes.update
+        )
+        curve = Curve(calibration, ranking=rows["ranking"])
+        found = curve.at(calibration.at(thresholds))
     parities = {entry["hf_path"]: entry["max_rel"] for entry in json.loads(read(parity))}
     summary = json.loads(read(Path(run) / "summary.json"))
     return {
@@ -79,22 +78,28 @@ def build_report(
             "hf_to_megatron_max_rel": parities[str(hf_path)],
             "megatron_to_hf_max_rel": parities[str(export)],
         },
+        "static_method": METHOD,
         "quality": {
             "dense_perplexity": with_dense.perplexity,
-            "routed_perplexity": with_routers.perplexity,
-            "static_perplexity": with_static.perplexity,
-            "static_removed_layers": removed,
-            "eval_tokens": with_routers.tokens,
+            "routed_perplexity": found.point.perplexity,
+            "static_method": METHOD,
+            "static_perplexity": found.static.perplexity,
+            "static_removed_layers": found.removed,
+            "static_capacity": found.static.mean_capacity,
+            "static_counted_speedup": found.static_speedup,
+            "work": {"routed": 1 / found.speedup, "static": 1 / found.static_speedup},
+            "eval_tokens": with_dense.tokens,
             "pooling": routing["pooling"],
         },
         "capacity": {
             "target": fmean(routing["capacity"]),
-            "mean": capacity,
-            "per_layer": dict(zip(map(str, routing["layers"]), with_routers.capacity, strict=True)),
+            "mean": found.point.mean_capacity,
+            "per_layer": dict(zip(map(str, routing["layers"]), found.point.capacity, strict=True)),
         },
         "speed": {
             "context_tokens": context,
-            "capacity": prompt_capacity(routed, prompts),
+            "capacity": capacity_there,
+            "counted": counted,
             **{
                 phase: {
                     "dense_s": (d := getattr(timing[0], f"{phase}_s")),
@@ -109,13 +114,16 @@ def build_report(
 
 
 @torch.no_grad()
-def prompt_capacity(routed, prompts: Sequence[torch.Tensor]) -> float:
-    """Share of the prompts, or of their tokens, that the routed layers kept."""
-    kept = []
-    for prompt in prompts:
-        routed(prompt.to(routed.device), use_cache=False, logits_to_keep=1)
-        kept.append(routed.routing_report()["capacity"])
-    return fmean(kept)
+def prompt_work(routed, work: Work, prompts: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """Share of the prompts ``[1, S]``, or of their tokens, that the routed layers keep, and how
+    many times less work than dense that leaves their prefills."""
+    with decisions_of(routed) as made:
+        for prompt in prompts:
+            routed(prompt.to(routed.device), use_cache=False, logits_to_keep=1)
+    lengths = [prompt.shape[1] for prompt in prompts]
+    pairs = zip(made, lengths, strict=True)
+    flops = sum(prefill_flops(work, decisions, length=length) for decisions, length in pairs)
+    return kept_share(made), sum(work.prefill(length, {}) for length in lengths) / flops
 
 
 def read(path: str | Path) -> str:
@@ -130,6 +138,7 @@ def table(report: dict) -> str:
     ranks, par = report["world_size"], report["parallel"]
     dense, routed, fixed = (quality[f"{k}_perplexity"] for k in ("dense", "routed", "static"))
     better = "better" if routed < fixed else "no better"
+    removed = len(quality["static_removed_layers"])
     rows = [
         ("model", report["model"]),
         (
@@ -161,8 +170,14 @@ def table(report: dict) -> str:
         (
             "perplexity",
             f"dense {dense:.2f}, routed {routed:.2f} ({100 * (routed / dense - 1):+.1f} %),"
-            f" best static removal {fixed:.2f}: routers are {better}"
+            f" best static removal ({quality['static_method']}, {removed} layers) {fixed:.2f}:"
+            f" routers are {better}"
             f" ({quality['eval_tokens']} tokens, pooling: {quality['pooling']})",
+        ),
+        (
+            "counted work",
+            f"routed {quality['work']['routed']:.3f}, static {quality['work']['static']:.3f} of the"
+            f" dense model's on held-out text; static capacity {quality['static_capacity']:.3f}",
         ),
         *(
             (
@@ -170,9 +185,12 @@ def table(report: dict) -> str:
                 f"dense {1e3 * timing[phase]['dense_s']:.0f} ms, routed"
                 f" {1e3 * timing[phase]['routed_s']:.0f} ms:"
                 f" {timing[phase]['speedup']:.2f}x at {timing['context_tokens']} tokens"
-                f" (capacity there {timing['capacity']:.2f})",
+                f" (capacity there {timing['capacity']:.2f}{counted})",
             )
-            for phase in ("prefill", "decode")
+            for phase, counted in (
+                ("prefill", f", {timing['counted']:.2f}x counted"),
+                ("decode", ""),
+            )
         ),
         ("export", report["export_path"]),
     ]

@@ -76,7 +76,7 @@ def test_a_resumed_run_equals_one_in_one_go(trainer, whole, stopped):
         "", AVERAGE, "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."
     }  # fmt: skip
     assert all(torch.equal(tensors[key], wanted[key]) for key in tensors)
-    assert summary["train"]["loss_first"] == metrics(whole)[0]["loss"]
+    assert summary["train"]["loss_first"] == metrics(whole)[0]["task_loss"]
     assert not list(stopped.glob(".*"))
 
 
@@ -94,6 +94,7 @@ def test_the_end_exports_the_average_and_goes_on_from_the_routers(trainer, whole
         assert torch.allclose(weight.double(), mean, rtol=1e-5)
         assert not torch.allclose(weight.double(), steps[-1][key].double(), rtol=1e-3)
     summary = json.loads((whole / "summary.json").read_text())
+    assert summary["train"]["loss_last"] == metrics(whole)[-1]["task_loss"]
     assert trainer.train(whole)["train"]["loss_last"] == summary["train"]["loss_last"]
     assert len(metrics(whole)) == 6, "a finished run is not run again"
 

@@ -136,6 +136,7 @@ class Model:
     layers = LAYERS
 
     def __init__(self, *, by_sequence: bool = False) -> None:
+        self.by_sequence = by_sequence
         generator = torch.Generator().manual_seed(2)
         units = 1 if by_sequence else LENGTH
         self.logits = 3 * torch.randn(ROWS, len(LAYERS), units, generator=generator)
