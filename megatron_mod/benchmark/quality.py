@@ -1,202 +1,308 @@
-"""Every granularity and scope trained on one model, beside the best static removal."""
+"""What routers are worth: granularities and budgets trained on one model, beside static removal and
+the published recipe, on text of several kinds."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
-from tempfile import TemporaryDirectory
+from statistics import fmean, stdev
 
-import torch
-
+from megatron_mod.benchmark.quality_figure import draw
+from megatron_mod.calibration.routed import Routed, load_routed
+from megatron_mod.calibration.search import Calibration, Point
+from megatron_mod.checkpoint.folders import write_durably
 from megatron_mod.config import cli
-from megatron_mod.conversion.convert import megatron_to_hf
-from megatron_mod.conversion.routers import write_step
-from megatron_mod.conversion.source import Base, open_base
-from megatron_mod.data.dataset import load_samples
-from megatron_mod.evaluation.huggingface import load_huggingface
-from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
-from megatron_mod.evaluation.rows import Row
-from megatron_mod.evaluation.static import Greedy, loss_without
+from megatron_mod.config.model_folder import is_megatron
+from megatron_mod.evaluation.perplexity import read_rows
+from megatron_mod.evaluation.rows import Row, evenly
+from megatron_mod.evaluation.static import METHOD, Greedy, thresholds_without
 from megatron_mod.parallel import topology
-from megatron_mod.routing.config import RoutingConfig, resolve_layers
 from megatron_mod.routing.scheme import Scheme
-from megatron_mod.training.loop import train as run_training
+from megatron_mod.training.loop import train
 from megatron_mod.training.plan import prepare
 
-CAPACITY, MAX_LENGTH, DEEPEST = 0.75, 160, 15
+NEAR = 0.01  # what a calibrated capacity may differ from the one asked for
+# Router-Tuning's: zeros, a threshold that stands, and a penalty; its weight was tuned on SmolLM2.
+PUBLISHED = {
+    "router.bias": "false", "router.init": "zeros", "router.stand_in": "none",
+    "router.capacity_loss_weight": 0.05, "router.capacity_warmup_fraction": 0.0,
+}  # fmt: skip
+UNTRAINED = {"train.steps": 0, "router.init": "zeros", "router.capacity": 1.0}
 
 
 @dataclass(frozen=True)
-class Trainings:
+class Setup:
     """What all trainings have in common.
 
     Args:
-        load, hf_path: the model, as a base checkpoint and as a Hugging Face folder.
-        data: folder of ``data.python_docs.write_splits``.
-        out: folder of the trainings.
-        steps, batch, lr: of each.
+        load: base checkpoint or Hugging Face folder.
+        train: what is trained on (``data.train``).
+        texts: held-out files; of each every second sample sets thresholds, the others are measured.
+        out: folder of the trainings and of what is found.
+        layers: how many of the deepest layers but the last are routed.
+        samples: of each text, at most.
+        max_length: tokens a sample is cut to.
+        recipe: settings of every training.
         settings: further ones, as on a training's command line.
     """
 
     load: Path
-    hf_path: Path
-    data: Path
+    train: Path
+    texts: Sequence[Path]
     out: Path
-    steps: int
-    batch: int
-    lr: float
+    layers: int
+    samples: int
+    max_length: int
+    recipe: Mapping[str, object]
     settings: Sequence[str]
 
-
-class Static:
-    """What removing layers for good costs, measured once per set of layers."""
-
-    def __init__(self, args: Trainings) -> None:
-        self.args, self.base = args, open_base(args.hf_path)
-        self.layers = resolve_layers({"deepest": DEEPEST}, num_layers=self.base.arch.num_layers)
-        self.store = args.out / "static.json"
-        self.known = json.loads(self.store.read_text()) if self.store.exists() else {}
-        self._choices: dict[str, Greedy] = {}
-        self._rows: dict[str, list[Row]] = {}
-
-    def importance(self, target: str) -> dict[int, float]:
-        """How much the loss grows without one layer's ``target``, nats a token."""
-
-        def measure() -> dict[int, float]:
-            choice = self._choice(target)
-            choice.first(1)
-            kept = loss_without(choice.backend, choice.rows, ())
-            return {layer: loss - kept for layer, loss in choice.losses[0].items()}
-
-        found = self._once(f"importance {target}", measure)
-        return {int(layer): cost for layer, cost in found.items()}
-
-    def loss(self, target: str, capacity: float) -> tuple[float, list[int]]:
-        """Validation loss at this capacity without the layers that cost least, and which they
-        are."""
-        count = round((1.0 - capacity) * len(self.layers))
-        removed = self._once(
-            f"removed {target} {count}", lambda: sorted(self._choice(target).first(count))
-        )
-
-        def measure() -> float:
-            backend = self._choice(target).backend
-            return loss_without(backend, self._rows["validation"], removed)
-
-        return self._once(f"loss {target} {removed}", measure), removed
-
-    def _choice(self, target: str) -> Greedy:
-        """On the model with routers whose thresholds alone say what is kept."""
-        if target not in self._choices:
-            export = self.args.out / f"static_{target}"
-            if not export.exists():
-                save_untrained(self.base, target, self.layers, export)
-            backend = HuggingFaceBackend(*load_huggingface(export))
-            for name in ("ranking", "validation"):
-                path = self.args.data / f"{name}.jsonl"
-                samples = load_samples(path, backend.tokenizer, max_length=MAX_LENGTH)
-                self._rows[name] = list(map(Row.labelled, samples))
-            self._choices[target] = Greedy(backend, self._rows["ranking"])
-        return self._choices[target]
-
-    def _once(self, key: str, measure) -> object:
-        if key not in self.known:
-            self.known[key] = measure()
-            self.store.write_text(json.dumps(self.known, indent=1) + "\n")
-        return self.known[key]
+    def run(self, name: str, **changes: object) -> Path:
+        """A training's folder, which is made unless it is complete."""
+        folder = self.out / name
+        if not (folder / "summary.json").exists():
+            base = "model.checkpoint" if is_megatron(self.load) else "model.hf_path"
+            options = {
+                base: self.load,
+                "model.dtype": "float32",
+                "router.layers.deepest": self.layers,
+                "data.train": self.train,
+                "data.max_length": self.max_length,
+                "checkpoint.save": folder,
+                **self.recipe,
+                **changes,
+            }
+            arguments = [f"--{name}={value}" for name, value in options.items()]
+            config = cli.parse([*arguments, *self.settings])
+            plan = prepare(config)
+            with topology.joined(plan.topology, seed=config.train.seed):
+                train(config, plan)
+        return folder
 
 
-def save_untrained(base: Base, target: str, layers: Sequence[int], save: Path) -> None:
-    """Write an export whose routers are zeros."""
-    routing = RoutingConfig(f"{target}_token", tuple(layers), (1.0,) * len(layers))
-    weights = {layer: torch.zeros(1, base.arch.hidden_size) for layer in layers}
-    where = {"base": str(base.path.resolve()), "fingerprint": base.fingerprint()}
-    with TemporaryDirectory() as folder:
-        write_step(Path(folder) / "routers", routing, weights, **where)
-        megatron_to_hf(Path(folder) / "routers", save)
+class Measurements:
+    """What is found, kept in a file so that nothing is measured twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found = json.loads(path.read_text()) if path.exists() else {}
+
+    def once(self, key: str, measure) -> dict:
+        if key not in self.found:
+            self.found[key] = measure()
+            write_durably(self.path, json.dumps(self.found, indent=1) + "\n")
+        return self.found[key]
 
 
-def train(args: Trainings, name: str, weight: float) -> dict:
-    """One training; its validation record."""
-    granularity, scope = name.rsplit("-", 1)
-    run = args.out / name
-    if not (run / "summary.json").exists():
-        options = {
-            "model.checkpoint": args.load,
-            "model.dtype": "float32",
-            "router.granularity": granularity,
-            "router.layers.deepest": DEEPEST,
-            "router.capacity": CAPACITY,
-            "router.scope": scope,
-            "router.capacity_loss_weight": weight,
-            "data.train": args.data / "train.jsonl",
-            "data.validation": args.data / "validation.jsonl",
-            "data.max_length": MAX_LENGTH,
-            "train.steps": args.steps,
-            "train.global_batch_size": args.batch,
-            "train.micro_batch_size": 4,
-            "train.validation_interval": args.steps,
-            "optimizer.lr": args.lr,
-            "optimizer.warmup_fraction": 0.1,
-            "optimizer.average_fraction": 0.5,
-            "checkpoint.save": run,
+class Model:
+    """A run's model on the held-out texts."""
+
+    def __init__(self, setup: Setup, run: Path) -> None:
+        ranks = topology.plan(tensor=1, pipeline=1, world_size=1)
+        pooling = {"max_length": None, "batch_size": 4, "pooling": None}
+        self.routed: Routed = load_routed(run, ranks, dtype="float32", **pooling)
+        self.rows = {path.stem: self._rows(setup, path) for path in setup.texts}
+        self.calibrations = {
+            name: [self._calibration(half) for half in (rows[::2], rows[1::2])]
+            for name, rows in self.rows.items()
         }
-        arguments = [f"--{name}={value}" for name, value in options.items()]
-        config = cli.parse([*arguments, *args.settings])
-        plan = prepare(config)
-        with topology.joined(plan.topology, seed=config.train.seed):
-            run_training(config, plan)
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return next(r for r in map(json.loads, reversed(lines)) if "validation_loss" in r)
+
+    def _rows(self, setup: Setup, path: Path) -> list[Row]:
+        rows = read_rows(path, self.routed.backend.tokenizer, max_length=setup.max_length)
+        return evenly(rows, setup.samples)
+
+    def _calibration(self, rows: Sequence[Row]) -> Calibration:
+        work = self.routed.work
+        return Calibration(self.routed.backend, rows, work, scope=work.routing.scope)
+
+    def at_capacity(self, capacity: float) -> dict[str, dict]:
+        """Each text's measured half, with thresholds set on its other half."""
+        found = {}
+        for name, (setting, measured) in self.calibrations.items():
+            thresholds = setting.at_capacity(capacity, tolerance=NEAR).thresholds
+            found[name] = self._describe(measured, measured.at(thresholds))
+        return found
+
+    def without(self, removed: Sequence[int]) -> dict[str, dict]:
+        """Each text's measured half, with layers removed for good."""
+        thresholds = thresholds_without(self.routed.backend.layers, removed)
+        return {
+            name: self._describe(measured, measured.at(thresholds))
+            for name, (_, measured) in self.calibrations.items()
+        }
+
+    def greedy(self) -> Greedy:
+        """Chooses the layers to remove on the first text's calibration half."""
+        return Greedy(self.routed.backend, next(iter(self.rows.values()))[::2])
+
+    @staticmethod
+    def _describe(calibration: Calibration, point: Point) -> dict:
+        return {
+            "perplexity": point.perplexity,
+            "capacity": point.mean_capacity,
+            "work": point.flops / calibration.dense_flops,
+        }
 
 
-def weight_of(granularity: str, importance: dict[int, float]) -> float:
-    """A capacity loss weight that reaches the target without swinging far below it.
+def compare(
+    setup: Setup, *, budgets: Sequence[tuple[str, float]], seeds: Sequence[int], published: bool
+) -> dict:
+    """Train and measure everything, print a table, write ``quality.json`` and ``quality.png``.
 
-    About what the last layer that static removal takes is worth alone; sequences need more of it,
-    because they give up whole layers and the second costs more than the first.
+    Args:
+        budgets: granularities, each with the capacity it is trained and calibrated for.
+        seeds: of which every training is repeated.
+        published: whether Router-Tuning's recipe is trained for each budget too.
     """
-    costs = sorted(importance.values())
-    last = costs[round((1 - CAPACITY) * len(costs)) - 1]
-    return last * (3 if Scheme.parse(granularity).per_sequence else 1)
+    setup.out.mkdir(parents=True, exist_ok=True)
+    measured = Measurements(setup.out / "measured.json")
+    routed = [
+        {"recipe": recipe, "granularity": granularity, "capacity": capacity, "seed": seed,
+         "texts": measured.once(
+             f"{recipe} {granularity} {capacity} {seed}",
+             lambda recipe=recipe, at=(granularity, capacity), seed=seed: _train(
+                 setup, recipe, *at, seed=seed
+             ),
+         )}
+        for recipe in ("ours", *(["published"] if published else []))
+        for granularity, capacity in budgets
+        for seed in seeds
+    ]  # fmt: skip
+    least = {}
+    for point in routed:
+        target = Scheme.parse(point["granularity"]).target
+        works = [text["work"] for text in point["texts"].values()]
+        least[target] = min(least.get(target, 1.0), *works)
+    static = [
+        entry
+        for target, work in least.items()
+        for stand_ins in (False, True)
+        for entry in _remove(setup, measured, target, stand_ins=stand_ins, work=work)
+    ]
+    dense = {name: text["perplexity"] for name, text in static[0]["texts"].items()}
+    table = list(summarise(routed, static, dense))
+    found = {
+        "dense": dense,
+        "static_method": METHOD,
+        "table": table,
+        "routed": routed,
+        "static": static,
+    }
+    write_durably(setup.out / "quality.json", json.dumps(found, indent=1) + "\n")
+    draw(found).savefig(setup.out / "quality.png", dpi=150)
+    print_table(table, dense)
+    return found
 
 
-def compare(args: Trainings, *, granularities: Sequence[str], scopes: Sequence[str]) -> None:
-    """Print a table and write ``quality.json``; a training whose folder is complete is not
-    repeated."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    baseline = Static(args)
-    dense, _ = baseline.loss("attn", 1.0)
-    print(f"dense perplexity {math.exp(dense):.2f}, target capacity {CAPACITY}\n")
-    rows = []
-    for scope in scopes:
-        for granularity in granularities:
-            target = Scheme.parse(granularity).target
-            weight = max(weight_of(granularity, baseline.importance(target)), 0.01)
-            record = train(args, f"{granularity}-{scope}", weight)
-            kept = record["validation_capacity"]
-            capacity = fmean(kept)
-            fixed, removed = baseline.loss(target, capacity)
-            rows.append(
-                {
-                    "granularity": granularity,
-                    "scope": scope,
-                    "weight": weight,
-                    "capacity": capacity,
-                    "capacity_per_layer": kept,
-                    "perplexity": math.exp(record["validation_loss"]),
-                    "static_perplexity": math.exp(fixed),
-                    "static_removed": removed,
-                }
-            )
-            (args.out / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
-            print(
-                f"| {granularity} | {scope} | {weight:.3f} | {capacity:.3f} |"
-                f" {rows[-1]['perplexity']:.2f} | {rows[-1]['static_perplexity']:.2f}"
-                f" ({len(removed)}) |",
-                flush=True,
-            )
+def _train(setup: Setup, recipe: str, granularity: str, capacity: float, *, seed: int) -> dict:
+    run = setup.run(
+        f"{recipe}_{granularity}_{capacity:g}_{seed}",
+        **{"router.granularity": granularity, "router.capacity": capacity, "train.seed": seed},
+        **(PUBLISHED if recipe == "published" else {}),
+    )
+    with topology.single_process():
+        return Model(setup, run).at_capacity(capacity)
+
+
+def _remove(
+    setup: Setup, measured: Measurements, target: str, *, stand_ins: bool, work: float
+) -> Iterator[dict]:
+    """Removals from none on, until one takes no more than a share of ``work`` on every text."""
+    changes = {
+        **UNTRAINED,
+        "router.granularity": f"{target}_token",
+        "router.stand_in": "linear" if stand_ins else "none",
+    }
+    run = setup.run(f"static_{target}_{'with' if stand_ins else 'without'}_stand_ins", **changes)
+    kind = f"static {target} {'with' if stand_ins else 'without'} stand-ins"
+    opened: list[tuple[Model, Greedy]] = []
+
+    def measure(count: int) -> dict:
+        if not opened:
+            model = Model(setup, run)
+            opened.append((model, model.greedy()))
+        model, greedy = opened[0]
+        removed = list(greedy.first(count))
+        return {"removed": removed, "texts": model.without(removed)}
+
+    with topology.single_process():
+        for count in range(setup.layers + 1):
+            found = measured.once(f"{kind} {count}", lambda count=count: measure(count))
+            yield {"target": target, "stand_ins": stand_ins, **found}
+            if all(text["work"] <= work for text in found["texts"].values()):
+                return
+
+
+def summarise(
+    routed: Sequence[dict], static: Sequence[dict], dense: dict[str, float]
+) -> Iterator[dict]:
+    """A row for each recipe, budget and text: means and standard errors over the seeds, beside
+    removal at equal work."""
+    groups: dict[tuple, list[dict]] = {}
+    for point in routed:
+        key = (point["recipe"], point["granularity"], point["capacity"])
+        groups.setdefault(key, []).append(point)
+    for (recipe, granularity, capacity), points in groups.items():
+        target = Scheme.parse(granularity).target
+        for text, without_routers in dense.items():
+            found = [point["texts"][text] for point in points]
+            losses = [math.log(one["perplexity"]) for one in found]
+            work = fmean(one["work"] for one in found)
+            error = stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
+            perplexity = math.exp(fmean(losses))
+            yield {
+                "recipe": recipe,
+                "granularity": granularity,
+                "target_capacity": capacity,
+                "text": text,
+                "seeds": len(points),
+                "capacity": fmean(one["capacity"] for one in found),
+                "work": work,
+                "counted_speedup": 1 / work,
+                "perplexity": perplexity,
+                "perplexity_standard_error": error and perplexity * error,
+                "over_dense": perplexity / without_routers,
+                "static_perplexity": at_work(static, target, text, work, stand_ins=False),
+                "static_with_stand_ins_perplexity": at_work(
+                    static, target, text, work, stand_ins=True
+                ),
+            }
+
+
+def at_work(
+    static: Sequence[dict], target: str, text: str, work: float, *, stand_ins: bool
+) -> float | None:
+    """The perplexity of removal at a share of the dense model's work: between two removals on the
+    line of their losses; ``None`` beyond them."""
+    points = sorted(
+        (one["texts"][text]["work"], math.log(one["texts"][text]["perplexity"]))
+        for one in static
+        if (one["target"], one["stand_ins"]) == (target, stand_ins)
+    )
+    for (low, worse), (high, better) in pairwise(points):
+        if low <= work <= high:
+            share = (work - low) / (high - low) if high > low else 0.0
+            return math.exp(worse + share * (better - worse))
+    return None
+
+
+def print_table(table: Sequence[dict], dense: dict[str, float]) -> None:
+    """The summary as Markdown."""
+    print("dense: " + ", ".join(f"{name} {value:.2f}" for name, value in dense.items()) + "\n")
+    print("| recipe | granularity | text | capacity | counted speed-up | perplexity | over dense |"
+          " static at equal work | with stand-ins |")  # fmt: skip
+    print("| --- " * 9 + "|")
+    for row in table:
+        error = row["perplexity_standard_error"]
+        spread = "" if error is None else f" ± {error:.2f}"
+        fixed = [row["static_perplexity"], row["static_with_stand_ins_perplexity"]]
+        shown = " | ".join("-" if value is None else f"{value:.2f}" for value in fixed)
+        print(
+            f"| {row['recipe']} | {row['granularity']} | {row['text']} | {row['capacity']:.3f} |"
+            f" {row['counted_speedup']:.3f} | {row['perplexity']:.2f}{spread} |"
+            f" {row['over_dense']:.3f} | {shown} |",
+            flush=True,
+        )

@@ -2,50 +2,91 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from megatron_mod.commands.command import command
 from megatron_mod.config import cli
-from megatron_mod.config.model_folder import HuggingFaceFolder, ModelFolder
+from megatron_mod.config.model_folder import ModelFolder
 from megatron_mod.config.options import Options
-from megatron_mod.config.rules import COUNT, InputFolder, OutputFolder, Range, setting
-from megatron_mod.routing.scheme import GRANULARITIES, Granularity
+from megatron_mod.config.rules import AT_LEAST_0, COUNT, InputFile, OutputFolder, Range, setting
+from megatron_mod.routing.scheme import Scheme
+
+BUDGETS = (
+    "attn_token:0.75", "attn_token:0.5", "mlp_token:0.7", "block_token:0.66", "attn_sequence:0.75",
+    "block_sequence:0.75",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class QualityBenchmark(Options):
-    """Train every granularity and scope on one model and put each beside the best static removal.
+    """Train routers of several granularities and budgets, and put them beside static removal.
 
-        python tools/benchmark/quality.py --load BASE --hf-path DIR --data DIR --out DIR
+        python tools/benchmark/quality.py --load BASE --train FILE --texts FILE [FILE ...] --out DIR
 
-    Prints a table and writes OUT/quality.json. A training whose folder is complete is not repeated.
-    A training's settings (--section.field value) go to every training.
+    Each budget is trained with every seed, calibrated on one half of each held-out text and
+    measured on the other, as are the dense model, greedy removal of layers with and without
+    stand-ins, and the published recipe. Prints a table and writes OUT/quality.json and
+    OUT/quality.png. What is already in OUT is not trained or measured again. A training's settings
+    (--section.field value) go to every training.
 
     Args:
-        load: base checkpoint.
-        hf_path: the same model, Hugging Face.
-        data: what make_python_docs.py wrote.
+        load: base checkpoint or Hugging Face folder.
+        train: conversations to train on.
+        texts: held-out conversations (.jsonl, .json, .parquet) or texts, one for each kind.
         out: folder of the trainings.
-        granularities: what is trained.
-        scopes: what a capacity is held for.
+        budgets: granularities with the capacity of each, as attn_token:0.5.
+        seeds: of which every training is repeated.
+        without_published: leave the published recipe out.
+        layers: how many of the deepest layers but the last are routed.
+        samples: of each text, at most, at least 2.
+        max_length: tokens a sample is cut to.
         steps: of each training.
         batch: sequences a step.
         lr: peak learning rate.
     """
 
     load: str = setting(ModelFolder())
-    hf_path: str = setting(HuggingFaceFolder())
-    data: str = setting(InputFolder())
+    train: str = setting(InputFile())
+    texts: tuple[str, ...] = setting(InputFile())
     out: str = setting(OutputFolder())
-    granularities: tuple[Granularity, ...] = GRANULARITIES
-    scopes: tuple[Literal["model", "layer"], ...] = ("model", "layer")
-    steps: int = setting(COUNT, default=26)
-    batch: int = setting(COUNT, default=16)
-    lr: float = setting(Range(above=0), default=3e-3)
+    budgets: tuple[str, ...] = BUDGETS
+    seeds: tuple[int, ...] = setting(AT_LEAST_0, default=(0, 1))
+    without_published: bool = False
+    layers: int = setting(COUNT, default=15)
+    samples: int = setting(Range(least=2), default=48)
+    max_length: int = setting(Range(least=2), default=160)
+    steps: int = setting(COUNT, default=28)
+    batch: int = setting(COUNT, default=4)
+    lr: float = setting(Range(above=0), default=1e-2)
+
+    def __post_init__(self) -> None:
+        self.parsed_budgets()
+
+    def parsed_budgets(self) -> list[tuple[str, float]]:
+        """Granularity and capacity of each.
+
+        Raises:
+            ValueError: one that is something else.
+        """
+        found = []
+        for budget in self.budgets:
+            granularity, _, capacity = budget.partition(":")
+            Scheme.parse(granularity)
+            try:
+                share = float(capacity)
+            except ValueError:
+                share = math.nan
+            if not 0 < share <= 1:
+                raise ValueError(
+                    f"--budgets {budget}: write a granularity and a capacity above 0 and at most "
+                    "1, as attn_token:0.5."
+                )
+            found.append((granularity, share))
+        return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,16 +94,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings, own = cli.split(arguments)
     with command(QualityBenchmark, own) as options:
         cli.check_names(settings)
-        from megatron_mod.benchmark.quality import Trainings, compare
+        from megatron_mod.benchmark.quality import Setup, compare
 
-        trainings = Trainings(
+        recipe = {
+            "train.steps": options.steps,
+            "train.global_batch_size": options.batch,
+            "train.micro_batch_size": options.batch,
+            "optimizer.lr": options.lr,
+            "optimizer.average_fraction": 0.25,
+        }
+        setup = Setup(
             load=Path(options.load),
-            hf_path=Path(options.hf_path),
-            data=Path(options.data),
+            train=Path(options.train),
+            texts=[Path(text) for text in options.texts],
             out=Path(options.out),
-            steps=options.steps,
-            batch=options.batch,
-            lr=options.lr,
+            layers=options.layers,
+            samples=options.samples,
+            max_length=options.max_length,
+            recipe=recipe,
             settings=settings,
         )
-        compare(trainings, granularities=options.granularities, scopes=options.scopes)
+        compare(
+            setup,
+            budgets=options.parsed_budgets(),
+            seeds=options.seeds,
+            published=not options.without_published,
+        )

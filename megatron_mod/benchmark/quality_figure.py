@@ -1,0 +1,63 @@
+"""The picture of the quality benchmark: perplexity over counted work."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLORS = {"attn": "tab:blue", "mlp": "tab:green", "block": "tab:red"}
+MARKERS = {"token": "o", "sequence": "s"}
+
+
+def draw(found: dict) -> Figure:
+    """A panel a text: routers (means and standard errors over the seeds), removal for good with and
+    without stand-ins, the published recipe and the dense model.
+
+    ``found``: what ``quality.compare`` returns.
+    """
+    texts = list(found["dense"])
+    figure = Figure(figsize=(5.5 * len(texts), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(texts), squeeze=False)[0]
+    for axes, text in zip(panels, texts, strict=True):
+        _panel(axes, found, text)
+    handles, labels = panels[0].get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))  # one entry for all budgets of a granularity
+    panels[0].legend(once.values(), once.keys(), fontsize="small")
+    return figure
+
+
+def _panel(axes: Axes, found: dict, text: str) -> None:
+    axes.axhline(found["dense"][text], color="black", linestyle=":", label="dense")
+    for target, color in COLORS.items():
+        for stand_ins, style in ((False, ":"), (True, "--")):
+            points = [
+                (one["texts"][text]["work"], one["texts"][text]["perplexity"])
+                for one in found["static"]
+                if (one["target"], one["stand_ins"]) == (target, stand_ins)
+            ]
+            if points:
+                name = f"{target} removed{', stand-ins' if stand_ins else ''}"
+                axes.plot(*zip(*points, strict=True), style, color=color, label=name)
+        for row in found["table"]:
+            granularity, unit = row["granularity"].split("_")
+            if granularity != target or row["text"] != text:
+                continue
+            ours = row["recipe"] == "ours"
+            axes.errorbar(
+                row["work"],
+                row["perplexity"],
+                yerr=row["perplexity_standard_error"],
+                fmt=MARKERS[unit],
+                color=color,
+                markerfacecolor=color if ours else "none",
+                label=f"{row['granularity']}, {'trained here' if ours else 'published recipe'}",
+            )
+    worst = max(row["perplexity"] for row in found["table"] if row["text"] == text)
+    axes.set(
+        title=text,
+        xlabel="counted work, share of the dense model's",
+        ylabel="perplexity",
+        yscale="log",
+        ylim=(0.95 * found["dense"][text], min(1.1 * worst, 8 * found["dense"][text])),
+    )
+    axes.invert_xaxis()

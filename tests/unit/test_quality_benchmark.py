@@ -1,0 +1,73 @@
+"""The quality benchmark, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from megatron_mod.benchmark.quality import at_work, summarise
+from megatron_mod.commands.benchmark_quality import QualityBenchmark, main
+from megatron_mod.parallel import topology
+from tests.helpers.runs import Trainer
+
+
+def test_trains_measures_and_goes_on(tmp_path, capsys):
+    with topology.single_process():
+        trainer = Trainer(tmp_path)
+    text = tmp_path / "other.txt"
+    text.write_text("abcd " * 100)
+    words = [
+        "--load", trainer.base, "--train", trainer.text, "--texts", trainer.text, text,
+        "--out", tmp_path / "out", "--budgets", "attn_token:0.5", "--seeds", 0, 1, "--layers", 2,
+        "--samples", 8, "--max_length", 32, "--steps", 2,
+    ]  # fmt: skip
+    main([str(word) for word in words])
+    first = (tmp_path / "out" / "quality.json").read_text()
+    found = json.loads(first)
+    assert set(found["dense"]) == {"train", "other"}
+    ours = [row for row in found["table"] if row["recipe"] == "ours"]
+    assert [row["seeds"] for row in ours] == [2, 2]
+    for row in ours:
+        assert row["capacity"] == pytest.approx(0.5, abs=0.1)
+        assert row["work"] < 1
+        assert row["perplexity_standard_error"] is not None
+    assert {row["recipe"] for row in found["table"]} == {"ours", "published"}
+    assert [one["removed"] for one in found["static"] if not one["stand_ins"]][0] == []
+    assert (tmp_path / "out" / "quality.png").stat().st_size > 1000
+    before = (tmp_path / "out" / "measured.json").stat().st_mtime_ns
+    main([str(word) for word in words])
+    assert (tmp_path / "out" / "measured.json").stat().st_mtime_ns == before
+    assert (tmp_path / "out" / "quality.json").read_text() == first
+
+
+def _removal(work: float, perplexity: float) -> dict:
+    return {"target": "attn", "stand_ins": False, "texts": {"t": locals()}}
+
+
+def test_removal_at_equal_work_lies_between_two_removals():
+    static = [_removal(1.0, 8.0), _removal(0.9, 16.0), _removal(0.8, 64.0)]
+    assert at_work(static, "attn", "t", 0.95, stand_ins=False) == pytest.approx(math.sqrt(128))
+    assert at_work(static, "attn", "t", 0.8, stand_ins=False) == pytest.approx(64.0)
+    assert at_work(static, "attn", "t", 0.7, stand_ins=False) is None
+    assert at_work(static, "mlp", "t", 0.9, stand_ins=False) is None
+
+
+def test_seeds_are_averaged_in_nats():
+    def point(perplexity: float) -> dict:
+        measured = {"perplexity": perplexity, "capacity": 0.5, "work": 0.9}
+        return {
+            "recipe": "ours", "granularity": "attn_token", "capacity": 0.5, "texts": {"t": measured}
+        }  # fmt: skip
+
+    (row,) = summarise([point(8.0), point(32.0)], [], {"t": 4.0})
+    assert row["perplexity"] == pytest.approx(16.0)
+    assert row["perplexity_standard_error"] == pytest.approx(16.0 * math.log(2))
+    assert row["over_dense"] == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("budget", ["attn_token", "attn_token:0", "attn_token:two", "attn:0.5"])
+def test_a_budget_that_is_none_is_named(budget, tmp_path):
+    with pytest.raises(ValueError, match="attn"):
+        QualityBenchmark(load="a", train="b", texts=("c",), out="d", budgets=(budget,))
