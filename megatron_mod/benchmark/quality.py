@@ -115,7 +115,7 @@ def save_untrained(base: Base, target: str, layers: Sequence[int], save: Path) -
     routing = RoutingConfig(f"{target}_token", tuple(layers), (1.0,) * len(layers))
     weights = {layer: torch.zeros(1, base.arch.hidden_size) for layer in layers}
     where = {"base": str(base.path.resolve()), "fingerprint": base.fingerprint()}
-    with TemporaryDirectory() as folder:
+    with topology.single_process(), TemporaryDirectory() as folder:
         write_step(Path(folder) / "routers", routing, weights, **where)
         megatron_to_hf(Path(folder) / "routers", save)
 
