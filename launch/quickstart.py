@@ -1,4 +1,4 @@
-"""From a Hugging Face model to one that skips attention, and what that is worth."""
+"""From a Hugging Face model to one that skips work, and what that is worth."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import prologue  # noqa: F401
 
+from megatron_mod.config.recipes import PUBLISHED, as_options
 from megatron_mod.config.rules import NewFolder
 from megatron_mod.process import one_message, run_command
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from megatron_mod.model.architecture import Architecture
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "configs" / "smollm2" / "135m_attn_sequence.yaml"
+CONFIG = ROOT / "configs" / "smollm2" / "135m_block_token.yaml"
 
 
 def arguments() -> argparse.Namespace:
@@ -137,7 +138,7 @@ def main() -> None:
     steps.script("tools/make_python_docs.py", "--save", data)
 
     overrides, max_length = fitting(arch, pipeline=args.pipeline, is_default=args.hf_path is None)
-    overrides += ["--model.checkpoint", out / "megatron", "--checkpoint.save", out / "run"]
+    overrides += ["--model.checkpoint", out / "megatron"]
     overrides += ["--data.train", data / "train.jsonl"]
     overrides += ["--data.validation", data / "validation.jsonl"]
     overrides += ["--parallel.tensor_model_parallel_size", args.tensor]
@@ -145,7 +146,10 @@ def main() -> None:
     if args.steps is not None:
         overrides += ["--train.steps", args.steps]
     steps.say(f"3/6 Training routers (tensor {args.tensor} x pipeline {args.pipeline})")
-    steps.ranks("launch/pretrain_router.py", "--config", CONFIG, *overrides)
+    training = ("launch/pretrain_router.py", "--config", CONFIG, *overrides)
+    steps.ranks(*training, "--checkpoint.save", out / "run")
+    steps.say("    ... and once more by the published recipe, to compare with")
+    steps.ranks(*training, *as_options(PUBLISHED), "--checkpoint.save", out / "published")
 
     steps.say("4/6 Exporting to Hugging Face")
     steps.script("tools/convert_megatron_to_hf.py", "--load", out / "run", "--save", out / "export")
@@ -161,7 +165,8 @@ def main() -> None:
     steps.script(
         "launch/quickstart_report.py",
         *("--hf-path", hf_path, "--export", out / "export", "--run", out / "run"),
-        *("--parity", out / "parity.json", "--max-length", max_length),
+        *("--published", out / "published", "--parity", out / "parity.json"),
+        *("--max-length", max_length),
         *("--ranking", data / "ranking.jsonl", "--held-out", data / "held_out.jsonl"),
         *("--save", out / "report.json"),
     )

@@ -17,6 +17,7 @@ from megatron_mod.calibration.search import Calibration, Point
 from megatron_mod.checkpoint.folders import write_durably
 from megatron_mod.config import cli
 from megatron_mod.config.model_folder import is_megatron
+from megatron_mod.config.recipes import PUBLISHED, as_options
 from megatron_mod.evaluation.perplexity import read_rows
 from megatron_mod.evaluation.rows import Row, evenly
 from megatron_mod.evaluation.static import METHOD, Greedy, thresholds_without
@@ -26,11 +27,6 @@ from megatron_mod.training.loop import train
 from megatron_mod.training.plan import prepare
 
 NEAR = 0.01  # what a calibrated capacity may differ from the one asked for
-# Router-Tuning's: zeros, a threshold that stands, and a penalty; its weight was tuned on SmolLM2.
-PUBLISHED = {
-    "router.bias": "false", "router.init": "zeros", "router.stand_in": "none",
-    "router.capacity_loss_weight": 0.05, "router.capacity_warmup_fraction": 0.0,
-}  # fmt: skip
 UNTRAINED = {"train.steps": 0, "router.init": "zeros", "router.capacity": 1.0}
 
 
@@ -75,8 +71,7 @@ class Setup:
                 **self.recipe,
                 **changes,
             }
-            arguments = [f"--{name}={value}" for name, value in options.items()]
-            config = cli.parse([*arguments, *self.settings])
+            config = cli.parse([*as_options(options), *self.settings])
             plan = prepare(config)
             with topology.joined(plan.topology, seed=config.train.seed):
                 train(config, plan)

@@ -25,6 +25,8 @@ class QuickstartReportOptions(Options):
         parity: what compare_logits.py --json wrote.
         ranking: text the static baseline is chosen on.
         held_out: text everything is scored on.
+        published: checkpoint.save folder of the same training by the published recipe; unset: not
+            compared with.
         max_length: tokens a sample is cut to.
         save: the report's file.
     """
@@ -36,6 +38,7 @@ class QuickstartReportOptions(Options):
     ranking: str = setting(InputFile())
     held_out: str = setting(InputFile())
     save: str = setting(OutputFile())
+    published: str | None = setting(TrainingRun(), default=None)
     max_length: int = setting(Range(least=2), default=256)
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from megatron_mod.benchmark.inference_speed import decisions_of, kept_share, prefill_flops
 from megatron_mod.calibration.curve import Curve
+from megatron_mod.calibration.routed import load_routed
 from megatron_mod.calibration.search import Calibration
 from megatron_mod.data.dataset import load_samples
 from megatron_mod.evaluation import speed
@@ -22,6 +23,8 @@ from megatron_mod.evaluation.prompts import long_prompts
 from megatron_mod.evaluation.rows import Row
 from megatron_mod.evaluation.static import METHOD
 from megatron_mod.evaluation.work import Work
+from megatron_mod.parallel import topology
+from megatron_mod.routing.scheme import Scheme
 
 CONTEXT = 1000  # tokens of a prompt whose prefill and decode are timed, if the model has room
 PROMPTS = 4
@@ -36,12 +39,14 @@ def build_report(
     ranking: str | Path,
     held_out: str | Path,
     max_length: int,
+    published: str | Path | None = None,
 ) -> dict:
     """Measure quality and speed and put them beside the training's summary.
 
     Args:
         ranking: text that the layers of static removal are chosen on.
         held_out: text that everything is scored on. Training saw neither.
+        published: a run of the published recipe, to be scored too.
     """
     dense, tokenizer = load_huggingface(hf_path)
     routed = load_model(export)
@@ -78,6 +83,7 @@ def build_report(
             "hf_to_megatron_max_rel": parities[str(hf_path)],
             "megatron_to_hf_max_rel": parities[str(export)],
         },
+        "target": Scheme.parse(routing["granularity"]).target,
         "static_method": METHOD,
         "quality": {
             "dense_perplexity": with_dense.perplexity,
@@ -88,6 +94,7 @@ def build_report(
             "static_capacity": found.static.mean_capacity,
             "static_counted_speedup": found.static_speedup,
             "work": {"routed": 1 / found.speedup, "static": 1 / found.static_speedup},
+            **(score_published(published, rows["held_out"]) if published else {}),
             "eval_tokens": with_dense.tokens,
             "pooling": routing["pooling"],
         },
@@ -110,6 +117,23 @@ def build_report(
             },
         },
         "export_path": str(Path(export).resolve()),
+    }
+
+
+def score_published(run: str | Path, rows: Sequence[Row]) -> dict:
+    """A training run on the rows, as it decides: ``published_perplexity``, ``published_capacity``
+    and ``published_work``, a share of the dense model's."""
+    with topology.single_process():
+        model = load_routed(
+            run, topology.ONE_RANK, dtype="float32", max_length=None, batch_size=4, pooling=None
+        )
+        scope = model.work.routing.scope
+        calibration = Calibration(model.backend, rows, model.work, scope=scope)
+        point = calibration.at(model.backend.thresholds)
+    return {
+        "published_perplexity": point.perplexity,
+        "published_capacity": point.mean_capacity,
+        "published_work": point.flops / calibration.dense_flops,
     }
 
 
@@ -164,7 +188,7 @@ def table(report: dict) -> str:
         ),
         (
             "capacity",
-            f"{capacity['mean']:.3f} of the routed layers' attention kept on held-out text"
+            f"{capacity['mean']:.3f} of the routed layers' {report['target']} kept on held-out text"
             f" (target {capacity['target']:.2f})",
         ),
         (
@@ -179,6 +203,7 @@ def table(report: dict) -> str:
             f"routed {quality['work']['routed']:.3f}, static {quality['work']['static']:.3f} of the"
             f" dense model's on held-out text; static capacity {quality['static_capacity']:.3f}",
         ),
+        *_published_row(quality),
         *(
             (
                 f"{phase} time",
@@ -196,6 +221,18 @@ def table(report: dict) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _published_row(quality: dict) -> list[tuple[str, str]]:
+    if "published_perplexity" not in quality:
+        return []
+    return [
+        (
+            "published way",
+            f"perplexity {quality['published_perplexity']:.2f} at capacity"
+            f" {quality['published_capacity']:.3f}, work {quality['published_work']:.3f}",
+        )
+    ]
 
 
 def number(value: float | None) -> str:

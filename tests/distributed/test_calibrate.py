@@ -12,6 +12,9 @@ from megatron_mod.checkpoint.manifest import ROUTERS
 from megatron_mod.conversion.convert import export_routers, megatron_to_hf
 from megatron_mod.conversion.routers import write_step
 from megatron_mod.conversion.source import open_base, open_source
+from megatron_mod.evaluation.perplexity import read_rows
+from megatron_mod.evaluation.static import Greedy
+from megatron_mod.parallel.topology import Topology
 from tests.distributed import cases
 from tests.helpers import formula, tiny
 from tests.helpers.ranks import meet, run_ranks
@@ -35,12 +38,27 @@ def calibrated(load: Path, data: Path, topology: dict, save: Path | None = None)
     return report
 
 
-def at_every_topology(folder: Path, data: Path) -> list[dict]:
-    return [
+def removed(load: Path, data: Path, ranks: Topology) -> list[int]:
+    """All layers in the order of greedy removal, on so few rows that some ranks get none."""
+    from megatron_mod.calibration.routed import load_routed
+
+    backend = load_routed(load, ranks, dtype="float32", batch_size=2).backend
+    greedy = Greedy(backend, read_rows(data, backend.tokenizer, max_length=64)[:2])
+    return greedy.first(len(backend.layers))
+
+
+def at_every_topology(folder: Path, data: Path) -> tuple[list[dict], list[list[int]]]:
+    reports = [
         calibrated(folder / name, data, topology, folder / f"{name}-{number}")
         for number, topology in enumerate(TOPOLOGIES)
         for name in SCHEMES
     ]
+    orders = [
+        removed(folder / name, data, meet(**topology))
+        for topology in TOPOLOGIES
+        for name in SCHEMES
+    ]
+    return reports, orders
 
 
 def test_a_run_is_calibrated_as_its_export_is(tmp_path, single_process):
@@ -65,7 +83,11 @@ def test_a_run_is_calibrated_as_its_export_is(tmp_path, single_process):
             tmp_path / f"{name}-export", data, None, scope="layer", curve=(0.7,)
         )
 
-    for found in run_ranks(at_every_topology, tmp_path, data, world=4, folder=tmp_path / "ranks"):
+    one = Topology(tensor=1, pipeline=1, data=1)
+    order = [removed(tmp_path / f"{name}-export", data, one) for name in SCHEMES]
+    ranks = run_ranks(at_every_topology, tmp_path, data, world=4, folder=tmp_path / "ranks")
+    for found, orders in ranks:
+        assert orders == order * len(TOPOLOGIES)
         for report, name in zip(found, SCHEMES * len(TOPOLOGIES), strict=True):
             for point, wanted in (
                 (report["chosen"], expected[name]["chosen"]),
@@ -109,7 +131,6 @@ def test_routers_beside_a_base_move_with_their_base(tmp_path, single_process):
 def in_this_process(load: Path, data: Path, save: Path | None, **settings) -> dict:
     from megatron_mod.calibration.budget import BudgetRequest
     from megatron_mod.calibration.calibrate import calibrate
-    from megatron_mod.parallel.topology import Topology
 
     settings = {"curve": (), "save": save and str(save), **settings}
     request = BudgetRequest(str(load), str(data), capacity=0.5, **settings)

@@ -108,6 +108,8 @@ def check(case, scheme: str, point: dict) -> None:
     removed = point["static_removed_layers"]
     _, static = by_formula(case, scheme, [float(layer in removed) for layer in LAYERS])
     assert point["static_perplexity"] == pytest.approx(static, rel=ROUNDING)
+    assert point["static_method"] == "greedy"
+    assert point["static_capacity"] == pytest.approx(1 - len(removed) / len(LAYERS))
 
 
 @pytest.mark.parametrize(
@@ -161,13 +163,34 @@ def test_an_export_sets_the_same_thresholds_on_the_same_text(
     assert 0 < report["chosen"]["capacity"] < 1
 
 
-def test_static_removal_takes_the_layers_that_cost_least(case, tmp_path):
-    report = run(case, "mlp_token", tmp_path / "new", capacity=0.65)
-    cost = {
-        layer: by_formula(case, "mlp_token", [float(layer == other) for other in LAYERS])[1]
-        for layer in LAYERS
-    }
-    assert report["chosen"]["static_removed_layers"] == [min(cost, key=cost.get)]
+def test_static_removal_is_greedy_and_does_as_much_work(case, tmp_path):
+    report = run(case, "attn_token_all", tmp_path / "new", capacity=0.1, curve=(0.7, 0.4))
+    everything = (
+        1
+        - 1
+        / run(case, "attn_token_all", tmp_path / "none", capacity=0.0)["chosen"][
+            "static_counted_speedup"
+        ]
+    )
+    order: list[int] = []
+    for _ in LAYERS:
+        cost = {
+            layer: by_formula(
+                case, "attn_token_all", [float(at in (*order, layer)) for at in LAYERS]
+            )[1]
+            for layer in LAYERS
+            if layer not in order
+        }
+        order.append(min(cost, key=cost.get))
+    counts = []
+    for point in (*report["curve"], report["chosen"]):
+        saved = 1 - 1 / point["counted_speedup"]
+        count = round(len(LAYERS) * saved / everything)
+        assert point["static_removed_layers"] == sorted(order[:count])
+        expected = 1 / (1 - everything * count / len(LAYERS))
+        assert point["static_counted_speedup"] == pytest.approx(expected, rel=5e-3)  # routers
+        counts.append(count)
+    assert counts[0] < counts[-1] < len(LAYERS), "at a tenth of the capacity keys are still made"
 
 
 def test_the_curve_passes_through_its_capacities(case, tmp_path):

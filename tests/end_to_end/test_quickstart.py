@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -14,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_mod.checkpoint.distributed import load_tensors
 from megatron_mod.config import cli
-from tests.helpers import tiny
+from megatron_mod.evaluation.perplexity import read_rows
+from megatron_mod.evaluation.work import Work
+from tests.helpers import formula, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,7 +60,7 @@ def quickstart(tiny_hf, tmp_path_factory):
 
 
 SHAPE = {
-    "model": str, "device": str, "world_size": int, "export_path": str,
+    "model": str, "device": str, "world_size": int, "export_path": str, "static_method": str,
     "parallel": {"tensor": int, "pipeline": int, "data": int},
     "train": {
         "steps": int, "tokens": int, "tokens_per_second": float, "loss_first": float,
@@ -66,12 +69,17 @@ SHAPE = {
     "parity": {"hf_to_megatron_max_rel": float, "megatron_to_hf_max_rel": float},
     "quality": {
         "dense_perplexity": float, "routed_perplexity": float, "static_perplexity": float,
+        "static_method": str, "static_removed_layers": list, "static_capacity": float,
+        "static_counted_speedup": float, "work": {"routed": float, "static": float},
         "eval_tokens": int, "pooling": str,
     },
     "capacity": {"target": float, "mean": float, "per_layer": dict},
     "speed": {
-        phase: {"dense_s": float, "routed_s": float, "speedup": float}
-        for phase in ("prefill", "decode")
+        "context_tokens": int, "capacity": float, "counted": float,
+        **{
+            phase: {"dense_s": float, "routed_s": float, "speedup": float}
+            for phase in ("prefill", "decode")
+        },
     },
 }  # fmt: skip
 
@@ -98,6 +106,9 @@ def test_quickstart_report(quickstart):
     for phase in ("prefill", "decode"):
         timing = report["speed"][phase]
         assert timing["speedup"] == pytest.approx(timing["dense_s"] / timing["routed_s"])
+    check_static(report, out)
+    removed = len(report["quality"]["static_removed_layers"])
+    assert f"best static removal (greedy, {removed} layers) " in printed
     for word in ("capacity", "perplexity", "prefill", "decode", "step 3/3"):
         assert word in printed
     assert f"Done: 3 steps; the routers are in {out / 'run'}." in printed
@@ -105,6 +116,41 @@ def test_quickstart_report(quickstart):
     assert f"{export}{out / 'run_export'}\n" in printed
     evaluate = f"  python tools/evaluate.py --load {out / 'run_export'} --perplexity "
     assert f"{evaluate}{out / 'data' / 'validation.jsonl'}\n" in printed
+
+
+def check_static(report: dict, out: Path) -> None:
+    """Removal that is nearest to the routed work, measured on the untouched original."""
+    quality, layers = report["quality"], (1, 2)
+    removed, steps = quality["static_removed_layers"], read_metrics(out / "run")
+    assert report["static_method"] == quality["static_method"] == "greedy"
+    assert quality["static_capacity"] == 1 - len(removed) / len(layers)
+    assert quality["work"]["static"] == pytest.approx(1 / quality["static_counted_speedup"])
+    assert report["train"]["loss_first"] == steps[0]["task_loss"]
+    assert report["train"]["loss_last"] == steps[-1]["task_loss"]
+    original = Path(report["model"])
+    dense, tokenizer = formula.load_dense(original), AutoTokenizer.from_pretrained(original)
+    rows = read_rows(out / "data" / "held_out.jsonl", tokenizer, max_length=256)
+    work = Work.of(json.loads((out / "export" / "config.json").read_text()))
+    borders = {layer: math.inf if layer in removed else -math.inf for layer in layers}
+    routers = dict.fromkeys(layers, torch.zeros(1, 32))
+    nats = labels = flops = whole = 0
+    for row in rows:
+        with torch.no_grad():
+            logits, made, _ = formula.forward(
+                dense, row.ids, routers, borders=borders, granularity="attn_sequence"
+            )
+        asked = torch.tensor(row.labels)
+        nats += float(torch.nn.functional.cross_entropy(logits, asked, reduction="sum"))
+        labels += row.num_labels
+        flops += work.prefill(len(row.ids), {layer: kept.bool() for layer, kept in made.items()})
+        whole += work.prefill(len(row.ids), {})
+    assert quality["static_perplexity"] == pytest.approx(math.exp(nats / labels), rel=1e-4)
+    assert quality["work"]["static"] == pytest.approx(flops / whole)
+    spared = (1 - quality["work"]["static"]) / max(len(removed), 1)
+    if 0 < len(removed) < len(layers):
+        assert abs(quality["work"]["routed"] - quality["work"]["static"]) <= spared / 2
+    kept = report["speed"]["capacity"]
+    assert (report["speed"]["counted"] > 1) == (kept < 1)
 
 
 def test_a_run_leaves_its_configuration_metrics_and_checkpoint(quickstart):

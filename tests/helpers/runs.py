@@ -6,14 +6,9 @@ import json
 from pathlib import Path
 
 from megatron_mod.config import cli
+from megatron_mod.config.recipes import PUBLISHED
 from megatron_mod.conversion.convert import hf_to_megatron
 from tests.helpers import tiny
-
-# Router-Tuning's recipe, which needs nothing before its first step.
-PUBLISHED = {
-    "router.granularity": "attn_sequence", "router.bias": "false", "router.init": "zeros",
-    "router.stand_in": "none", "router.capacity_warmup_fraction": 0.0,
-}  # fmt: skip
 
 
 class Trainer:
@@ -35,7 +30,8 @@ class Trainer:
     def arguments(self, run: Path, **changes: object) -> list[str]:
         settings = {
             "model.checkpoint": self.base, "model.dtype": "float32", "router.layers.deepest": 2,
-            **PUBLISHED, "router.capacity_loss_weight": 0.3, "router.pooling": "all",
+            **PUBLISHED, "router.granularity": "attn_sequence",
+            "router.capacity_loss_weight": 0.3, "router.pooling": "all",
             "data.train": self.text, "data.max_length": 64, "train.steps": 6,
             "train.global_batch_size": 4, "train.micro_batch_size": 2, "optimizer.lr": 0.05,
             "optimizer.average_fraction": 0.8, "checkpoint.save": run, "checkpoint.interval": 2,

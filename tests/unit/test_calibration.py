@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from megatron_mod.calibration.curve import Curve
 from megatron_mod.calibration.search import Calibration
 from megatron_mod.evaluation.backend import Observation
 from megatron_mod.evaluation.rows import Row, Score
@@ -218,3 +219,41 @@ def test_no_thresholds_are_run_twice():
     calls = found.backend.calls
     assert found.at_capacity(0.5) is found.at(found.at_capacity(0.5).thresholds)
     assert found.backend.calls == calls
+
+
+def test_a_layer_that_will_never_keep_anybody_takes_less_work():
+    """Of two thresholds that skip everything, that of 1 says so; the model is not run again."""
+    found = calibration("layer")
+    nobody, never = found.at([1 - 1e-12] * 2), found.at([1.0] * 2)
+    assert found.backend.calls == 2
+    assert nobody.nats == never.nats
+    assert nobody.flops - never.flops == 2 * ROWS * LENGTH * 2 * (2 * 8 * 8)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_a_point_stands_beside_the_removal_of_as_much_work(share):
+    """At half the capacity of two layers, one is removed; its cost is that of all rows."""
+    found = calibration("layer")
+    point = found.at_capacity(share)
+    at = Curve(found).at(point)
+    every = [found.at([1.0] * n + [0.0] * (2 - n)).flops for n in range(3)]
+    assert at.static.flops == min(every, key=lambda flops: abs(flops - point.flops))
+    assert at.static.capacity == tuple(float(layer not in at.removed) for layer in LAYERS)
+    told = at.to_dict()
+    assert told["static_method"] == "greedy"
+    assert told["static_capacity"] == at.static.mean_capacity
+    assert told["static_counted_speedup"] == found.dense_flops / at.static.flops
+    assert told["static_removed_layers"] == at.removed
+
+
+def test_layers_may_be_chosen_on_other_rows():
+    found = calibration("layer")
+    curve = Curve(found, ranking=found.rows[:2])
+    seen = []
+    observe = found.backend.observe
+    found.backend.observe = lambda rows, thresholds: (
+        seen.append((len(rows), thresholds)) or observe(rows, thresholds=thresholds)
+    )
+    at = curve.at(found.at_capacity(0.5))
+    assert [thresholds for rows, thresholds in seen if rows == 2] == [[1.0, 0.0], [0.0, 1.0]]
+    assert seen[-1] == (ROWS, tuple(float(layer in at.removed) for layer in LAYERS))

@@ -1,0 +1,141 @@
+"""Static removal against a search by hand on Hugging Face's dense model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_mod.evaluation import static
+from megatron_mod.evaluation.huggingface import load_huggingface
+from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
+from megatron_mod.evaluation.rows import Row
+from megatron_mod.evaluation.work import Work
+from megatron_mod.model.architecture import Architecture
+from megatron_mod.routing.config import RoutingConfig
+from tests.helpers import formula, tiny
+from tests.helpers.routed import save_export
+
+LAYERS, SEED = (0, 1, 2, 3), 23  # where the cheapest two differ from the two cheapest
+ARCH = Architecture(
+    num_layers=9, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, num_query_groups=2,
+    kv_channels=4, vocab_size=32, max_sequence_length=64, layernorm_epsilon=1e-5,
+    rotary_base=10000.0, tied_embeddings=True,
+)  # fmt: skip
+ROUTED = (1, 2, 3, 4, 5, 6, 7)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A dense model's folder, and rows to score."""
+    folder = tmp_path_factory.mktemp("static") / "hf"
+    tiny.save_tokenizer(tiny.save_llama(folder, vocab_size=tiny.VOCAB, seed=SEED))
+    generator = torch.Generator().manual_seed(SEED)
+    texts = [torch.randint(3, tiny.VOCAB, (12 + n,), generator=generator) for n in range(6)]
+    return folder, [Row.continuation(text[:4].tolist(), text[4:].tolist()) for text in texts]
+
+
+def backend_of(hf, save, scheme: str, **settings) -> HuggingFaceBackend:
+    """On an export whose routers are zeros."""
+    routers = {layer: torch.zeros(1, 32) for layer in LAYERS}
+    save_export(save, hf, routers, **formula.SCHEMES[scheme])
+    return HuggingFaceBackend(*load_huggingface(save), **settings)
+
+
+@torch.no_grad()
+def by_hand(dense, rows, removed, scheme: str) -> float:
+    """Nats a label without these layers, in plain torch."""
+    routers = {layer: torch.zeros(1, 32) for layer in LAYERS}
+    borders = {layer: math.inf if layer in removed else -math.inf for layer in LAYERS}
+    nats, labels = 0.0, 0
+    for row in rows:
+        logits, _, _ = formula.forward(
+            dense, row.ids, routers, borders=borders, **formula.SCHEMES[scheme]
+        )
+        asked = torch.tensor(row.labels)
+        nats += float(torch.nn.functional.cross_entropy(logits, asked, reduction="sum"))
+        labels += row.num_labels
+    return nats / labels
+
+
+def ranked(dense, rows, scheme: str) -> list[int]:
+    """One by one, the cheapest first."""
+    return sorted(LAYERS, key=lambda layer: by_hand(dense, rows, [layer], scheme))
+
+
+def searched(dense, rows, scheme: str) -> list[int]:
+    """Each next one the cheapest given those already out."""
+    order: list[int] = []
+    while len(order) < len(LAYERS):
+        left = [layer for layer in LAYERS if layer not in order]
+        order.append(min(left, key=lambda layer: by_hand(dense, rows, [*order, layer], scheme)))
+    return order
+
+
+@pytest.mark.parametrize("scheme", ["attn_sequence", "mlp_token", "block_token_all"])
+def test_each_next_layer_costs_least_given_those_already_out(model, scheme, tmp_path):
+    hf, rows = model
+    dense = formula.load_dense(hf)
+    expected = searched(dense, rows, scheme)
+    assert set(expected[:2]) != set(ranked(dense, rows, scheme)[:2]), "not a case at all"
+    passes = []
+    backend = backend_of(hf, tmp_path / "export", scheme, batch_size=4)
+    greedy = static.Greedy(backend, rows, after_pass=lambda: passes.append(1))
+    assert (greedy.first(0), len(passes)) == ([], 0)
+    assert (greedy.first(1), len(passes)) == (expected[:1], 4)
+    assert (greedy.first(3), len(passes)) == (expected[:3], 4 + 3 + 2)
+    assert (greedy.first(2), len(passes)) == (expected[:2], 4 + 3 + 2), "nothing is run twice"
+    assert greedy.first(4) == expected
+    for count, losses in enumerate(greedy.losses):
+        for layer, loss in losses.items():
+            removed = [*expected[:count], layer]
+            assert loss == pytest.approx(by_hand(dense, rows, removed, scheme), rel=1e-4)
+    for removed in ((), expected[:2]):
+        loss = static.loss_without(backend, rows, removed)
+        assert loss == pytest.approx(by_hand(dense, rows, removed, scheme), rel=1e-4)
+
+
+def test_layers_are_chosen_on_some_of_many_rows(model, tmp_path):
+    hf, _ = model
+    rows = [Row.continuation([5], [7] * 30) for _ in range(400)]
+    backend = backend_of(hf, tmp_path / "export", "mlp_token")
+    chosen = static.Greedy(backend, rows).rows
+    assert len(chosen) * 30 == static.CHOICE_TOKENS
+    assert static.Greedy(backend, rows[:7]).rows == rows[:7]
+    assert len(static.Greedy(backend, [Row.continuation([5], [7] * 9000)]).rows) == 1
+
+
+def flops_without(work: Work, rows, count: int) -> int:
+    """Of a prefill of all rows, as if the first ``count`` routed layers had nothing to route."""
+    layers, total = work.routing.layers, 0
+    removed = work.at([1.0] * count + [0.0] * (len(layers) - count))
+    for row in rows:
+        everyone = torch.ones(len(row.ids), dtype=torch.bool)
+        kept = {layer: everyone & (n >= count) for n, layer in enumerate(layers)}
+        total += removed.prefill(len(row.ids), kept)
+    return total
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "mlp_token", "block_token"])
+def test_as_many_layers_are_removed_as_take_the_same_work(granularity):
+    work = Work(ARCH, RoutingConfig(granularity, ROUTED, (0.5,) * len(ROUTED)))
+    rows = [Row.prompt(range(length)) for length in (20, 33)]
+    by_count = [flops_without(work, rows, count) for count in range(len(ROUTED) + 1)]
+    assert by_count == sorted(by_count, reverse=True)
+    for flops in range(by_count[-1] - 5000, by_count[0] + 5000, 777):
+        nearest = min(range(len(by_count)), key=lambda n: abs(by_count[n] - flops))
+        assert static.count_at_work(work, rows, flops) == nearest
+    for count, flops in enumerate(by_count):
+        assert static.count_at_work(work, rows, flops) == count
+
+
+def test_routing_that_offers_all_keys_does_more_work_than_removal_at_its_capacity():
+    rows = [Row.prompt(range(30))]
+    kept = {layer: torch.arange(30) % 7 < 3 for layer in ROUTED}  # about four layers' worth skipped
+    counts = {}
+    for keys_values in ("selected", "all"):
+        routing = RoutingConfig("attn_token", ROUTED, (0.5,) * len(ROUTED), keys_values=keys_values)
+        work = Work(ARCH, routing)
+        counts[keys_values] = static.count_at_work(work, rows, work.prefill(30, kept))
+    assert counts["all"] < 4 <= counts["selected"]
