@@ -232,7 +232,6 @@ def test_a_layer_that_will_never_keep_anybody_takes_less_work():
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_a_point_stands_beside_the_removal_of_as_much_work(share):
-    """At half the capacity of two layers, one is removed; its cost is that of all rows."""
     found = calibration("layer")
     point = found.at_capacity(share)
     at = Curve(found).at(point)
