@@ -10,6 +10,6 @@ from megatron_mod.config.stand_ins import StandInRequest
 
 def main(arguments: Sequence[str] | None = None) -> None:
     with command(StandInRequest, arguments) as request, ranks(request) as topology:
-        from megatron_mod.training.stand_in_folder import make_stand_ins
+        from megatron_mod.calibration.stand_ins import make_stand_ins
 
         make_stand_ins(request, topology)

@@ -32,7 +32,7 @@ TOPOLOGIES = [{"tensor": 2}, {"pipeline": 2}, {}]  # the rest: data
 
 def fit(load: Path, data: Path, save: Path, *options: str, ranks=ONE_RANK) -> Path:
     """What the command does once ranks have met."""
-    from megatron_mod.training.stand_in_folder import make_stand_ins
+    from megatron_mod.calibration.stand_ins import make_stand_ins
 
     arguments = ["--load", str(load), "--data", str(data), "--save", str(save), *options]
     make_stand_ins(parse_options(StandInRequest, arguments), ranks)
