@@ -12,8 +12,10 @@ A training run (what ``pretrain_router`` writes, under ``checkpoint.save``)::
     RUN/config.yaml         its settings, and in the first line who it is
     RUN/step_00000100/megatron_mod.json   kind, step, run, base and its fingerprint, routing,
                             settings, counts and state of the run, checksums
-    RUN/step_00000100/state/              routers, their average, optimizer, random states
+    RUN/step_00000100/state/              what was added, its average, optimizer, random states
     RUN/latest              the name of the newest step folder, for people and scripts
+
+Routers of ``fit_stand_ins`` are one such step folder, without a run around it.
 
 A manifest has a checksum of itself, so all that a checkpoint holds is covered; a step names its
 run and its number, so it is taken for no other.

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from megatron_mod.config.options import Options, parse_options
-from megatron_mod.config.ranks import OPTIONS, RankOptions, check_ranks
+from megatron_mod.config.ranks import OPTIONS, Degrees, check_ranks
 from megatron_mod.process import is_first_rank, one_message
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def mistakes_told(*, network: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ranks(options: RankOptions) -> Iterator[Topology]:
+def ranks(options: Degrees) -> Iterator[Topology]:
     """Join the ranks that ``torchrun`` started, for the block.
 
     Raises:

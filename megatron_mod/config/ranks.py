@@ -19,8 +19,22 @@ OPTIONS = {"tensor": option("tensor"), "pipeline": option("pipeline")}
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankOptions(Options):
+class Degrees(Options):
     """Options of a command that ``torchrun`` may run on several ranks.
+
+    Args:
+        tensor: ranks that share each layer.
+        pipeline: ranks that share the layers.
+    """
+
+    tensor: int = setting(COUNT, default=1)
+    pipeline: int = setting(COUNT, default=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOptions(Degrees):
+    """Those of one that loads a Hugging Face folder, which every rank runs whole, or a Megatron
+    checkpoint.
 
     Args:
         tensor: tensor-parallel ranks of a Megatron checkpoint.
@@ -28,8 +42,6 @@ class RankOptions(Options):
         base: where the base checkpoint of a training run is now, if it was moved.
     """
 
-    tensor: int = setting(COUNT, default=1)
-    pipeline: int = setting(COUNT, default=1)
     base: str | None = setting(InputFolder(), default=None)
 
 

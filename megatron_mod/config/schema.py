@@ -18,9 +18,13 @@ from megatron_mod.config.rules import (
     Range,
     setting,
 )
-from megatron_mod.routing.config import RoutingConfig, resolve_capacity, resolve_layers
+from megatron_mod.routing.config import (
+    RoutingConfig,
+    default_rank,
+    resolve_capacity,
+    resolve_layers,
+)
 from megatron_mod.routing.scheme import Granularity, Scheme
-from megatron_mod.routing.stand_in import default_rank
 
 MINUTES_OF_A_YEAR = 525_600
 

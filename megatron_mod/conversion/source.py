@@ -47,6 +47,16 @@ class Base:
         """The distributed checkpoint of the weights (not for ``huggingface``)."""
         return self.path / STATE if self.kind == "checkpoint" else self.path
 
+    def reference(self) -> dict[str, str | None]:
+        """What the manifest of a step says of its base; called by all ranks alike, raises as
+        ``fingerprint``."""
+        config = str(self.huggingface.resolve()) if self.kind == "megatron_lm" else None
+        return {
+            "base": str(self.path.resolve()),
+            "base_config": config,
+            "base_fingerprint": self.fingerprint(),
+        }
+
     def fingerprint(self) -> str:
         """A name for the content of all that is read of it, checked; called by all ranks alike.
 
@@ -71,7 +81,9 @@ class Base:
         )
 
 
-def open_base(path: str | Path, *, hf_path: str | Path | None = None) -> Base:
+def open_base(
+    path: str | Path, *, hf_path: str | Path | None = None, name: str = "model.hf_path"
+) -> Base:
     """The frozen model a folder holds.
 
     Args:
@@ -79,6 +91,7 @@ def open_base(path: str | Path, *, hf_path: str | Path | None = None) -> Base:
             or Megatron-Bridge wrote.
         hf_path: for the last of these, a Hugging Face folder of the same model; only its config
             and tokenizer are read.
+        name: what the user calls that folder.
 
     Raises:
         ValueError: none of these, a damaged config or tokenizer of ours, or a model that is not
@@ -91,7 +104,7 @@ def open_base(path: str | Path, *, hf_path: str | Path | None = None) -> Base:
         if hf_path is None:
             raise ValueError(
                 f"{path}: a checkpoint of Megatron-LM or Megatron-Bridge does not hold the model's "
-                "config.json and tokenizer; set model.hf_path to a Hugging Face folder with them."
+                f"config.json and tokenizer; set {name} to a Hugging Face folder with them."
             )
         kind, path, huggingface = "megatron_lm", found, Path(hf_path)
     else:
@@ -102,8 +115,8 @@ def open_base(path: str | Path, *, hf_path: str | Path | None = None) -> Base:
         checksums.verify(path, {name: files[name] for name in there}, together=False)
     if hf_path is not None and kind != "megatron_lm" and Path(hf_path) != path:
         raise ValueError(
-            f"model.hf_path = {hf_path}: would be ignored, because {path} has its own config.json "
-            "and tokenizer; leave one of model.checkpoint and model.hf_path out."
+            f"{name} = {hf_path}: would be ignored, because {path} has its own config.json and "
+            f"tokenizer; leave {name} out."
         )
     hf_config = read_config(huggingface)
     family = family_of(hf_config)

@@ -102,6 +102,11 @@ def logit_border(threshold: float) -> float:
     return math.log(threshold / (1.0 - threshold))
 
 
+def default_rank(target: str, *, hidden_size: int) -> int:
+    """The rank that a target's stand-in gets where none is given."""
+    return min(32 if target == "attn" else 64, hidden_size // 2)
+
+
 def resolve_layers(layers: dict[str, int] | list[int], *, num_layers: int) -> tuple[int, ...]:
     """Turn a rule or a list into ascending layer indices.
 

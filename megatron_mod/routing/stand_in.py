@@ -95,8 +95,3 @@ class Moments:
         spread = (self.squares / total - mean_y.square()).sum().clamp(min=1e-300)
         gained = 2 * (up.t() @ yx * down).sum() - (down @ xx * down).sum()  # up is orthonormal
         return Solution(down, up, mean_y - up @ (down @ mean_x), float(gained / spread))
-
-
-def default_rank(target: str, *, hidden_size: int) -> int:
-    """The rank that a target's stand-in gets where none is given."""
-    return min(32 if target == "attn" else 64, hidden_size // 2)

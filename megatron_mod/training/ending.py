@@ -46,12 +46,13 @@ def next_steps(config: Config, *, steps: int) -> str:
     return "\n".join(
         (
             f"Done: {steps} steps; the routers are in {run}. Next:",
-            _command("convert_megatron_to_hf.py", "--load", run, "--save", export),
-            _command("evaluate.py", "--load", export, "--perplexity", text),
+            command("tools/convert_megatron_to_hf.py", "--load", run, "--save", export),
+            command("tools/evaluate.py", "--load", export, "--perplexity", text),
         )
     )
 
 
-def _command(tool: str, *options: object) -> str:
-    path = os.path.relpath(_ROOT / "tools" / tool)
+def command(script: str, *options: object) -> str:
+    """A line with a command for the folder one is in; ``script``: its path in the repository."""
+    path = os.path.relpath(_ROOT / script)
     return "  " + shlex.join(["python", path, *map(str, options)])

@@ -85,14 +85,10 @@ class RunCheckpoints:
     def __init__(self, config: Config, folder: RunFolder, plan: Plan) -> None:
         self.config = config
         self.folder = folder
-        self.base = base = plan.base
+        self.base = plan.base
         self._manifest = {
             "run": folder.identity(),
-            "base": str(base.path.resolve()),
-            "base_config": (
-                str(base.huggingface.resolve()) if base.kind == "megatron_lm" else None
-            ),
-            "base_fingerprint": base.fingerprint(),
+            **plan.base.reference(),
             "routing": plan.routing.to_dict(),
             "implementation": plan.implementation,
             "data": plan.train.identity,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +15,7 @@ from megatron_mod.parallel import device
 from megatron_mod.routing.stand_in import Moments
 
 RIDGE = 1e-2  # of the mean variance of what is read
+FEW = 4  # tokens for each dimension of what is read: with fewer a fit is good on these alone
 
 
 def fit_stand_ins(model: ModelChunks, batches: Iterable[StepBatch]) -> dict[int, float]:
@@ -57,3 +58,17 @@ def fit_stand_ins(model: ModelChunks, batches: Iterable[StepBatch]) -> dict[int,
     everybody: list = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, explained)
     return dict(sorted({k: v for found in everybody for k, v in found.items()}.items()))
+
+
+def describe(explained: Mapping[int, float], *, rank: int, tokens: int, hidden_size: int) -> str:
+    """What was fitted, in a line, and a warning where the tokens are few."""
+    shares = ", ".join(f"{layer}: {share:.2f}" for layer, share in explained.items())
+    text = (
+        f"stand-ins of rank {rank} fitted on {tokens} tokens; explained variance by layer {shares}"
+    )
+    if tokens < FEW * hidden_size:
+        text += (
+            f"\nwarning: {tokens} tokens are few for a hidden size of {hidden_size}: what they "
+            f"explain of other text is less; give {FEW * hidden_size} or more."
+        )
+    return text

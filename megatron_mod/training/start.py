@@ -14,14 +14,15 @@ from megatron_mod.parallel import topology
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training.importance import leave_one_out, start_apart
 from megatron_mod.training.plan import Plan
-from megatron_mod.training.stand_ins import fit_stand_ins
+from megatron_mod.training.stand_ins import describe, fit_stand_ins
 
 LABELS = 1000  # on which a layer's importance is measured
 
 
 def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
     """Fill routers and stand-ins: from ``model.routers``, or those beside the base, and what these
-    do not have is solved or measured on the training's first samples. Called by all ranks.
+    do not have is solved or measured on the training's first samples; routers of zeros are
+    untrained, whatever else is given with them. Called by all ranks.
 
     Raises:
         ValueError: they were made for other layers or another way of deciding than the settings'.
@@ -36,12 +37,10 @@ def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
         batches = first_batches(data, tokens=config.router.stand_in_tokens)
         explained = fit_stand_ins(model, batches)
         tokens = sum(batch.num_tokens for batch in batches)
-        shares = ", ".join(f"{layer}: {share:.2f}" for layer, share in explained.items())
-        topology.print_once(
-            f"stand-ins of rank {routing.stand_in_rank} fitted on {tokens} tokens; explained"
-            f" variance by layer {shares}"
-        )
-    if config.router.init == "importance" and not given & {"router.weight"}:
+        sizes = {"rank": routing.stand_in_rank, "hidden_size": model.config.hidden_size}
+        topology.print_once(describe(explained, tokens=tokens, **sizes))
+    trained = found and any(own["router.weight"].any() for own in found.values())
+    if config.router.init == "importance" and not trained:
         topology.at("measuring the layers' importance")
         costs = leave_one_out(model, first_batches(data, labels=LABELS), routing.layers)
         start_apart(model, costs, border=routing.logit_border(routing.layers[0]))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
+import yaml
 
-from megatron_mod.config.cli import FIELDS
+from megatron_mod.config.cli import FIELDS, SECTIONS
 from tests.unit.test_commands import SCHEMAS, SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +60,22 @@ def test_commands_have_the_options_that_are_shown(page):
         for option in given:
             plain = option if option in known else option.replace("_", "-")
             assert plain in known, f"{name}: --{option}"
+
+
+def test_all_settings_are_listed_with_their_defaults():
+    text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    listed = {
+        f"{part}.{k}": v for part, own in yaml.safe_load(block).items() for k, v in own.items()
+    }
+    assert list(listed) == [
+        name for part in SECTIONS for name in FIELDS if name.startswith(f"{part}.")
+    ]
+    for name, field in FIELDS.items():
+        default = MISSING if field.default_factory is MISSING else field.default_factory()
+        default = default if field.default is MISSING else field.default
+        if default is not MISSING and name != "model.checkpoint":  # one of two that must be set
+            assert listed[name] == default, name
 
 
 def test_every_room_has_a_page():
