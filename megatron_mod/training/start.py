@@ -41,12 +41,15 @@ def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
             f"stand-ins of rank {routing.stand_in_rank} fitted on {tokens} tokens; explained"
             f" variance by layer {shares}"
         )
-    if config.router.init == "importance" and not given & {"router.weight"}:
+    if given or not routing.bias:
+        return
+    costs = dict.fromkeys(routing.layers, 1.0)
+    if config.router.init == "importance":
         topology.at("measuring the layers' importance")
         costs = leave_one_out(model, first_batches(data, labels=LABELS), routing.layers)
-        start_apart(model, costs, border=routing.logit_border(routing.layers[0]))
         shown = ", ".join(f"{layer}: {cost:.3f}" for layer, cost in costs.items())
         topology.print_once(f"cost of leaving a layer out, nats a label: {shown}")
+    start_apart(model, costs, border=routing.logit_border(routing.layers[0]))
 
 
 def _given(config: Config, plan: Plan) -> dict | None:
