@@ -265,7 +265,7 @@ def spoil(monkeypatch, *steps: int, gradient: bool = False) -> None:
             if gradient:
                 next(iter(model.routers().values())).weight.main_grad[0, 3] = math.inf
             else:
-                result.task_loss.fill_(math.nan)
+                result.loss.fill_(math.nan)
         return result
 
     monkeypatch.setattr(loop, "run_schedule", run_schedule)
