@@ -14,6 +14,12 @@ PUBLISHED = {
     "router.granularity": "attn_sequence", "router.bias": "false", "router.init": "zeros",
     "router.stand_in": "none", "router.capacity_warmup_fraction": 0.0,
 }  # fmt: skip
+# What a run does where nothing is said, for ``Trainer.train``.
+DEFAULT = {
+    "router__granularity": "attn_token", "router__bias": "true", "router__init": "importance",
+    "router__stand_in": "linear", "router__capacity_warmup_fraction": 0.5,
+    "router__capacity_loss_weight": "auto", "router__pooling": None,
+}  # fmt: skip
 
 
 class Trainer:
