@@ -46,6 +46,11 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
             f"router.stand_in_rank = {r.stand_in_rank}: nothing stands in for what is skipped; "
             "set router.stand_in to linear, or leave the rank out."
         )
+    if r.stand_in == "none" and r.stand_in_tokens != type(r).stand_in_tokens:
+        raise ValueError(
+            f"router.stand_in_tokens = {r.stand_in_tokens}: nothing stands in for what is skipped; "
+            "set router.stand_in to linear, or leave the tokens out."
+        )
     if r.stand_in == "none" and "stand_ins" in t.parts:
         raise ValueError(
             f"train.trainable = {t.trainable}: there are no stand-ins to train; set "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mod.checkpoint.distributed import load_state
+from megatron_mod.checkpoint.distributed import StateReader, load_state
 from megatron_mod.checkpoint.manifest import STATE, read_manifest
 from megatron_mod.config.ranks import OPTIONS
 from megatron_mod.conversion.finite import require_finite
@@ -98,20 +98,22 @@ def as_trained(ranks: Topology, manifest: dict) -> Topology:
 
 
 def load_trained(model: ModelChunks, step: Path) -> None:
-    """Fill what trains from a step of a training run, averaged if the training averaged it; called
-    by all ranks alike.
+    """Fill what was added to the base from a step of a training run, averaged if the training
+    averaged it; called by all ranks alike.
 
     Raises:
         ValueError: the step lacks some of it, or it is not finite; on all ranks.
     """
     trainable = Trainable(model)
-    prefix = AVERAGE if read_manifest(step).get("averaged") else ""
-    wanted = trainable.sharded(prefix=prefix)
+    held, averaged = StateReader(step / STATE).names(), read_manifest(step).get("averaged")
+    kept = trainable.kept
+    mean = {key: kept.pop(key) for key in list(kept) if averaged and AVERAGE + key in held}
+    wanted = {**trainable.sharded(kept), **trainable.sharded(mean, prefix=AVERAGE)}
     loaded = load_state(wanted, step / STATE)
     with together():
         for key, tensor in loaded.items():
             require_finite(tensor, key, where=step / STATE)
-    trainable.put({key.removeprefix(prefix): tensor for key, tensor in loaded.items()})
+    trainable.put({key.removeprefix(AVERAGE): tensor for key, tensor in loaded.items()})
 
 
 @torch.no_grad()

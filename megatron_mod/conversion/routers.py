@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_mod.checkpoint.distributed import load_tensors, save_tensors
+from megatron_mod.checkpoint.distributed import StateReader, save_tensors
 from megatron_mod.checkpoint.export_checksums import as_written
 from megatron_mod.checkpoint.manifest import (
     MANIFEST,
@@ -75,22 +75,20 @@ def read_step(step: Path, routing: RoutingConfig) -> Added:
     Raises:
         ValueError: it is not what ``routing`` says, or not finite.
     """
-    prefix = AVERAGE if read_manifest(step).get("averaged") else ""
-    names = routing.added_shapes(1)
-    wanted = {
-        prefix + KEY.format(layer, name): (layer, name)
-        for layer in routing.layers
-        for name in names
-    }
-    found = load_tensors(step / STATE, keep=prefix + "decoder.layers.")
-    found = {k: v for k, v in found.items() if k.startswith(prefix + "decoder.")}
-    if set(found) != set(wanted):
-        difference = sorted(set(found) ^ set(wanted))
-        raise ValueError(f"{step}: routers do not match its manifest: {difference}.")
+    reader = StateReader(step / STATE)
+    held, averaged = reader.names(), read_manifest(step).get("averaged")
     added: Added = {layer: {} for layer in routing.layers}
+    wanted = {
+        KEY.format(layer, name): (layer, name)
+        for layer in routing.layers
+        for name in routing.added_shapes(1)
+    }
+    if difference := sorted({k for k in held if k.startswith("decoder.")} ^ set(wanted)):
+        raise ValueError(f"{step}: routers do not match its manifest: {difference}.")
     for key, (layer, name) in wanted.items():
-        require_finite(found[key], key, where=step / STATE)
-        added[layer][name] = found[key]
+        key = AVERAGE + key if averaged and AVERAGE + key in held else key
+        added[layer][name] = tensor = reader.tensor(key).clone()
+        require_finite(tensor, key, where=step / STATE)
     return added
 
 

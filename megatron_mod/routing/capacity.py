@@ -25,7 +25,8 @@ class CapacityController:
 
     ``capacity_loss_weight: auto`` finds a price in place of a weight: that at which moving all
     logits together would gain nothing, ``price = -N sum(s e) / sum(s)`` with ``e = dL/dm`` of each
-    unit, ``s`` the sigmoid's slope at its logit and ``N`` the units of the global batch. It is the
+    unit (in ``L`` what it has later layers pay, but not its own price), ``s`` the sigmoid's slope
+    at its logit and ``N`` the units of the global batch. It is the
     derivative of the loss along a capacity that a shift of all logits would change, so what is left
     of the gradient only says which units are worth more than others. A step uses the running mean
     of those before it; the first has none and pays nothing.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 BINS, ROUNDS = 2048, 2  # of a histogram that is narrowed down: a border is right to 1e-7 of a range
-MARGIN = 0.05  # below the least logit where everything is to be kept
+MARGIN = 0.05  # below the least logit where everything is kept
 
 
 def borders(
@@ -21,7 +21,10 @@ def borders(
 ) -> Tensor:
     """The logit of each layer from which on a share of its units is kept, fp64 ``[L]``.
 
-    Units of one score are kept or skipped together; a border that would part them keeps them.
+    It lies half way between the least logit that is kept and the next below it, so that neither
+    rounding nor a few units more or less than a share allows decide which side a unit is on. Units
+    of one logit are kept or skipped together; a border that would part them keeps them. Without a
+    unit it is 0. Nothing waits for the device.
 
     Args:
         scores: fp32 ``[L, N]`` of the units that this rank holds; NaN where there is none.
@@ -29,34 +32,36 @@ def borders(
             with one border for all.
         add_up, largest: int64 or fp64 tensors over all ranks, elementwise.
     """
-    layers, device = len(scores), scores.device
+    layers = len(scores)
     if together:
         scores, shares = scores.reshape(1, -1), shares.mean().reshape(1)
     scores = scores.double()
     exists = scores.isfinite()
-    ends = torch.stack(
-        (
-            scores.masked_fill(~exists, -torch.inf).amax(-1),
-            -scores.masked_fill(~exists, torch.inf).amin(-1),
-        )
-    )
-    high, low = largest(ends) * torch.tensor([[1.0], [-1.0]], device=device, dtype=torch.float64)
-    everything = low - MARGIN
-    wanted = shares.double().to(device) * add_up(exists.sum(-1)).double()
+
+    def ends(of: Tensor, under: Tensor) -> tuple[Tensor, Tensor]:
+        """The least score of some, and the largest of others, of all ranks."""
+        least = scores.masked_fill(~of, torch.inf).amin(-1)
+        top = scores.masked_fill(~under, -torch.inf).amax(-1)
+        both = largest(torch.stack((-least, top)))
+        return -both[0], both[1]
+
+    low, high = ends(exists, exists)
+    wanted = shares.double() * add_up(exists.sum(-1))
     above = torch.zeros_like(wanted)
     for _ in range(ROUNDS):
         width = (high - low) / BINS
         place = ((scores - low[:, None]) / width.clamp(min=1e-300)[:, None]).floor()
         inside = exists & (scores >= low[:, None]) & (scores <= high[:, None])
         place = place.nan_to_num(0.0).clamp(0, BINS - 1).long()
-        counts = torch.zeros(len(scores), BINS, dtype=torch.int64, device=device)
-        counts.scatter_add_(1, place, inside.long())
-        counts = add_up(counts).double()
-        from_top = above[:, None] + counts.flip(-1).cumsum(-1)
-        index = (from_top < wanted[:, None]).sum(-1).clamp(max=BINS - 1)  # bins from the top
-        above = above + counts.flip(-1).cumsum(-1).gather(1, index[:, None])[:, 0]
-        above = above - counts.flip(-1).gather(1, index[:, None])[:, 0]
-        low = low + (BINS - 1 - index) * width
+        counts = torch.zeros(len(scores), BINS, dtype=torch.int64, device=scores.device)
+        counts = add_up(counts.scatter_add_(1, place, inside.long()))
+        from_top = counts.flip(-1)
+        so_far = above[:, None] + from_top.cumsum(-1)
+        index = (so_far < wanted[:, None]).sum(-1, keepdim=True).clamp(max=BINS - 1)
+        above = (so_far - from_top).gather(1, index)[:, 0]
+        low = low + (BINS - 1 - index[:, 0]) * width
         high = low + width
-    found = torch.where(shares.to(device) >= 1, everything, low)
-    return found.nan_to_num(0.0).expand(layers) if together else found.nan_to_num(0.0)
+    kept = scores >= low[:, None]
+    least, below = ends(exists & kept, exists & ~kept)
+    found = torch.where(below.isfinite(), (least + below) / 2, least - MARGIN)
+    return found.nan_to_num(0.0, posinf=0.0, neginf=0.0).expand(layers)

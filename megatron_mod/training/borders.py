@@ -22,30 +22,32 @@ NEAR = 0.005  # to the wanted share
 TOKENS = 8192
 
 
-def shifts(model: ModelChunks, routing: RoutingConfig, shares: Tensor) -> dict[int, float]:
-    """What to add to the bias of each routed layer so that ``shares`` ``[num_routed]`` of the units
-    whose scores the routers have noted would have been kept; the same on every rank.
+def shifts(model: ModelChunks, routing: RoutingConfig, shares: Tensor) -> Tensor:
+    """What to add to the bias of each routed layer, ``[num_routed]``, so that ``shares`` (the same
+    shape) of the units whose scores the routers have noted would have been kept; on every rank.
 
-    With scope ``model`` one number for all layers, that keeps the mean share of all their units.
+    With scope ``model`` one border for all layers, that keeps the mean share of all their units.
     """
-    where = device.device()
     routers = model.routers() if model.groups.tp.rank() == 0 else {}  # the others hold copies
     mine = {k: torch.cat(router.scores) for k, router in routers.items() if router.scores}
-    longest = max((len(scores) for scores in mine.values()), default=0)
-    table = torch.full((len(routing.layers), max(longest, 1)), torch.nan, device=where)
+    longest = max((len(scores) for scores in mine.values()), default=1)
+    table = torch.full((len(routing.layers), longest), torch.nan, device=device.device())
     for place, layer in enumerate(routing.layers):
         if layer in mine:
             table[place, : len(mine[layer])] = mine[layer]
     found = borders(
         table,
-        shares.cpu().to(where),
+        shares,
         together=routing.scope == "model",
         add_up=_reduced(dist.ReduceOp.SUM),
         largest=_reduced(dist.ReduceOp.MAX),
     )
-    wanted = [logit_border(threshold) for threshold in routing.thresholds]
-    pairs = zip(wanted, found.tolist(), strict=True)
-    return dict(zip(routing.layers, (want - border for want, border in pairs), strict=True))
+    return _wanted(routing, found) - found
+
+
+def _wanted(routing: RoutingConfig, like: Tensor) -> Tensor:
+    wanted = torch.tensor([logit_border(t) for t in routing.thresholds])
+    return wanted.to(like, non_blocking=True)
 
 
 class Hold:
@@ -70,24 +72,23 @@ class Hold:
     def release(self, read: Tensor) -> None:
         """Called by all ranks after the step; ``read``: see ``StepResult``."""
         moved = torch.zeros(len(self.routing.layers), device=read.device)
-        for place, layer in enumerate(self.routing.layers):
-            if layer in self.before and self.model.groups.tp.rank() == 0:
-                change = self._router(self.model.routers()[layer]) - self.before[layer]
-                moved[place] = change[:-1] @ read[place] + change[-1]
-        copies = self.model.groups.dp_cp.size()
+        if self.model.groups.tp.rank() == 0:  # the others hold copies
+            for place, layer in enumerate(self.routing.layers):
+                if router := self.model.routers().get(layer):
+                    change = self._router(router) - self.before[layer]
+                    moved[place] = change[:-1] @ read[place] + change[-1]
         dist.all_reduce(moved)
-        moved /= copies
+        moved /= self.model.groups.dp_cp.size()
         if self.routing.scope == "model":
             moved = moved.mean().expand_as(moved)
-        back = dict(zip(self.routing.layers, (-moved).tolist(), strict=True))
-        move(self.model, back)
+        move(self.model, self.routing, -moved)
 
 
 @torch.no_grad()
-def move(model: ModelChunks, shifts: dict[int, float]) -> None:
-    """Add each layer's shift to its bias, in place."""
+def move(model: ModelChunks, routing: RoutingConfig, shifts: Tensor) -> None:
+    """Add its entry of ``[num_routed]`` to each layer's bias, in place."""
     for layer, router in model.routers().items():
-        router.bias += shifts[layer]
+        router.bias += shifts[routing.layers.index(layer)].float()
 
 
 @torch.no_grad()
@@ -98,14 +99,13 @@ def settle(
     routing: RoutingConfig,
     *,
     shares: Tensor,
-) -> dict[int, float]:
+) -> Tensor:
     """Move the biases until ``shares`` ``[num_routed]`` of the units of some batches are kept, with
     real skipping; called by all ranks. Returns what was added to each layer's.
 
     A border moves what later layers see, and with it their scores, so it is found by repetition.
     """
-    moved = dict.fromkeys(routing.layers, 0.0)
-    together = routing.scope == "model"
+    moved = torch.zeros_like(shares)
     was_training = model.training
     model.eval()
     for _ in range(PASSES):
@@ -117,13 +117,13 @@ def settle(
             for layer, router in model.routers().items():
                 scores[layer] += router.scores
         miss = kept / max(units, 1) - shares
-        if (miss.mean().abs() if together else miss.abs().max()) <= NEAR:
+        if (miss.mean().abs() if routing.scope == "model" else miss.abs().max()) <= NEAR:
             break
         for layer, router in model.routers().items():
             router.scores = scores[layer]
         found = shifts(model, routing, shares)
-        move(model, found)
-        moved = {layer: moved[layer] + found[layer] for layer in moved}
+        move(model, routing, found)
+        moved += found.float()
     model.train(was_training)
     return moved
 

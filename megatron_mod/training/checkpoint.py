@@ -51,7 +51,7 @@ def save_step(folder: Path, state: RunState, *, step: int, manifest: dict) -> No
     steps = optimizer.steps()
     content = {
         "model": trainable.sharded(),
-        "average": trainable.sharded(_averaged(state), prefix=AVERAGE),
+        "average": trainable.sharded(state.average.mean, prefix=AVERAGE),
         "optimizer": optimizer.tensors() if steps else {},
         "random": _random_states(),
     }
@@ -70,11 +70,6 @@ def save_step(folder: Path, state: RunState, *, step: int, manifest: dict) -> No
     own = {"averaged": averaged, "progress": progress}
     values = {"kind": "routers", "step": step, **manifest, **own}
     on_first_rank(lambda: write_manifest(folder, values))
-
-
-def _averaged(state: RunState) -> dict[str, Tensor]:
-    """What an export takes: the mean of what trains, and what was added beside it."""
-    return {**state.trainable.fixed, **state.average.mean} if state.average.mean else {}
 
 
 def load_step(folder: Path, state: RunState, *, same_topology: bool) -> int:

@@ -164,7 +164,7 @@ class Training:
         norm = self.state.optimizer.step()[1]
         hold.release(result.read)
         target = controller.target_at(step / self.config.train.steps)
-        move(self.model, shifts(self.model, routing, target))
+        move(self.model, routing, shifts(self.model, routing, target))
         return norm
 
     @torch.no_grad()
@@ -185,7 +185,7 @@ class Training:
             )
         for key, mean in self.state.average.mean.items():  # their own came back after the block
             if (layer := layer_of_bias(key)) is not None:
-                mean += moved[layer]
+                mean += moved[self.plan.routing.layers.index(layer)]
 
     def _log(self, step: int, result: StepResult, learning_rate: float, grad_norm: float) -> None:
         penalty = float(self.state.controller.penalty(result.capacity))

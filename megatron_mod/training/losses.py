@@ -133,7 +133,7 @@ def compare(
         labels: ``[N]``.
     """
     group = model.pg_collection.tp
-    divergence, entropy = logits.sum() * 0.0, logits.sum() * 0.0  # of no token: still a gradient
+    divergence = entropy = logits[:0].sum()  # of no token: still a gradient
     logits = model.without_padding(logits.clone())
     for states, ours, theirs in zip(
         teacher.split(CHUNK), logits.split(CHUNK), labels.split(CHUNK), strict=True
@@ -157,8 +157,8 @@ class _Divergence(torch.autograd.Function):
         ours, wanted = (_log_softmax(logits, group) for logits in (ours, wanted))
         probability = wanted.exp()
         ctx.save_for_backward(ours.exp() - probability)
-        # Padding of the vocabulary has no probability and a logarithm of none.
-        total = (probability * (wanted - ours)).nan_to_num(0.0).sum()
+        # Padding of the vocabulary has no probability; what is not a number must stay none.
+        total = (probability * (wanted - ours)).masked_fill(probability == 0, 0.0).sum()
         dist.all_reduce(total, group=group)
         return total
 

@@ -29,6 +29,11 @@ _MAY_CHANGE = {
     "train.steps", "train.micro_batch_size", "train.validation_interval", "train.max_skipped_steps",
     "train.timeout",
 }  # fmt: skip
+# What a run did that was started before there were these settings.
+_BEFORE = {
+    "router.bias": False, "router.init": "zeros", "router.stand_in": "none",
+    "train.loss": "task", "train.trainable": "routers",
+}  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = {"checkpoint", "logging", "parallel"}
 
 
@@ -60,7 +65,7 @@ def check_settings(config: Config) -> None:
 
 
 def _check_same(config: Config, manifest: dict, run: Path) -> None:
-    before, now = _flat(manifest["settings"]), _flat(_settings(config))
+    before, now = {**_BEFORE, **_flat(manifest["settings"])}, _flat(_settings(config))
     for name in sorted(before.keys() & now.keys()):
         free = name in _MAY_CHANGE or name.split(".")[0] in _SECTIONS_THAT_MAY_CHANGE
         if before[name] != now[name] and not free:

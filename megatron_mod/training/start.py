@@ -40,12 +40,15 @@ def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
         sizes = {"rank": routing.stand_in_rank, "hidden_size": model.config.hidden_size}
         topology.print_once(describe(explained, tokens=tokens, **sizes))
     trained = found and any(own["router.weight"].any() for own in found.values())
-    if config.router.init == "importance" and not trained:
+    if trained or not routing.bias:
+        return
+    costs = dict.fromkeys(routing.layers, 1.0)
+    if config.router.init == "importance":
         topology.at("measuring the layers' importance")
         costs = leave_one_out(model, first_batches(data, labels=LABELS), routing.layers)
-        start_apart(model, costs, border=routing.logit_border(routing.layers[0]))
         shown = ", ".join(f"{layer}: {cost:.3f}" for layer, cost in costs.items())
         topology.print_once(f"cost of leaving a layer out, nats a label: {shown}")
+    start_apart(model, costs, border=routing.logit_border(routing.layers[0]))
 
 
 def _given(config: Config, plan: Plan) -> dict | None:

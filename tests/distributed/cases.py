@@ -4,26 +4,38 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mod.conversion.convert import hf_to_megatron
-from megatron_mod.conversion.restore import load_model
+from megatron_mod.conversion.restore import load_model, put_added
+from megatron_mod.conversion.routers import Added
 from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.batch import collate
 from megatron_mod.data.chat import Sample
 from megatron_mod.data.loader import Loader, StepBatch
 from megatron_mod.evaluation.parity import max_relative_difference, prompt_batch
-from megatron_mod.model.trainable import count_changed, frozen_digests
+from megatron_mod.model.trainable import ROUTERS, STAND_INS, count_changed, frozen_digests
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training.optimizer import wrap_ddp
+from megatron_mod.training.plan import LOSSES
 from megatron_mod.training.step import run_schedule
 from tests.helpers.ranks import meet
 
 ROUTED = (1, 2)
+
+
+class Asked(NamedTuple):
+    """A training whose loss and gradients are to be found; ``price`` is that of the steps before,
+    of each routed layer."""
+
+    routing: RoutingConfig
+    loss: str = "task"
+    price: tuple[float, ...] | None = None
 
 
 def routing_config(**changes: object) -> RoutingConfig:
@@ -31,11 +43,19 @@ def routing_config(**changes: object) -> RoutingConfig:
     return RoutingConfig(**{**settings, "capacity_loss_weight": 0.7, **changes})
 
 
-def build(base: Path | Base, ranks, *, sequence_parallel: bool = False, routing=None, first=None):
-    """This rank's part of a base checkpoint."""
+def build(
+    base: Path | Base,
+    ranks,
+    *,
+    sequence_parallel: bool = False,
+    routing=None,
+    first=None,
+    dtype: torch.dtype = torch.float32,
+):
+    """This rank's part of a base checkpoint; all that is added to it trains."""
     base = base if isinstance(base, Base) else open_base(base)
     ranks = replace(ranks, sequence_parallel=sequence_parallel, first_stage_layers=first)
-    return load_model(base, routing, ranks)
+    return load_model(base, routing, ranks, dtype=dtype, trained=(ROUTERS, STAND_INS))
 
 
 def convert(hf: Path, save: Path) -> None:
@@ -83,11 +103,11 @@ def refusals(bases: list[Path], whole: Path, hf: Path) -> list[str]:
 def gradients(
     base: Path,
     samples: list[Sample],
-    routers: dict[int, torch.Tensor],
+    added: Added,
     topologies: list[dict],
-    routings: list[RoutingConfig],
+    trainings: list[Asked],
 ) -> dict:
-    """Loss, penalty, capacity and router gradients of one global batch in each topology, and the
+    """Loss, penalty, capacity, price and gradients of one global batch in each topology, and the
     loss of an evaluation, which really skips."""
     found = {}
     for topology in topologies:
@@ -98,27 +118,43 @@ def gradients(
         packed = topology.pop("packed", False)
         rows = topology.pop("rows", 2)
         ranks = meet(**topology)
-        for number, routing in enumerate(routings):
+        for number, (routing, loss, price) in enumerate(trainings):
             model = build(
                 base, ranks, sequence_parallel=sequence_parallel, routing=routing, first=first
             )
-            for layer, router in model.routers().items():
-                router.weight.data.copy_(routers[layer])
+            put_added(model, only(added, routing))
             frozen = frozen_digests(model)
             chunks = wrap_ddp(model, use_distributed_optimizer=distributed)
             for chunk in chunks:
                 chunk.zero_grad_buffer()
             controller = CapacityController(routing)
+            controller.price = None if price is None else torch.tensor(price)
             batch = _loader(samples, ranks, sequence_parallel, rows=rows).step(0)
             if packed:
                 batch = pack(samples)
             result = run_schedule(
-                chunks, model, batch, routing, controller=controller, check_decisions=True
+                chunks,
+                model,
+                batch,
+                routing,
+                controller=controller,
+                loss=LOSSES[loss](),
+                check_decisions=True,
             )
-            loss = result.task_loss + controller.penalty(result.capacity)
+            total = result.loss + controller.penalty(result.capacity)
+            found_price = []
+            if price is not None:
+                controller.price = None
+                controller.end_step(result.capacity, result.pull, result.num_units)
+                found_price = controller.price.tolist()
             if distributed:
                 gather_gradients(chunks)
-            grads = {k: r.weight.main_grad.clone() for k, r in model.routers().items()}
+            grads = {
+                (layer, name): parameter.main_grad.clone()
+                for layer, module in model.routed_layers().items()
+                for name, parameter in module.named_parameters()
+                if parameter.requires_grad
+            }
             model.eval()
             with torch.no_grad():
                 evaluated = run_schedule(chunks, model, batch, routing, controller=None)
@@ -131,7 +167,9 @@ def gradients(
                 number,
             )
             found[name] = {
-                "loss": float(loss),
+                "loss": float(total),
+                "price": found_price,
+                "step_task_loss": float(result.task_loss),
                 "task_loss": float(evaluated.task_loss),
                 "evaluated_capacity": evaluated.capacity.tolist(),
                 "capacity": result.capacity.tolist(),
@@ -139,6 +177,11 @@ def gradients(
                 "frozen_changed": count_changed(frozen, frozen_digests(model)),
             }
     return found
+
+
+def only(added: Added, routing: RoutingConfig) -> Added:
+    """Those of the tensors that layers so routed have."""
+    return {k: {name: own[name] for name in routing.added_shapes(32)} for k, own in added.items()}
 
 
 def layers_with_backward(base: Path, samples: list[Sample], routing: RoutingConfig) -> list[int]:

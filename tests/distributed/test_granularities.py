@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training_formula import Scheme, batch_loss
 
+RANK = 3  # of stand-ins
 EXACT = 1e-4  # relative difference of losses and gradients
 
 
@@ -35,7 +37,14 @@ def make_case(root: Path, kind: str, changes: dict) -> tuple:
         ids = torch.randint(3, 128, (prompt + answer,), generator=generator).tolist()
         samples.append(Sample(ids, [False] * prompt + [True] * answer, f"made:{index}"))
     routers = {layer: 0.5 * torch.randn(1, 32, generator=generator) for layer in cases.ROUTED}
-    return hf, root / "megatron", samples, routers
+    added = {layer: {"router.weight": weight} for layer, weight in routers.items()}
+    shapes = RoutingConfig("attn_token", (1,), (1.0,), bias=True, stand_in_rank=RANK).added_shapes(
+        32
+    )
+    for own in added.values():
+        for name, shape in shapes.items():
+            own.setdefault(name, 0.3 * torch.randn(shape, generator=generator))
+    return hf, root / "megatron", samples, added
 
 
 def scheme(granularity: str, **changes: object) -> RoutingConfig:
@@ -72,57 +81,117 @@ FEW = [
     if r.granularity.endswith("token")
 ]
 SELECTED_FEW = [routing for routing in FEW if routing.keys_values == "selected"]
+
+
+def with_added(routing: RoutingConfig, loss: str, **changes: object) -> cases.Asked:
+    """With biases and stand-ins, and a price where nothing else is said."""
+    changes = {"bias": True, "stand_in_rank": RANK, "capacity_loss_weight": "auto", **changes}
+    price = (0.8, 0.3) if changes["capacity_loss_weight"] == "auto" else None
+    return cases.Asked(replace(routing, **changes), loss, price)
+
+
+PENALTY = {"capacity_loss_weight": 0.7}
+ADDED = [
+    *(with_added(r, "both") for r in [*EVERY, *SELECTED]),
+    *(with_added(r, "task", **PENALTY) for r in SPARSE),
+    with_added(SPARSE[1], "distill"),  # attn_token
+    with_added(SPARSE[4], "distill", scope="layer"),  # block_sequence
+    with_added(EVERY[3], "task", bias=False, **PENALTY),  # mlp_token
+]
+ADDED_DEEP = [
+    with_added(EVERY[1], "both"),
+    with_added(SPARSE[4], "distill", scope="layer"),
+    with_added(SPARSE[3], "task", **PENALTY),
+    with_added(SPARSE[-1], "both"),
+]
+assert [(r.routing.granularity, r.routing.keys_values) for r in ADDED_DEEP] == [
+    ("attn_token", "all"),
+    ("block_sequence", None),
+    ("mlp_token", None),
+    ("block_token", "selected"),
+]
 TENSOR = {"tensor": 2, "sequence_parallel": True}
 PIPELINE = {"pipeline": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 
 
-def expected_of(case, routing: RoutingConfig) -> dict:
+def expected_of(case, training: RoutingConfig | cases.Asked) -> dict:
     from transformers import AutoModelForCausalLM
 
-    hf, _, samples, weights = case
+    hf, _, samples, tensors = case
+    routing, loss_name, price = asked(training)
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).requires_grad_(False)
-    routers = {layer: weight.clone().requires_grad_() for layer, weight in weights.items()}
-    rules = {name: getattr(routing, name) for name in Scheme.__dataclass_fields__}
-    task, capacity, margin = batch_loss(model, samples, routers, Scheme(**rules))
-    assert margin > 1e-3, "a decision too close to the border to compare"
-    loss = task
+    added = {
+        layer: {name: tensor.clone().requires_grad_() for name, tensor in own.items()}
+        for layer, own in cases.only(tensors, routing).items()
+    }
+    rules = {k: v for k, v in vars(routing).items() if k in Scheme.__dataclass_fields__}
+    found = batch_loss(
+        model, samples, added, Scheme(**rules, priced=price is not None, loss=loss_name)
+    )
+    assert found.margin > 1e-3, "a decision too close to the border to compare"
+    loss, capacity = found.loss, found.capacity
+    cost, found_price = 0.0, []
+    if price is not None:
+        cost = sum(p * capacity[k] for p, k in zip(price, routing.layers, strict=True))
+        slopes, pulls = [], []  # sum s / N and sum s e, with e of all but the unit's own price
+        for layer, own in zip(routing.layers, price, strict=True):
+            bias = added[layer]["router.bias"]
+            (slope,) = torch.autograd.grad(capacity[layer], bias, retain_graph=True)
+            (pull,) = torch.autograd.grad(loss + cost, bias, retain_graph=True)
+            slopes.append(slope)
+            pulls.append(pull - own * slope)
+        pulls, slopes = torch.cat(pulls), torch.cat(slopes)
+        if routing.scope == "model":
+            pulls, slopes = pulls.sum().expand(2), slopes.sum().expand(2)
+        found_price = (-pulls / slopes).tolist()
     for layer, target in zip(routing.layers, routing.capacity, strict=True):
+        if price is not None:
+            break
         # The penalty, spelled out: before the first step the previous capacity is 1.
         mean = sum(routing.capacity) / len(routing.capacity)
         on = (mean if routing.scope == "model" else target) < 1.0
         loss = loss + routing.capacity_loss_weight * on * (capacity[layer] - target)
-    loss.backward()
+    (loss + cost).backward()
     return {
-        "task_loss": float(task.detach()),
+        "price": found_price,
+        "task_loss": float(found.task_loss.detach()),
         "loss": float(loss.detach()),
         "capacity": [float(capacity[layer].detach()) for layer in routing.layers],
-        "gradients": {layer: router.grad for layer, router in routers.items()},
+        "gradients": {(k, name): t.grad for k, own in added.items() for name, t in own.items()},
     }
 
 
-def check(case, routings: list[RoutingConfig], world: int, topologies: list[dict], folder) -> None:
-    _, base, samples, routers = case
-    expected = [expected_of(case, routing) for routing in routings]
+def asked(training: RoutingConfig | cases.Asked) -> cases.Asked:
+    return training if isinstance(training, cases.Asked) else cases.Asked(training)
+
+
+def check(case, trainings: list, world: int, topologies: list[dict], folder) -> None:
+    _, base, samples, added = case
+    trainings = [asked(training) for training in trainings]
+    expected = [expected_of(case, training) for training in trainings]
     found = run_ranks(
-        cases.gradients, base, samples, routers, topologies, routings, world=world, folder=folder
+        cases.gradients, base, samples, added, topologies, trainings, world=world, folder=folder
     )
-    assert len(found[0]) == len(topologies) * len(routings)
+    assert len(found[0]) == len(topologies) * len(trainings)
     for name in found[0]:
-        what = (routings[name[-1]], name)
+        what = (trainings[name[-1]], name)
         wanted, seen = expected[name[-1]], set()
         for result in (per_rank[name] for per_rank in found):
             assert result["capacity"] == pytest.approx(wanted["capacity"]), what
             assert result["evaluated_capacity"] == pytest.approx(wanted["capacity"]), what
             assert result["task_loss"] == pytest.approx(wanted["task_loss"], rel=EXACT), what
+            assert result["step_task_loss"] == pytest.approx(wanted["task_loss"], rel=EXACT), what
             assert result["loss"] == pytest.approx(wanted["loss"], rel=EXACT), what
+            assert result["price"] == pytest.approx(wanted["price"], rel=1e-3), what
             assert result["frozen_changed"] == 0
-            for layer, gradient in result["gradients"].items():
-                seen.add(layer)
-                exact = wanted["gradients"][layer]
-                difference = (gradient - exact).abs().max()
-                assert difference <= EXACT * exact.abs().max(), (what, layer)
-        assert seen == set(cases.ROUTED), what
+            for key, gradient in result["gradients"].items():
+                seen.add(key)
+                exact = wanted["gradients"][key]
+                # A bias's gradient is a small difference of large terms.
+                difference, size = (gradient - exact).abs().max(), exact.abs().max()
+                assert difference <= EXACT * size + 1e-7, (what, key)
+        assert seen == wanted["gradients"].keys(), what
 
 
 def test_the_batch_skips_some_units_in_every_scheme(case):
@@ -138,13 +207,13 @@ def test_the_batch_skips_some_units_in_every_scheme(case):
 
 
 @pytest.mark.parametrize(
-    ("routings", "world", "topologies"),
+    ("trainings", "world", "topologies"),
     [
-        (ALL, 1, [{}, {"packed": True}]),
+        ([*ALL, *ADDED], 1, [{}, {"packed": True}]),
         ([*EVERY, *SPARSE], 1, [{"rows": 1}]),
-        (ALL, 2, [TENSOR, PIPELINE]),
+        ([*ALL, *ADDED_DEEP], 2, [TENSOR, PIPELINE]),
         (
-            DEEP,
+            [*DEEP, *ADDED_DEEP],
             2,
             [
                 {"tensor": 2},
@@ -155,7 +224,11 @@ def test_the_batch_skips_some_units_in_every_scheme(case):
                 {"context": 2},
             ],
         ),
-        (DEEP, 4, [{"tensor": 2, "pipeline": 2}, {"context": 2, "pipeline": 2}, {"tensor": 2}]),
+        (
+            [*DEEP, *ADDED_DEEP[:2]],
+            4,
+            [{"tensor": 2, "pipeline": 2}, {"context": 2, "pipeline": 2}, {"tensor": 2}],
+        ),
         (FEW, 2, [{"context": 2, "rows": 1}]),
         pytest.param(
             SELECTED_FEW,
@@ -174,8 +247,8 @@ def test_the_batch_skips_some_units_in_every_scheme(case):
         "four_ranks_few",
     ],
 )
-def test_loss_and_gradients_equal_the_formula(case, routings, world, topologies, tmp_path):
-    check(case, routings, world, topologies, tmp_path)
+def test_loss_and_gradients_equal_the_formula(case, trainings, world, topologies, tmp_path):
+    check(case, trainings, world, topologies, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])

@@ -13,6 +13,7 @@ import torch
 
 from megatron_mod.checkpoint.distributed import load_tensors
 from megatron_mod.checkpoint.folders import only_writer
+from megatron_mod.checkpoint.manifest import manifest_text
 from megatron_mod.conversion import convert
 from megatron_mod.conversion.routers import KEY, read_step
 from megatron_mod.conversion.source import open_source
@@ -20,7 +21,7 @@ from megatron_mod.model.trainable import AVERAGE
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import loop, run_folder
 from megatron_mod.training.checkpoint import RANDOM
-from tests.helpers.runs import Trainer, metrics
+from tests.helpers.runs import DEFAULT, Trainer, metrics
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
@@ -88,8 +89,8 @@ def test_the_end_exports_the_average_and_goes_on_from_the_routers(trainer, whole
     routing = RoutingConfig.from_dict(json.loads(
         (whole / "step_00000006" / "megatron_mod.json").read_text())["routing"])  # fmt: skip
     exported = read_step(whole / "step_00000006", routing)
-    for layer, weight in exported.items():
-        key = KEY.format(layer, "router.weight")
+    for layer, own in exported.items():
+        key, weight = KEY.format(layer, "router.weight"), own["router.weight"]
         mean = torch.stack([step[key].double() for step in steps]).mean(0)
         assert torch.allclose(weight.double(), mean, rtol=1e-5)
         assert not torch.allclose(weight.double(), steps[-1][key].double(), rtol=1e-3)
@@ -266,7 +267,7 @@ def spoil(monkeypatch, *steps: int, gradient: bool = False) -> None:
             if gradient:
                 next(iter(model.routers().values())).weight.main_grad[0, 3] = math.inf
             else:
-                result.task_loss.fill_(math.nan)
+                result.loss.fill_(math.nan)
         return result
 
     monkeypatch.setattr(loop, "run_schedule", run_schedule)
@@ -318,3 +319,70 @@ def test_training_straight_from_a_hugging_face_folder(trainer, whole, tmp_path):
             open_source(tmp_path / "run")
     finally:
         flip(trainer.hf / "model.safetensors")
+
+
+SMALL = {**DEFAULT, "router__stand_in_rank": 4, "optimizer__lr": 0.01}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train__loss": "distill", "train__trainable": "routers+stand_ins"},
+        {"router__granularity": "mlp_sequence", "router__training_compute": "sparse"},
+    ],
+    ids=["default", "trained_stand_ins", "sparse_sequences"],
+)
+def test_the_default_recipe_goes_on_to_the_last_bit(trainer, tmp_path, monkeypatch, changes):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    trainer.train(whole, **SMALL, **changes)
+    shutil.copytree(whole, run)
+    (run / "summary.json").unlink()
+    for step in ("step_00000004", "step_00000006"):
+        shutil.rmtree(run / step)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "start", lambda *args: 1 / 0)  # nothing is fitted or measured again
+        trainer.train(run, **SMALL, **changes)
+    assert metrics(run) == metrics(whole)
+    (tensors, progress), (wanted, wanted_progress) = (
+        saved(folder / "step_00000006") for folder in (run, whole)
+    )
+    assert progress == wanted_progress
+    assert progress["controller"]["price"]
+    assert tensors.keys() == wanted.keys()
+    assert all(torch.equal(tensors[key], wanted[key]) for key in tensors)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(trainer, tmp_path, monkeypatch):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    trainer.train(whole, **SMALL, train__steps=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "run_schedule", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train(run, **SMALL, train__steps=2)
+    assert not list(run.glob("step_*"))
+    trainer.train(run, **SMALL, train__steps=2)
+    assert metrics(run) == metrics(whole)
+
+
+def test_a_run_from_before_goes_on_as_it_was_and_no_other_way(trainer, whole, stopped):
+    """Its settings know nothing of biases, stand-ins, losses and parts that train."""
+    for step in stopped.glob("step_*"):
+        manifest = json.loads((step / "megatron_mod.json").read_text())
+        for name in ("bias", "stand_in_rank"):
+            del manifest["routing"][name]
+        for name in ("bias", "init", "stand_in", "stand_in_rank", "stand_in_tokens"):
+            del manifest["settings"]["router"][name]
+        for name in ("loss", "trainable"):
+            del manifest["settings"]["train"][name]
+        del manifest["progress"]["controller"]["price"]
+        (step / "megatron_mod.json").write_text(manifest_text(manifest))
+    for changes, message in (
+        ({"router__bias": "true"}, "router.bias = True: the run in .* was started with False"),
+        ({"router__stand_in": "linear"}, "router.stand_in = 'linear': .* was started with 'none'"),
+        ({"train__loss": "distill"}, "train.loss = 'distill': .* was started with 'task'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.train(stopped, **changes)
+    trainer.train(stopped)
+    assert metrics(stopped) == metrics(whole)

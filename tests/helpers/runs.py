@@ -10,6 +10,13 @@ from megatron_mod.config.recipes import PUBLISHED
 from megatron_mod.conversion.convert import hf_to_megatron
 from tests.helpers import tiny
 
+# What a run does where nothing is said, for ``Trainer.train``.
+DEFAULT = {
+    "router__granularity": "attn_token", "router__bias": "true", "router__init": "importance",
+    "router__stand_in": "linear", "router__capacity_warmup_fraction": 0.5,
+    "router__capacity_loss_weight": "auto", "router__pooling": None,
+}  # fmt: skip
+
 
 class Trainer:
     """A tiny base checkpoint and some text, to train routers with."""

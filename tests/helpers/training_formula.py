@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +14,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 @dataclass
 class Scheme:
-    """What is routed and how (the fields of a routing configuration, spelled out again)."""
+    """What is routed and how (the fields of a routing configuration, spelled out again).
+
+    ``priced``: what a unit costs is a price, which what is not computed does not hear of.
+    ``loss``: ``task``, ``distill`` or ``both``.
+    """
 
     granularity: str
     layers: Sequence[int]
@@ -21,6 +26,8 @@ class Scheme:
     keys_values: str | None = None
     training_compute: str = "dense"
     threshold: float = 0.5
+    priced: bool = False
+    loss: str = "task"
 
 
 def straight_through(logit: Tensor, threshold: float) -> Tensor:
@@ -46,8 +53,21 @@ def attention(module, normed: Tensor, rotary: tuple, seen: Tensor) -> Tensor:
     return module.o_proj((weights @ v).transpose(1, 2).reshape(length, -1))
 
 
+Added: TypeAlias = dict[int, dict[str, Tensor]]
+"""What routed layers have beside dense ones, by layer and name; any but the router's weight may be
+missing."""
+
+
+def stand_in(own: dict[str, Tensor], read: Tensor) -> Tensor:
+    """``B A x + b`` of each token of ``[T, H]``, zeros without one."""
+    if "stand_in.up.weight" not in own:
+        return torch.zeros_like(read)
+    inner = read @ own["stand_in.down.weight"].t()
+    return inner @ own["stand_in.up.weight"].t() + own["stand_in.up.bias"]
+
+
 def forward(
-    model, ids: Sequence[int], prompt: int, routers: dict[int, Tensor], scheme: Scheme
+    model, ids: Sequence[int], prompt: int, added: Added, scheme: Scheme
 ) -> tuple[Tensor, dict[int, Tensor], float]:
     """One document: logits ``[T, vocab]``, each routed layer's mask (a scalar or ``[T]``), and the
     smallest distance of a logit from the border."""
@@ -62,9 +82,10 @@ def forward(
     target = scheme.granularity.split("_")[0]
     for index, layer in enumerate(model.model.layers):
         normed = layer.input_layernorm(x)
-        m, seen = torch.ones(len(x)), causal
+        m, seen, own = torch.ones(len(x)), causal, added.get(index, {})
         if index in scheme.layers:
-            logit = (normed.double() @ routers[index].double().squeeze(0)).float()
+            logit = (normed.double() @ own["router.weight"].double().squeeze(0)).float()
+            logit = logit + own.get("router.bias", torch.zeros(1))
             if scheme.granularity.endswith("sequence"):
                 pooled = logit[:prompt] if scheme.pooling == "prompt" else logit
                 logit = pooled.mean()
@@ -72,38 +93,60 @@ def forward(
             m = made[index] = straight_through(logit, scheme.threshold)
             if scheme.training_compute == "sparse":  # what is skipped has no task gradient
                 m = m * m.detach()
+                if scheme.priced:
+                    made[index] = m
             m = m.expand(len(x))
             if scheme.keys_values == "selected":
                 seen = causal & ((m.detach() > 0)[None, :] | torch.eye(len(x)).bool())
         m = m[:, None]
         update = attention(layer.self_attn, normed, rotary, seen)
         if target == "attn":
-            x = x + m * update
+            x = x + m * update + (1 - m) * stand_in(own, normed)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         elif target == "mlp":
             x = x + update
-            x = x + m * layer.mlp(layer.post_attention_layernorm(x))
+            read = layer.post_attention_layernorm(x)
+            x = x + m * layer.mlp(read) + (1 - m) * stand_in(own, read)
         else:
             update = update + layer.mlp(layer.post_attention_layernorm(x + update))
-            x = x + m * update
+            x = x + m * update + (1 - m) * stand_in(own, normed)
     return model.lm_head(model.model.norm(x)), made, margin
 
 
-def batch_loss(
-    model, samples: Sequence, routers: dict[int, Tensor], scheme: Scheme
-) -> tuple[Tensor, dict[int, Tensor], float]:
-    """Cross entropy per label of a whole batch, each layer's capacity (both with their graphs)
-    and the smallest margin."""
-    nll, count, margin = 0.0, 0, math.inf
+class BatchLoss(NamedTuple):
+    """Per label of a whole batch: what is minimised and the cross entropy; each layer's capacity
+    (all with their graphs), the number of units of a layer, and the smallest margin."""
+
+    loss: Tensor
+    task_loss: Tensor
+    capacity: dict[int, Tensor]
+    num_units: int
+    margin: float
+
+
+def batch_loss(model, samples: Sequence, added: Added, scheme: Scheme) -> BatchLoss:
+    nll, divergence, count, margin = 0.0, 0.0, 0, math.inf
     masks = {layer: [] for layer in scheme.layers}
     for sample in samples:
-        logits, made, closest = forward(model, sample.ids, sample.prompt_length, routers, scheme)
+        logits, made, closest = forward(model, sample.ids, sample.prompt_length, added, scheme)
         targets = [i for i, label in enumerate(sample.labelled) if label and i]
         expected = torch.tensor([sample.ids[i] for i in targets])
-        picked = logits[[i - 1 for i in targets]]
+        before = [i - 1 for i in targets]
+        picked = logits[before]
+        dense = model(torch.tensor([list(sample.ids)])).logits[0][before].log_softmax(-1)
+        ratio = dense - picked.log_softmax(-1)
+        divergence = divergence + (dense.exp() * ratio).sum()
         nll = nll + torch.nn.functional.cross_entropy(picked, expected, reduction="sum")
         count += len(targets)
         margin = min(margin, closest)
         for layer, mask in made.items():
             masks[layer].append(mask.reshape(-1))
-    return nll / count, {layer: torch.cat(m).mean() for layer, m in masks.items()}, margin
+    made = {layer: torch.cat(m) for layer, m in masks.items()}
+    losses = {"task": nll, "distill": divergence, "both": nll + divergence}
+    return BatchLoss(
+        losses[scheme.loss] / count,
+        nll / count,
+        {layer: m.mean() for layer, m in made.items()},
+        len(made[scheme.layers[0]]),
+        margin,
+    )

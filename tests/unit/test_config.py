@@ -101,6 +101,34 @@ def test_what_is_saved_parses_to_the_same(parse, tmp_path):
         (["--router.granularity", "attn_word"], {}, "router.granularity"),
         (["--router.threshold", "1"], {}, "router.threshold"),
         (["--router.capacity_loss_weight", "0"], {}, "router.capacity to 1.0"),
+        (["--router.capacity_loss_weight", "-1"], {}, "router.capacity to 1.0"),
+        (["--router.capacity_loss_weight", "nan"], {}, "must be a number or auto"),
+        ([], {"router": {"capacity_loss_weight": "Auto"}}, "line"),
+        (["--router.bias", "false"], {}, "= auto needs biases"),
+        (
+            ["--router.bias", "false", "--router.capacity_loss_weight", "1"],
+            {},
+            "router.init = importance: sets the routers' biases",
+        ),
+        (["--router.init", "random"], {}, "router.init = random: must be importance or zeros"),
+        (["--router.stand_in_rank", "0"], {}, "router.stand_in_rank = 0: must be at least 1"),
+        (
+            ["--router.stand_in", "none", "--router.stand_in_rank", "4"],
+            {},
+            "router.stand_in_rank = 4: nothing stands in",
+        ),
+        (
+            ["--router.stand_in", "none", "--router.stand_in_tokens", "9"],
+            {},
+            "router.stand_in_tokens = 9: nothing stands in",
+        ),
+        (
+            ["--router.stand_in", "none"],
+            {"train": {"trainable": "routers+stand_ins"}},
+            "there are no stand-ins to train",
+        ),
+        (["--train.trainable", "stand_ins"], {}, "must be routers or routers+stand_ins"),
+        (["--train.loss", "kl"], {}, "train.loss = kl: must be task, distill or both"),
         (["--parallel.sequence_parallel", "true"], {}, "tensor_model_parallel_size above 1"),
         (["--train.validation_interval", "5"], {}, "data.validation = None"),
         (["--data.validation", "v.jsonl"], {}, "set both"),
@@ -131,6 +159,35 @@ def test_mistakes_are_named(parse, arguments, sections, message):
     with pytest.raises(ValueError) as caught:
         parse(*arguments, **sections)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("auto", "auto"), ("2", 2.0), ("0.5", 0.5), ("1e-3", 0.001)]
+)
+def test_a_penaltys_weight_is_a_number_or_found(parse, tmp_path, text, value):
+    config = parse("--router.capacity_loss_weight", text)
+    assert config.router.capacity_loss_weight == value
+    path = tmp_path / "resolved.yaml"
+    path.write_text(cli.to_yaml(config))
+    assert cli.parse(["--config", str(path)]) == config
+    path.write_text(f"router:\n  capacity_loss_weight: {text}\n")
+    assert parse("--router", f"{{capacity_loss_weight: {text}}}").router == config.router
+
+
+def test_a_stand_ins_rank_fits_the_model(parse):
+    for granularity, rank in (("attn_token", 32), ("mlp_token", 64), ("block_sequence", 64)):
+        router = parse("--router.granularity", granularity).router
+        assert router.resolve(num_layers=30, hidden_size=576).stand_in_rank == rank
+        assert router.resolve(num_layers=30, hidden_size=40).stand_in_rank == 20
+    router = parse("--router.stand_in_rank", "577").router
+    with pytest.raises(ValueError, match="must be at most the model's hidden size, 576"):
+        router.resolve(num_layers=30, hidden_size=576)
+    assert (
+        parse("--router.stand_in", "none")
+        .router.resolve(num_layers=30, hidden_size=576)
+        .stand_in_rank
+        is None
+    )
 
 
 def test_missing_settings_are_named():
@@ -196,6 +253,7 @@ def test_a_file_that_ends_anywhere_is_one_message_at_most(tmp_path):
     ("field", "value", "type_in_words"),
     [
         ("router.capacity", "x", "a number or a list of numbers"),
+        ("router.capacity_loss_weight", "automatic", "a number or auto"),
         ("router.layers", "x", "a mapping to whole numbers or a list of whole numbers"),
         ("router.layers.deepest", "x", "a mapping to whole numbers or a list of whole numbers"),
         ("data.max_train_samples", "x", "a whole number or null"),

@@ -12,7 +12,13 @@ from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig, resolve_capacity, resolve_layers
 from megatron_mod.routing.decision import keep_mask
 from megatron_mod.routing.masks import TokenRole, pooled_tokens, valid_tokens
+from megatron_mod.routing.quantile import borders
 from megatron_mod.routing.router import Router
+
+
+def decide(logits, *, border=0.0, penalty=0.0, valid=None, **more):
+    valid = torch.ones_like(logits, dtype=torch.bool) if valid is None else valid
+    return keep_mask(logits, valid, border=border, penalty=torch.tensor(penalty), **more)
 
 
 def config(**changes):
@@ -24,8 +30,7 @@ def test_an_untrained_router_keeps_everything():
     router = Router(8)
     logits = router(torch.randn(6, 2, 8))
     assert torch.equal(logits, torch.zeros(6, 2))
-    mask = keep_mask(logits, border=config().logit_border(3), penalty_gradient=torch.zeros(6, 2))
-    assert mask.min() == 1
+    assert decide(logits, border=config().logit_border(3)).min() == 1
 
 
 def test_logits_are_fp32_in_a_bf16_model():
@@ -55,35 +60,52 @@ def test_ties_are_kept_and_the_next_smaller_number_is_not(threshold):
         at = torch.nextafter(at, torch.tensor(math.inf))
     below = torch.nextafter(at, torch.tensor(-math.inf))
     logits = torch.stack([at, below])
-    mask = keep_mask(logits, border=border, penalty_gradient=torch.zeros(2))
-    assert mask.tolist() == [1.0, 0.0]
+    assert decide(logits, border=border).tolist() == [1.0, 0.0]
 
 
 def test_gradient_is_straight_through_plus_the_penalty():
-    logits = torch.tensor([-2.0, -1e-7, 0.0, 3.0], requires_grad=True)
-    downstream = torch.tensor([1.0, -2.0, 0.5, 4.0])
-    penalty = torch.tensor([0.25, 0.25, 0.0, 0.25])
-    mask = keep_mask(logits, border=0.0, penalty_gradient=penalty)
+    logits = torch.tensor([-2.0, -1e-7, 0.0, 3.0, 5.0], requires_grad=True)
+    downstream = torch.tensor([1.0, -2.0, 0.5, 4.0, 9.0])
+    valid = torch.tensor([True, True, True, True, False])
+    pull = torch.tensor([1.0, 2.0])
+    mask = decide(logits, penalty=0.25, valid=valid, pull=pull)
     (mask * downstream).sum().backward()
     probability = torch.sigmoid(logits.detach())
-    expected = (downstream + penalty) * probability * (1 - probability)
-    assert mask.tolist() == [0, 0, 1, 1]
-    torch.testing.assert_close(logits.grad, expected)
+    slope = probability * (1 - probability) * valid
+    assert mask.tolist() == [0, 0, 1, 1, 0]
+    torch.testing.assert_close(logits.grad, slope * (downstream + 0.25))
+    added = torch.stack([(slope * downstream).sum(), slope.sum()])
+    torch.testing.assert_close(pull, torch.tensor([1.0, 2.0]) + added)
+
+
+def test_what_is_skipped_may_hear_nothing():
+    logits = torch.tensor([-2.0, 1.0, 3.0], requires_grad=True)
+    downstream = torch.tensor([1.0, 0.5, 4.0])
+    pull = torch.zeros(2)
+    (decide(logits, penalty=0.25, only_kept=True, pull=pull) * downstream).sum().backward()
+    slope = torch.sigmoid(logits.detach()) * torch.sigmoid(-logits.detach())
+    slope[0] = 0
+    torch.testing.assert_close(logits.grad, slope * (downstream + 0.25))
+    torch.testing.assert_close(pull, torch.stack([(slope * downstream).sum(), slope.sum()]))
+
+
+def end_step(controller, capacity, pull=((0.0, 1.0), (0.0, 1.0)), num_units=8):
+    controller.end_step(torch.tensor(capacity), torch.tensor(pull), num_units)
 
 
 def test_penalty_is_on_before_the_first_step_then_follows_the_last_capacity():
     controller = CapacityController(config(scope="layer", capacity_loss_weight=2.0))
     assert controller.penalty_per_unit(8).tolist() == [0.25, 0.25]
-    controller.end_step(torch.tensor([0.5, 0.8]))  # at the target is not above it
+    end_step(controller, [0.5, 0.8])  # at the target is not above it
     assert controller.penalty_per_unit(8).tolist() == [0.0, 0.25]
     assert float(controller.penalty(torch.tensor([0.9, 0.9]))) == pytest.approx(2 * (0.9 - 0.75))
 
 
 def test_model_scope_compares_means_so_one_layer_may_stay_on():
     controller = CapacityController(config(scope="model"))
-    controller.end_step(torch.tensor([1.0, 0.2]))  # mean 0.6 under the mean target 0.625
+    end_step(controller, [1.0, 0.2])  # mean 0.6 under the mean target 0.625
     assert controller.penalty_per_unit(4).tolist() == [0.0, 0.0]
-    controller.end_step(torch.tensor([1.0, 0.3]))
+    end_step(controller, [1.0, 0.3])
     assert controller.penalty_per_unit(4).tolist() == [0.25, 0.25]
 
 
@@ -101,10 +123,122 @@ def test_target_falls_from_one_over_the_warm_up():
 
 
 def test_controller_state_survives():
-    first, second = CapacityController(config()), CapacityController(config())
-    first.end_step(torch.tensor([0.1, 0.2]))
-    second.load_state_dict(first.state_dict())
+    made = config(capacity_loss_weight="auto", scope="layer")
+    first, second = CapacityController(made), CapacityController(made)
+    for controller in (first, second):
+        end_step(controller, [0.1, 0.2], ((0.1, 0.3), (0.7, 0.9)))
+    state = json.loads(json.dumps(first.state_dict()))
+    second = CapacityController(made)
+    second.load_state_dict(state)
     assert torch.equal(first.previous, second.previous)
+    assert torch.equal(first.price, second.price)
+    second.load_state_dict({"previous": [1.0, 0.5]})  # of a run from before there was a price
+    assert second.price is None
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_a_price_leaves_nothing_for_moving_all_logits(scope):
+    """At the price found in a step, the gradients of that step's logits add up to zero."""
+    controller = CapacityController(config(capacity_loss_weight="auto", scope=scope))
+    assert controller.penalty_per_unit(40).tolist() == [0.0, 0.0]
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 40, generator=generator)
+    downstream = torch.randn(2, 40, generator=generator) - 0.5
+
+    def gradients():
+        found, pulls = [], torch.zeros(2, 2)
+        for layer, price in enumerate(controller.penalty_per_unit(40)):
+            own = logits[layer].clone().requires_grad_()
+            mask = decide(own, penalty=float(price), pull=pulls[layer])
+            (mask * downstream[layer]).sum().backward()
+            found.append(own.grad)
+        return torch.stack(found), pulls
+
+    before, pulls = gradients()
+    controller.end_step(torch.tensor([0.5, 0.5]), pulls, 40)
+    assert controller.price.min() > 0, "keeping a unit lowers the loss here"
+    after, again = gradients()
+    torch.testing.assert_close(again, pulls)  # the price is no part of what is found
+    left = after.sum(1) if scope == "layer" else after.sum()
+    assert before.sum(1).abs().min() > 1
+    assert left.abs().max() < 1e-5
+    first = controller.price
+    controller.end_step(torch.tensor([0.5, 0.5]), torch.tensor([[0.0, 1.0], [0.0, 1.0]]), 40)
+    torch.testing.assert_close(controller.price, 0.7 * first)
+    assert float(controller.penalty(torch.tensor([0.9, 0.9]))) == 0.0
+
+
+def kept_by(scores, shares, *, together=False):
+    """Shares of each layer's units that the borders keep, as one rank and as two find them."""
+    found = []
+    for parts in ([scores], [scores[:, ::2], scores[:, 1::2]]):
+        whole = max(part.shape[1] for part in parts)
+        parts = [torch.nn.functional.pad(p, (0, whole - p.shape[1]), value=math.nan) for p in parts]
+        found.append(meet(parts, torch.tensor(shares), together=together))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
+    kept = (scores.double() >= found[0][:, None]).sum(1) / scores.isfinite().sum(1)
+    return kept.tolist(), found[0].tolist()
+
+
+def meet(parts, shares, *, together):
+    """What ``borders`` finds when ranks hold parts, each in a thread of its own."""
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    barrier, said, found = Barrier(len(parts)), [None] * len(parts), []
+
+    def reduced(rank, how):
+        def reduce(values):
+            said[rank] = values.clone()
+            barrier.wait()
+            total = how(torch.stack(said))
+            barrier.wait()
+            return total
+
+        return reduce
+
+    def one(rank):
+        return borders(
+            parts[rank],
+            shares,
+            together=together,
+            add_up=reduced(rank, lambda all_: all_.sum(0)),
+            largest=reduced(rank, lambda all_: all_.amax(0)),
+        )
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        found = list(pool.map(one, range(len(parts))))
+    assert all(torch.equal(found[0], other) for other in found)
+    return found[0]
+
+
+def test_borders_keep_the_share_that_is_wanted():
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randn(3, 1000, generator=generator)
+    scores[1] = scores[1] * 1e-4 + 7
+    scores[2, 5] = 1e4  # one massive activation
+    scores[0, 900:] = math.nan
+    kept, _ = kept_by(scores, [0.5, 0.25, 0.9])
+    assert kept == pytest.approx([0.5, 0.25, 0.9], abs=0.004)
+    kept, found = kept_by(scores, [0.2, 0.5, 0.8], together=True)
+    assert len(set(found)) == 1
+    assert sum(k * n for k, n in zip(kept, (900, 1000, 1000), strict=True)) == pytest.approx(
+        1450, abs=1
+    )
+
+
+def test_borders_of_few_units_lie_between_two():
+    scores = torch.tensor([[4.0, 1.0, 2.0, 3.0], [0.5, 0.5, 0.5, -1.0], [2.0, 2.0, 2.0, 2.0]])
+    for shares, wanted, found in (
+        ([0.5, 0.5, 0.5], [0.5, 0.75, 1.0], [2.5, -0.25, 1.95]),
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.95, -1.05, 1.95]),
+        ([0.3, 1e-6, 0.1], [0.5, 0.75, 1.0], [2.5, -0.25, 1.95]),
+    ):
+        kept, at = kept_by(scores, shares)
+        assert kept == wanted
+        assert at == pytest.approx(found)
+    nothing = torch.full((2, 3), math.nan)
+    assert meet([nothing], torch.tensor([0.5, 0.5]), together=False).tolist() == [0.0, 0.0]
 
 
 def test_pooling_sees_the_prompt_or_everything_but_padding():
@@ -203,7 +337,8 @@ def test_routing_imports_no_megatron():
 
     code = (
         "import sys, megatron_mod.routing.capacity, megatron_mod.routing.decision, "
-        "megatron_mod.routing.router, megatron_mod.routing.masks; "
+        "megatron_mod.routing.router, megatron_mod.routing.masks, megatron_mod.routing.quantile, "
+        "megatron_mod.routing.stand_in; "
         "sys.exit(any(m.split('.')[0] == 'megatron' for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
