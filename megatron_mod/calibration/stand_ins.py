@@ -54,6 +54,7 @@ def make_stand_ins(request: StandInRequest, ranks: Topology) -> dict[int, float]
         degrees = {"tensor": ranks.tensor, "pipeline": ranks.pipeline}
         check_parallel(arch, **degrees, names=OPTIONS)
         routing = _routing(request, base)
+        assert routing.stand_in_rank is not None
         samples = _samples(request, base)
         tokens = sum(len(sample.ids) for sample in samples)
 

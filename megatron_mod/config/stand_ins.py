@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import yaml
@@ -91,5 +91,7 @@ class StandInRequest(Degrees):
 
     def router(self) -> RouterConfig:
         """The settings of a training that the options are; layers and rank unset as there."""
-        layers = {} if self.layers is None else {"layers": LayerChoice.read(self.layers)}
-        return RouterConfig(granularity=self.granularity, stand_in_rank=self.rank, **layers)
+        settings = RouterConfig(granularity=self.granularity, stand_in_rank=self.rank)
+        if self.layers is None:
+            return settings
+        return replace(settings, layers=LayerChoice.read(self.layers))

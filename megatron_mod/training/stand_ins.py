@@ -48,6 +48,7 @@ def fit_stand_ins(model: ModelChunks, batches: Iterable[StepBatch]) -> dict[int,
         for sums in (found.table, found.squares):
             dist.all_reduce(sums, group=groups.dp_cp)
         stand_in = layers[index].stand_in
+        assert stand_in is not None
         solution = found.solve(stand_in.down.out_features, ridge=RIDGE)
         stand_in.put(solution)
         for parameter in stand_in.parameters():  # the last bit of a solver is each machine's own

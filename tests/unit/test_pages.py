@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_mod.config.cli import FIELDS, SECTIONS
+from megatron_mod.config.cli import FIELDS, SECTIONS, parse
 from tests.unit.test_commands import SCHEMAS, SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def test_commands_have_the_options_that_are_shown(page):
             assert plain in known, f"{name}: --{option}"
 
 
-def test_all_settings_are_listed_with_their_defaults():
+def test_all_settings_are_listed_with_their_defaults(tmp_path):
     text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     listed = {
@@ -76,6 +76,9 @@ def test_all_settings_are_listed_with_their_defaults():
         default = default if field.default is MISSING else field.default
         if default is not MISSING and name != "model.checkpoint":  # one of two that must be set
             assert listed[name] == default, name
+    path = tmp_path / "all.yaml"
+    path.write_text(block, encoding="utf-8")
+    assert parse(["--config", str(path)]).router.resolve(num_layers=30, hidden_size=576)
 
 
 def test_every_room_has_a_page():
