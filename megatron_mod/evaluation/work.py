@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from megatron_mod.conversion.export import dense_config, routing_of
 from megatron_mod.conversion.families import family_of
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.routing.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Work:
     attention only those of a query with the keys it sees. ``routing``: ``None`` for a dense model.
 
     A layer's decisions are bool tensors, one entry a token; a sequence that decides as one says the
-    same for all of its tokens.
+    same for all of its tokens. A layer whose threshold is 1 is removed for good: nobody will ever
+    ask for its keys and values, so none are made, with ``keys_values = all`` neither.
     """
 
     arch: Architecture
@@ -41,6 +42,10 @@ class Work:
         dense = dense_config(hf_config)
         return cls(family_of(dense).architecture_of(dense), routing_of(hf_config, path))
 
+    def at(self, thresholds: Sequence[float]) -> Work:
+        """Of the same model with other thresholds, one per routed layer."""
+        return replace(self, routing=replace(self.routing, threshold=tuple(thresholds)))
+
     def prefill(self, length: int, kept: Mapping[int, Tensor]) -> int:
         """Floating-point operations of one sequence's forward pass, up to its last token's logits.
 
@@ -49,11 +54,12 @@ class Work:
             kept: each routed layer's decisions ``[S]``.
         """
         arch = self.arch
-        dense = self._layer(torch.ones(length, dtype=torch.bool), scheme=None)
+        dense = self._layer(torch.ones(length, dtype=torch.bool), routed=None)
         layers = dense * (arch.num_layers - len(kept))
-        for decisions in kept.values():
-            layers += self._layer(decisions, scheme=self.routing.scheme)
+        for layer, decisions in kept.items():
+            layers += self._layer(decisions, routed=layer)
             layers += 2 * arch.hidden_size * length  # the router
+            layers += 2 * self._stand_in_weights * int(decisions.logical_not().sum())
         return layers + 2 * arch.hidden_size * arch.vocab_size
 
     def decode_bytes(
@@ -83,9 +89,10 @@ class Work:
                 elements += 2 * self._key_channels * sum(map(self._in_window, stored))
                 continue
             elements += arch.hidden_size  # the router, of fp32: too little to tell apart
+            elements += self._stand_in_weights * (not decisions.all())
             some, scheme = bool(decisions.any()), self.routing.scheme
             attends = some or not scheme.covers_attention
-            needs_keys = attends or self.routing.keys_values == "all"
+            needs_keys = attends or self._offers_all_keys(layer)
             elements += self._query_weights * attends + self._key_weights * needs_keys
             elements += self._mlp_weights * (some or not scheme.covers_mlp)
             readers = decisions.tolist() if scheme.covers_attention else [True] * len(stored)
@@ -93,14 +100,15 @@ class Work:
             elements += 2 * self._key_channels * sum(map(self._in_window, read))
         return elements * element_size
 
-    def _layer(self, kept: Tensor, *, scheme: Scheme | None) -> int:
-        """Floating-point operations of a layer over a sequence; no ``scheme``: a dense one."""
+    def _layer(self, kept: Tensor, *, routed: int | None) -> int:
+        """Floating-point operations of this routed layer, or of a dense one, over a sequence."""
+        scheme = None if routed is None else self.routing.scheme
         length, chosen = len(kept), int(kept.sum())
         everyone = torch.ones_like(kept)
         queries, keys = everyone, everyone
         if scheme and scheme.covers_attention:
             queries = kept
-            keys = everyone if self.routing.keys_values == "all" else kept
+            keys = everyone if self._offers_all_keys(routed) else kept
         mlp = chosen if scheme and scheme.covers_mlp else length
         return (
             2 * self._query_weights * int(queries.sum())
@@ -108,6 +116,11 @@ class Work:
             + 4 * self._query_channels * self._pairs(queries, keys)
             + 2 * self._mlp_weights * mlp
         )
+
+    def _offers_all_keys(self, layer: int) -> bool:
+        """Whether units that skip this routed layer make keys and values for those that do not."""
+        is_removed = self.routing.logit_border(layer) == math.inf
+        return self.routing.keys_values == "all" and not is_removed
 
     def _pairs(self, queries: Tensor, keys: Tensor) -> int:
         """How many keys all queries see together; both bool ``[S]``."""
@@ -143,3 +156,7 @@ class Work:
     @property
     def _mlp_weights(self) -> int:
         return 3 * self.arch.hidden_size * self.arch.ffn_hidden_size
+
+    @property
+    def _stand_in_weights(self) -> int:
+        return 2 * self.arch.hidden_size * (self.routing.stand_in_rank or 0)
