@@ -31,7 +31,6 @@ from megatron_mod.conversion.finite import cast
 from megatron_mod.conversion.hf_reader import HFReader, read_config
 from megatron_mod.conversion.hf_writer import MAX_SHARD_BYTES, HFWriter
 from megatron_mod.conversion.progress import byte_progress
-from megatron_mod.conversion.routers import HF_KEY
 from megatron_mod.conversion.source import open_source
 from megatron_mod.conversion.weights import Weight, hf_weights
 
@@ -82,7 +81,9 @@ def _fill_base(
             for row in table
         }
         total = _size(tensors.values())
-        size = total + beside + _OVERHEAD + _PER_TENSOR * len(tensors)
+        added = [t for own in found[1].values() for t in own.values()] if found else []
+        size = total + _size(added) + beside + _OVERHEAD
+        size += _PER_TENSOR * (len(tensors) + len(added))
         require_room(save, size, what="the checkpoint")
         with byte_progress(f"Writing {save}", total=total) as advance:
             read = {
@@ -140,31 +141,26 @@ def megatron_to_hf(
             behind.
     """
     source = open_source(load, base=base)
-    chosen = None
+    chosen = routers.read_source(source)
     if routers_path is not None:
-        if source.routing:
+        if chosen:
             raise ValueError(
                 f"--routers {routers_path}: {load} has routers of its own; give its base."
             )
         chosen = routers.read_routers(routers_path, source.base.arch)
-    elif source.routing:
-        chosen = source.routing, routers.read_step(source.step, source.routing)
     beside = check_companions(source.base.huggingface)
     with new_folder(save) as folder, hf_weights(source.base) as weights:
         writer = HFWriter(folder, max_shard_bytes=max_shard_bytes)
-        total = _size(_as(weight.like, dtype) for weight in weights)
-        size = total + beside + _OVERHEAD + _PER_TENSOR * len(weights)
+        like = [_as(weight.like, dtype) for weight in weights]
+        added = routers.hf_tensors(chosen[1], like[0].dtype) if chosen else {}
+        total = _size(like) + _size(added.values())
+        size = total + beside + _OVERHEAD + _PER_TENSOR * (len(weights) + len(added))
         require_room(Path(save), size, what="the export")
         with byte_progress(f"Writing {save}", total=total) as advance:
-            for weight in weights:
-                like = _as(weight.like, dtype)
-                writer.add(weight.name, like, partial(_read, weight, like, advance))
-            like = _as(weights[0].like, dtype)
-            for layer, added in chosen[1].items() if chosen else ():
-                for name, tensor in added.items():
-                    # Routers are fp32 whatever the model's dtype; stand-ins are computed in it.
-                    kept = tensor if name.startswith("router.") else tensor.to(like.dtype)
-                    writer.add(HF_KEY.format(layer, name), kept)
+            for weight, tensor in zip(weights, like, strict=True):
+                writer.add(weight.name, tensor, partial(_read, weight, tensor, advance))
+            for name, tensor in added.items():
+                writer.add(name, tensor, partial(_give, tensor, advance))
             writer.close()
         copy_companions(source.base.huggingface, folder, dtype=dtype)
         make_portable(folder)
@@ -179,6 +175,11 @@ def _read(weight: Weight, like: Tensor, advance: Callable[[int], None]) -> Tenso
     return tensor
 
 
+def _give(tensor: Tensor, advance: Callable[[int], None]) -> Tensor:
+    advance(tensor.nbytes)
+    return tensor
+
+
 def export_routers(load: str | Path, save: str | Path, *, base: str | Path | None = None) -> None:
     """Write a training run's routers alone, as the published code saves them.
 
@@ -187,11 +188,11 @@ def export_routers(load: str | Path, save: str | Path, *, base: str | Path | Non
             exists; nothing is left behind.
     """
     source = open_source(load, base=base)
-    if source.routing is None:
+    chosen = routers.read_source(source)
+    if chosen is None:
         raise ValueError(f"{load}: holds no routers; give a training run, or one of its steps.")
-    added = routers.read_step(source.step, source.routing)
     with new_folder(save) as folder:
-        routers.write_published(folder, source.routing, added, read_config(source.base.huggingface))
+        routers.write_published(folder, *chosen, read_config(source.base.huggingface))
         write_checksums(folder)
 
 

@@ -31,8 +31,9 @@ from megatron_mod.conversion.config_types import (
     is_list,
     is_share,
 )
-from megatron_mod.conversion.finite import require_finite
+from megatron_mod.conversion.finite import cast, require_finite
 from megatron_mod.conversion.hf_reader import HFReader, read_config
+from megatron_mod.conversion.source import Source
 from megatron_mod.hf.thresholds_mod import threshold_at
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.trainable import AVERAGE
@@ -45,6 +46,7 @@ the same in Megatron's layer and in Hugging Face's (``RoutingConfig.added_shapes
 
 KEY = "decoder.layers.{}.{}"
 HF_KEY = "model.layers.{}.{}"
+ROUTER, BIAS = "router.weight", "router.bias"
 OURS = "megatron_mod"  # the published config's field for settings it has none for
 
 
@@ -69,6 +71,19 @@ def read_routers(folder: str | Path, arch: Architecture) -> tuple[RoutingConfig,
     return routing, added
 
 
+def read_source(source: Source) -> tuple[RoutingConfig, Added] | None:
+    """Settings and what was added, of an opened run or base; ``None`` of a base without routers.
+
+    Raises:
+        ValueError: they are not finite, or do not fit each other or the model.
+    """
+    if source.routing is None:
+        return None
+    added = read_step(source.step, source.routing)
+    _check_fit(source.step, source.routing, added, source.base.arch)
+    return source.routing, added
+
+
 def read_step(step: Path, routing: RoutingConfig) -> Added:
     """What was added, of a step folder; averaged if the training averaged it.
 
@@ -90,6 +105,24 @@ def read_step(step: Path, routing: RoutingConfig) -> Added:
         added[layer][name] = tensor = reader.tensor(key).clone()
         require_finite(tensor, key, where=step / STATE)
     return added
+
+
+def hf_tensors(added: Added, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What was added by its names in an export of this dtype: routers stay fp32, stand-ins are
+    computed in it.
+
+    Raises:
+        ValueError: a value is too large for the dtype.
+    """
+    return {
+        HF_KEY.format(layer, name): (
+            tensor.float()
+            if name.startswith("router.")
+            else cast(tensor, dtype, HF_KEY.format(layer, name))
+        )
+        for layer, own in added.items()
+        for name, tensor in own.items()
+    }
 
 
 def write_step(
@@ -125,7 +158,7 @@ def write_published(folder: Path, routing: RoutingConfig, added: Added, hf_confi
             "know; train with router.stand_in none, or export the whole model."
         )
     thresholds = {
-        logit_border(threshold) - float(added[layer].get("router.bias", torch.zeros(1)))
+        logit_border(threshold) - float(added[layer].get(BIAS, 0.0))
         for layer, threshold in zip(routing.layers, routing.thresholds, strict=True)
     }
     if len(thresholds) > 1:
@@ -148,10 +181,8 @@ def write_published(folder: Path, routing: RoutingConfig, added: Added, hf_confi
     }
     text = json.dumps(config, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-    tensors = {
-        HF_KEY.format(layer, "router.weight"): own["router.weight"].float().contiguous()
-        for layer, own in added.items()
-    }
+    weights = {layer: {ROUTER: own[ROUTER].contiguous()} for layer, own in added.items()}
+    tensors = hf_tensors(weights, torch.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -226,13 +257,18 @@ def _read_published(folder: Path) -> tuple[RoutingConfig, Added]:
         )
     except ValueError as error:
         raise ValueError(f"{path}: {OURS}: {error}") from error
-    pattern = re.compile(r"model\.layers\.(\d+)\.(router\.weight)")
+    pattern = re.compile(r"model\.layers\.(\d+)\.((router|stand_in)\..+)")
+    added: Added = {}
     with HFReader(folder) as reader:
-        names = {n: m.groups() for n in reader.names() if (m := pattern.fullmatch(n))}
-        added = {
-            int(layer): {name: reader.tensor(n).float().clone()}
-            for n, (layer, name) in names.items()
-        }
+        for key in sorted(reader.names()):
+            if not (match := pattern.fullmatch(key)):
+                continue  # the model's own, of which some releases of that code saved all
+            if match[2] != ROUTER:
+                raise ValueError(
+                    f"{reader.file(key)}: {key}: the published format has no biases and no "
+                    "stand-ins; give the run that they come from."
+                )
+            added[int(match[1])] = {ROUTER: reader.tensor(key).float().clone()}
     return routing, dict(sorted(added.items()))
 
 
@@ -252,7 +288,7 @@ def _check_fit(folder: Path, routing: RoutingConfig, added: Added, arch: Archite
     for layer, own in added.items():
         for name, tensor in own.items():
             if tensor.shape != torch.Size(shapes[name]):
-                what = "router" if name == "router.weight" else name
+                what = "router" if name == ROUTER else name
                 raise ValueError(
                     f"{folder}: the {what} of layer {layer} has shape {tuple(tensor.shape)} "
                     f"instead of {shapes[name]}, this model's; it belongs to another model."

@@ -59,6 +59,7 @@ class Work:
         for layer, decisions in kept.items():
             layers += self._layer(decisions, routed=layer)
             layers += 2 * arch.hidden_size * length  # the router
+            layers += 2 * self._stand_in_weights * int(decisions.logical_not().sum())
         return layers + 2 * arch.hidden_size * arch.vocab_size
 
     def decode_bytes(
@@ -88,6 +89,7 @@ class Work:
                 elements += 2 * self._key_channels * sum(map(self._in_window, stored))
                 continue
             elements += arch.hidden_size  # the router, of fp32: too little to tell apart
+            elements += self._stand_in_weights * (not decisions.all())
             some, scheme = bool(decisions.any()), self.routing.scheme
             attends = some or not scheme.covers_attention
             needs_keys = attends or self._offers_all_keys(layer)
@@ -154,3 +156,7 @@ class Work:
     @property
     def _mlp_weights(self) -> int:
         return 3 * self.arch.hidden_size * self.arch.ffn_hidden_size
+
+    @property
+    def _stand_in_weights(self) -> int:
+        return 2 * self.arch.hidden_size * (self.routing.stand_in_rank or 0)

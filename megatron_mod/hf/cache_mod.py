@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Collection
 from functools import cached_property
 from typing import Any
 
@@ -18,12 +19,49 @@ _PARAMETERS = inspect.signature(LlamaModel.forward).parameters
 CACHE = next(name for name in ("cache", "past_key_values") if name in _PARAMETERS)
 
 
-class TokenSelection:
-    """The kept tokens of a call, in the order of the text; ``N`` of them, from ``keep`` [B, S]."""
+class Choice:
+    """The kept among ``N`` units, in ascending order, from ``keep`` ``[N]`` bool."""
 
     def __init__(self, keep: Tensor) -> None:
-        self.keep, self.shape = keep, keep.shape
-        self.index = keep.flatten().nonzero().squeeze(-1)  # among all B * S
+        self.keep = keep
+        self.index = keep.flatten().nonzero().squeeze(-1)
+
+    @cached_property
+    def others(self) -> Tensor:
+        """Where the units are that are not kept, without waiting for the device."""
+        order = self.keep.flatten().byte().argsort(stable=True)
+        return order[: len(order) - len(self.index)]
+
+    def left(self, values: Tensor) -> Tensor:
+        """Of ``values`` ``[N, ...]`` those of the units that are not kept."""
+        return values[self.others] if len(self.index) else values
+
+    def apply(
+        self,
+        values: Tensor,
+        function: Callable[[Tensor], Tensor],
+        instead: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """``values`` ``[N, ...]`` with ``function`` of the kept in their place, and ``instead`` of
+        the others in theirs; without it they stay."""
+        if len(self.index) == len(values):
+            return function(values)
+        if not len(self.index):
+            return instead(values) if instead else values
+        changed = torch.empty_like(values) if instead else values.clone()
+        changed.index_copy_(0, self.index, function(values[self.index]))
+        if instead:
+            changed.index_copy_(0, self.others, instead(values[self.others]))
+        return changed
+
+
+class TokenSelection(Choice):
+    """The kept tokens of a call, in the order of the text, from ``keep`` ``[B, S]``: a choice among
+    all ``B * S``."""
+
+    def __init__(self, keep: Tensor) -> None:
+        super().__init__(keep)
+        self.shape = keep.shape
 
     @cached_property
     def rows(self) -> Tensor:
@@ -48,11 +86,11 @@ class TokenSelection:
         return self.index if self.shape[1] == 1 else self.rows * self.longest + self.ranks
 
     def take(self, values: Tensor) -> Tensor:
-        """``[N, ...]`` of ``[B, S, ...]``, or of ``[1, S, ...]`` if the rows share it."""
+        """The kept of ``[B, S, ...]``, or of ``[1, S, ...]`` if the rows share it."""
         return values[0, self.columns] if len(values) == 1 else values.flatten(0, 1)[self.index]
 
     def pad(self, values: Tensor) -> Tensor:
-        """``[N, ...]`` to ``[B, longest, ...]``, every row's at its start, zeros behind."""
+        """Of each kept token to ``[B, longest, ...]``, every row's at its start, zeros behind."""
         if self.shape[0] == 1:
             return values[None]
         padded = values.new_zeros(self.shape[0] * self.longest, *values.shape[1:])
@@ -114,12 +152,15 @@ class SequenceCacheLayer(RoutedCacheLayer):
     def __init__(self, window: int | None = None, *, everyone: bool = False) -> None:
         super().__init__(window)
         self.everyone = everyone
-        self.kept: Tensor | None = None  # [B] bool, set by the prefill
-        self.rows: Tensor | None = None  # indices of the kept sequences, ascending
+        self.choice: Choice | None = None  # among the B sequences, set by the prefill
+
+    @property
+    def kept(self) -> Tensor | None:
+        """``[B]`` bool."""
+        return self.choice and self.choice.keep
 
     def decide(self, kept: Tensor) -> None:
-        self.kept = kept
-        self.rows = kept.nonzero().squeeze(-1)
+        self.choice = Choice(kept)
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(keys, values)
@@ -139,7 +180,7 @@ class SequenceCacheLayer(RoutedCacheLayer):
         stored = self._rows() if self.everyone else self.kept.cumsum(0) - 1
         self.decide(self.kept[indices])
         if self.is_initialized:
-            stored = stored[indices if self.everyone else indices[self.rows]]
+            stored = stored[indices if self.everyone else indices[self.choice.index]]
             self.keys, self.values = self.keys[stored], self.values[stored]
 
     def _rows(self) -> Tensor | None:
@@ -225,6 +266,22 @@ class TokenCacheLayer(RoutedCacheLayer):
         self.keys, self.values = self.keys.gather(2, order), self.values.gather(2, order)
 
 
+class EmptyCacheLayer(RoutedCacheLayer):
+    """A layer that is skipped for good: nothing is stored, but how long the text is stays known."""
+
+    def reset(self) -> None:
+        self.__init__(self.window)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        pass
+
+    def _rows(self) -> None:
+        return None
+
+    def _keep_first(self, tokens: int) -> None:
+        pass
+
+
 def check_batch(batch: int, *, cached: int) -> None:
     if batch != cached:
         raise ValueError(
@@ -233,8 +290,11 @@ def check_batch(batch: int, *, cached: int) -> None:
         )
 
 
-def prepare_cache(cache: Cache, config: RoutedConfig) -> Cache:
+def prepare_cache(cache: Cache, config: RoutedConfig, removed: Collection[int] = ()) -> Cache:
     """Give a new cache, in place, the storage the routed layers need; check one in use.
+
+    Args:
+        removed: layers whose attention is skipped for good.
 
     Raises:
         ValueError: a cache that is no ``DynamicCache``, or that another model filled.
@@ -244,22 +304,23 @@ def prepare_cache(cache: Cache, config: RoutedConfig) -> Cache:
             f"past_key_values is a {type(cache).__name__}; what a routed layer stores has no fixed "
             "size and belongs to some sequences or tokens only: pass a DynamicCache, or none."
         )
-    kind, settings = None, {}
+    kinds: dict[int, type[RoutedCacheLayer]] = {}
     if config.per_sequence:
-        kind, settings = SequenceCacheLayer, {"everyone": config.target == "mlp"}
+        kinds = dict.fromkeys(config.routing["layers"], SequenceCacheLayer)
     elif config.stores_selected:
-        kind = TokenCacheLayer
-    routed = config.routing["layers"] if kind else []
+        kinds = dict.fromkeys(config.routing["layers"], TokenCacheLayer)
+    kinds.update(dict.fromkeys(removed, EmptyCacheLayer))
     if cache.get_seq_length() == 0:
         cache.layers = DynamicCache(config=config).layers
         cache.layer_class_to_replicate = None
-        for index in routed:
-            cache.layers[index] = kind(config.window(index), **settings)
+        everyone = {"everyone": config.target == "mlp"} if config.per_sequence else {}
+        for index, kind in kinds.items():
+            cache.layers[index] = kind(config.window(index), **everyone)
         return cache
     found = {n: type(c) for n, c in enumerate(cache.layers) if isinstance(c, RoutedCacheLayer)}
-    if found != dict.fromkeys(routed, kind) or len(cache.layers) != config.num_hidden_layers:
+    if found != kinds or len(cache.layers) != config.num_hidden_layers:
         raise ValueError(
-            "past_key_values is a used cache that this model did not fill: pass an empty "
-            "DynamicCache, or none."
+            "past_key_values is a used cache that this model did not fill, or not with these "
+            "thresholds: pass an empty DynamicCache, or none."
         )
     return cache

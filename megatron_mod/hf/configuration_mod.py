@@ -24,7 +24,8 @@ class RoutedConfig:
     """
 
     routing: dict[str, Any]
-    num_hidden_layers: int  # the family's
+    num_hidden_layers: int  # the family's, as what follows
+    hidden_size: int
 
     def __init__(self, routing: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.routing = dict(routing or NO_ROUTING)
@@ -64,6 +65,15 @@ class RoutedConfig:
             raise ValueError(
                 f"routing.keys_values = {routing['keys_values']!r}: must be "
                 f"{' or '.join(map(repr, allowed))} with granularity {granularity!r}."
+            )
+        if not isinstance(routing.get("bias", False), bool):
+            raise ValueError(f"routing.bias = {routing['bias']!r}: must be true or false.")
+        rank = routing.get("stand_in_rank")
+        is_whole = isinstance(rank, int) and not isinstance(rank, bool)
+        if rank is not None and not (is_whole and 0 < rank <= self.hidden_size):
+            raise ValueError(
+                f"routing.stand_in_rank = {rank!r}: must be a whole number from 1 to "
+                f"{self.hidden_size}, or null."
             )
         self.thresholds()
 

@@ -75,6 +75,11 @@ class RoutedLayer:
             self.stores_selected = config.stores_selected
             self.window = config.window(layer_idx)
 
+    @property
+    def is_removed(self) -> bool:
+        """Whether no unit will ever be kept."""
+        return self.logit_border == math.inf
+
     def forward(self, hidden_states: Tensor, *, routing: RoutingCall, **context: Any) -> Tensor:
         """``[B, S, H]`` to the same; ``context`` is what the family's layer takes."""
         if self.router is None:
@@ -92,31 +97,31 @@ class RoutedLayer:
             storage.decide(self._sequences_to_keep(normed, routing))
         check_batch(batch, cached=len(storage.kept))
         routing.decisions[self.layer_idx] = storage.kept
-        rows, others = storage.rows, None
-        if self.stand_in is not None and len(rows) < batch:
-            others = rest_of(storage.kept, len(rows))
-
-        def stand_in(skipped: Tensor) -> Tensor:
-            read = self.input_layernorm(skipped) if normed is None else normed[others]
-            return skipped + self.stand_in(read)
+        choice = storage.choice
 
         def attend(kept: Tensor) -> Tensor:
             everyone = len(kept) == batch
             if normed is None:
                 inputs = self.input_layernorm(kept)
             else:
-                inputs = normed if everyone else normed[rows]
-            chosen = context if everyone else _select(context, rows, batch)
+                inputs = normed if everyone else normed[choice.index]
+            chosen = context if everyone else _select(context, choice.index, batch)
             return kept + self.self_attn(hidden_states=inputs, **chosen)[0]
 
+        def stand_in(skipped: Tensor) -> Tensor:
+            read = self.input_layernorm(skipped) if normed is None else choice.left(normed)
+            return skipped + self.stand_in(read)
+
         if self.target == "attn":
-            hidden_states = self._mlp(_at(rows, hidden_states, attend, others, stand_in))
+            hidden_states = self._mlp(choice.apply(hidden_states, attend, self._instead(stand_in)))
         elif self.target == "mlp":
             hidden_states = attend(hidden_states)
-            hidden_states = _at(rows, hidden_states, self._mlp, others, self._instead_of_mlp)
+            hidden_states = choice.apply(
+                hidden_states, self._mlp, self._instead(self._mlp_stand_in)
+            )
         else:
-            hidden_states = _at(
-                rows, hidden_states, lambda kept: self._mlp(attend(kept)), others, stand_in
+            hidden_states = choice.apply(
+                hidden_states, lambda kept: self._mlp(attend(kept)), self._instead(stand_in)
             )
         storage.advance(length)
         return hidden_states
@@ -126,15 +131,14 @@ class RoutedLayer:
         keep = self._tokens_to_keep(normed, routing)
         routing.decisions[self.layer_idx] = keep
         kept = TokenSelection(keep)
-        everything, others = len(kept.index) == keep.numel(), None
-        if self.stand_in is not None and not everything:
-            others = rest_of(keep.flatten(), len(kept.index))
+        everything = len(kept.index) == keep.numel()
         if self.target == "mlp" or (everything and not self.stores_selected):
             hidden_states = hidden_states + self.self_attn(hidden_states=normed, **context)[0]
             if self.target == "attn":
                 return self._mlp(hidden_states)
-            tokens = hidden_states.flatten(0, 1)
-            tokens = _at(kept.index, tokens, self._mlp, others, self._instead_of_mlp)
+            tokens = kept.apply(
+                hidden_states.flatten(0, 1), self._mlp, self._instead(self._mlp_stand_in)
+            )
             return tokens.view_as(normed)
         update = self._attend_tokens(normed, kept, routing, context)
 
@@ -143,16 +147,20 @@ class RoutedLayer:
             return self._mlp(tokens) if self.target == "block" else tokens
 
         def stand_in(skipped: Tensor) -> Tensor:
-            return skipped + self.stand_in(normed.flatten(0, 1)[others])
+            return skipped + self.stand_in(kept.left(normed.flatten(0, 1)))
 
-        tokens = _at(kept.index, hidden_states.flatten(0, 1), finish, others, stand_in)
+        tokens = kept.apply(hidden_states.flatten(0, 1), finish, self._instead(stand_in))
         hidden_states = tokens.view_as(normed)
         return self._mlp(hidden_states) if self.target == "attn" else hidden_states
+
+    def _instead(self, stand_in: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor] | None:
+        """What becomes of skipped units; None: they stay."""
+        return stand_in if self.stand_in else None
 
     def _mlp(self, hidden_states: Tensor) -> Tensor:
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
-    def _instead_of_mlp(self, hidden_states: Tensor) -> Tensor:
+    def _mlp_stand_in(self, hidden_states: Tensor) -> Tensor:
         return hidden_states + self.stand_in(self.post_attention_layernorm(hidden_states))
 
     def _sequences_to_keep(self, normed: Tensor, routing: RoutingCall) -> Tensor:
@@ -185,9 +193,10 @@ class RoutedLayer:
         """The attention's update ``[N, H]`` of the kept tokens, from all normed ones."""
         attn, cache = self.self_attn, context[CACHE]
         batch, length, _ = normed.shape
-        removed = self.logit_border == math.inf and routing.borders is None
-        if removed and self.layer_idx:  # nobody will ever read its keys; a cache's length is read
-            return kept.take(normed)  # off its first layer
+        if self.is_removed and routing.borders is None:  # nobody will ever read its keys
+            if cache is not None:
+                cache.layers[self.layer_idx].advance(length)
+            return kept.take(normed)
         past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         rotary, slots = context["position_embeddings"], None
         chosen, chosen_rotary = kept.take(normed), [kept.take(t) for t in rotary]
@@ -233,31 +242,6 @@ class RoutedLayer:
         if routing.tokens is not None and not self.stores_selected:
             visible &= routing.tokens[:, None, -slots.shape[1] :]
         return visible[:, None]
-
-
-def _at(
-    index: Tensor,
-    values: Tensor,
-    function: Callable[[Tensor], Tensor],
-    others: Tensor | None = None,
-    instead: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """``values`` with ``function`` of the rows ``index`` (ascending) in those rows' place, and
-    ``instead`` of the rows ``others`` in theirs; without ``others`` they stay."""
-    if len(index) == len(values):
-        return function(values)
-    changed = values
-    if len(index):
-        changed = changed.index_copy(0, index, function(values[index]))
-    if others is not None:
-        changed = changed.index_copy(0, others, instead(values[others]))
-    return changed
-
-
-def rest_of(kept: Tensor, count: int) -> Tensor:
-    """Where bool ``[N]`` has its zeros, of whose ones there are ``count``: without waiting for the
-    device."""
-    return kept.int().argsort(stable=True)[: len(kept) - count]
 
 
 def _project(

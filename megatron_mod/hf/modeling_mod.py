@@ -8,13 +8,14 @@ This file and the ones it imports from beside it travel with an exported model a
 A routed layer's router reads the output of the input norm and decides what is computed:
 ``y = x + m * F(x)``, F = the attention, the MLP or both (``attn``, ``mlp``, ``block``), m one
 number per sequence or per token (``attn_sequence``, ``attn_token``, ...). What is skipped is
-not computed.
+not computed; where the layer has a stand-in S, a small affine map of what the router reads (of an
+MLP: of what the MLP reads), it adds ``(1 - m) * S``, computed for what is skipped only.
 
 - A sequence's decision is made once, at prefill, and lives in the cache, so that it follows
   reordering, repetition and cropping. Sequences that skip an attention store nothing there.
 - A token's decision is its own, at decode steps too. With ``keys_values: selected`` a token
   that skips an attention stores nothing there either; with ``all`` it still offers its key
-  and value to others.
+  and value to others, unless the layer's threshold is 1: what is skipped for good makes none.
 
 The model and its generation are here, with the families at the end; the configuration is in
 ``configuration_mod.py``, caches in ``cache_mod.py``, the layer in ``layer_mod.py``, and the rule
@@ -270,7 +271,8 @@ class RoutedModel(RoutingControls):
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
         if cache is not None:
-            cache = prepare_cache(cache, self.config)
+            removed = () if borders else self._removed_attention()
+            cache = prepare_cache(cache, self.config, removed)
         self._refuse(attention_mask, position_ids, cache, routing_mask, kwargs)
         length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
         tokens = None if attention_mask is None else attention_mask.bool()
@@ -291,6 +293,12 @@ class RoutedModel(RoutingControls):
         self.record = self.recording or RoutingRecord()
         self.record.add(self, routing, cache)
         return output
+
+    def _removed_attention(self) -> list[int]:
+        """The layers whose attention no token will ever ask for."""
+        if self.config.per_sequence or self.config.target == "mlp":
+            return []
+        return [index for index, layer in self._routed_layers().items() if layer.is_removed]
 
     def _refuse(
         self,

@@ -19,7 +19,7 @@ from tests.helpers.exported import ROUTED, Exports, load, pad
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    return Exports(tmp_path_factory.mktemp("export"))
+    return Exports(tmp_path_factory.mktemp("export"), plain=False)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,11 @@ def test_a_layer_everybody_skips_holds_nothing(export):
 @pytest.mark.parametrize("name", formula.SCHEMES)
 def test_routers_stay_in_float32_when_the_model_is_bfloat16(case, name):
     model = load(case.export(name), dtype=torch.bfloat16)
-    assert model.model.layers[ROUTED[0]].router.weight.dtype == torch.float32
-    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    for parameter_name, parameter in model.named_parameters():
+        kept = torch.float32 if ".router." in parameter_name else torch.bfloat16
+        assert parameter.dtype == kept, parameter_name
+    assert model.model.layers[ROUTED[0]].router.bias is not None
+    assert model.model.layers[ROUTED[0]].stand_in.up.bias is not None
     ids, mask = pad(case.prompts, "left")
     made = model.generate(ids, attention_mask=mask, max_new_tokens=3, eos_token_id=None)
     assert made.shape == (len(ids), ids.shape[1] + 3)

@@ -28,7 +28,7 @@ def exports(tmp_path_factory):
     @functools.cache
     def make(family):
         kind, changes = FAMILIES[family]
-        return Exports(tmp_path_factory.mktemp(family), kind, **changes)
+        return Exports(tmp_path_factory.mktemp(family), kind, plain=False, **changes)
 
     return make
 

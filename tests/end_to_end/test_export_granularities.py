@@ -1,4 +1,7 @@
-"""Every granularity of the export: logits, generation, the cache and what is computed."""
+"""Every granularity of the export: logits, generation, the cache and what is computed.
+
+Routers have biases and what is skipped stand-ins, but where a test says ``plain``.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import formula
-from tests.helpers.exported import ROUTED, Exports, load, pad, positions, relative
+from tests.helpers.exported import RANK, ROUTED, Exports, load, pad, positions, relative
 
 NEW = 10
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    return Exports(tmp_path_factory.mktemp("granularities"))
+    return Exports(tmp_path_factory.mktemp("granularities"), plain=False)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return Exports(tmp_path_factory.mktemp("plain"), plain=True)
 
 
 schemes = pytest.mark.parametrize("name", formula.SCHEMES)
@@ -49,6 +57,12 @@ def test_logits_equal_the_formula(case, name, use_cache, side, attention):
         assert relative(output.logits[row][mask[row].bool()], expected) < 2e-5
 
 
+@schemes
+def test_plain_logits_and_generation_equal_the_formula(plain, name):
+    test_logits_equal_the_formula(plain, name, True, "left", "sdpa")
+    test_greedy_generation_equals_the_formula_step_by_step(plain, name, "sdpa")
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @schemes
 def test_batch_of_one_without_a_mask(case, name, attention):
@@ -79,7 +93,8 @@ def test_a_tie_is_kept(case, name):
     """Routers of zeros put every logit exactly on the border: the model is the dense one."""
     model = load(case.export(name))
     for layer in ROUTED:
-        model.model.layers[layer].router.weight.data.zero_()
+        for parameter in model.model.layers[layer].router.parameters():
+            parameter.data.zero_()
     with torch.no_grad():
         for prompt in case.prompts:
             ids = torch.tensor([prompt])
@@ -184,9 +199,14 @@ def _work(model, ids, mask, cache=None):
         return sum(counts.get(f"{name}.model.layers.{layer}{module}", {}).values())
 
     projections = [f"self_attn.{p}_proj" for p in "qkvo"]
-    modules = ["layer", "router", "self_attn", *projections, "mlp"]
+    modules = ["layer", "router", "stand_in", "self_attn", *projections, "mlp"]
     layers = range(model.config.num_hidden_layers)
     return [{m: of(i, m) for m in modules} for i in layers], output.past_key_values
+
+
+@schemes
+def test_plain_counted_work_is_the_kept_units_share(plain, name):
+    test_counted_work_is_the_kept_units_share(plain, name)
 
 
 @schemes
@@ -236,6 +256,9 @@ def _check_work(case, name, full, found, texts, part, *, tokens):
             ("self_attn.k_proj", keys), ("self_attn.v_proj", keys), ("mlp", mlp),
         ):  # fmt: skip
             assert found[layer][module] * units == full[layer][module] * share, (layer, module)
+        others = units - kept  # but padding's, which the formula has none of
+        product = 2 * case.dense.config.hidden_size * RANK * bool(case.more)
+        assert found[layer]["stand_in"] == 2 * product * others * routed, layer
         if "sequence" in name:
             assert found[layer]["self_attn"] * units == full[layer]["self_attn"] * attention
 
@@ -256,6 +279,7 @@ def test_attention_scores_pad_to_the_longest_selection_only(case, name):
         keys = longest if name.endswith("selected") else tokens
         assert scores(full[layer]) == per_pair * batch * tokens * tokens
         # Routed attention does not pass through self_attn's own forward: count it in the layer.
-        attention = found[layer]["layer"] - found[layer]["router"] - found[layer]["mlp"]
+        beside = ("router", "stand_in", "mlp")
+        attention = found[layer]["layer"] - sum(found[layer][module] for module in beside)
         attention -= sum(found[layer][f"self_attn.{p}_proj"] for p in "qkvo")
         assert attention == per_pair * batch * longest * keys

@@ -18,7 +18,7 @@ NEW = 6
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    return Exports(tmp_path_factory.mktemp("in_use"))
+    return Exports(tmp_path_factory.mktemp("in_use"), plain=False)
 
 
 schemes = pytest.mark.parametrize("name", formula.SCHEMES)
@@ -27,21 +27,32 @@ tokens = pytest.mark.parametrize("name", [n for n in formula.SCHEMES if "token" 
 
 
 @contextlib.contextmanager
-def fixed(dense, name, masks):
-    """The dense model whose routed layers multiply their update by a sequence's mask."""
-    hooks = []
+def fixed(case, name, masks):
+    """The dense model whose routed layers choose update or stand-in by a sequence's mask."""
+    hooks, dense = [], case.dense
     for index, mask in masks.items():
-        layer, m = dense.model.layers[index], mask[0]
+        layer, m, added = dense.model.layers[index], mask[0], case.more[index]
+
+        def choose(update, read, m=m, added=added):
+            return m * update + (1 - m) * formula.stand_in(added, read)
+
         if name == "block_sequence":
             hook = layer.register_forward_hook(
-                lambda _, inputs, output, m=m: inputs[0] + m * (output - inputs[0])
+                lambda layer, inputs, output, choose=choose: (
+                    inputs[0] + choose(output - inputs[0], layer.input_layernorm(inputs[0]))
+                )
             )
         elif name == "mlp_sequence":
-            hook = layer.mlp.register_forward_hook(lambda _, __, output, m=m: m * output)
+            hook = layer.mlp.register_forward_hook(
+                lambda _, inputs, output, choose=choose: choose(output, inputs[0])
+            )
         else:
             hook = layer.self_attn.register_forward_hook(
-                lambda _, __, output, m=m: (m * output[0], *output[1:])
-            )
+                lambda _, __, named, output, choose=choose: (
+                    choose(output[0], named["hidden_states"]), *output[1:]
+                ),
+                with_kwargs=True,
+            )  # fmt: skip
         hooks.append(hook)
     yield dense
     for hook in hooks:
@@ -64,7 +75,7 @@ def test_generation_equals_hugging_faces_with_the_masks_fixed(case, name, mode):
         masks = case.formula(name, prompt)[1]
         ids = torch.tensor([prompt])
         torch.manual_seed(1)
-        with fixed(case.dense, name, masks) as dense:
+        with fixed(case, name, masks) as dense:
             expected = dense.generate(ids, **settings)
         torch.manual_seed(1)
         assert torch.equal(case.model(name).generate(ids, **settings), expected)
@@ -351,12 +362,19 @@ def test_a_routing_mask_for_tokens_is_refused(case):
         ({"layers": [0, 4]}, "must be from 0 to 3"),
         ({"threshold": [0.5]}, "one per routed layer"),
         ({"keys_values": "all"}, "keys_values"),
+        ({"bias": 1}, "routing.bias = 1: must be true or false"),
+        ({"bias": "no"}, "routing.bias = 'no': must be true or false"),
+        ({"bias": None}, "routing.bias = None: must be true or false"),
+        *(
+            ({"stand_in_rank": rank}, rf"routing.stand_in_rank = {rank!r}: .* from 1 to 4096")
+            for rank in ("x", 0, -1, 2.5, True, [32], 5000)
+        ),
     ],
 )
 def test_a_routing_entry_this_file_cannot_run_is_refused(case, change, message):
     model = case.model("attn_sequence")
     routing = {**model.config.routing, **change}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message.replace("[32]", r"\[32\]")):
         type(model.config)(num_hidden_layers=4, routing=routing)
 
 

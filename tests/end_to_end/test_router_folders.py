@@ -71,7 +71,7 @@ def test_training_starts_from_them(trainer, published, tmp_path):
     source = open_source(tmp_path / "run")
     _, found = read_routers(tmp_path / "run", source.base.arch)
     for layer, weight in found.items():
-        assert torch.equal(weight, weights[f"model.layers.{layer}.router.weight"])
+        assert torch.equal(weight["router.weight"], weights[f"model.layers.{layer}.router.weight"])
     with pytest.raises(ValueError, match=r"router.threshold = 0.6: the routers in .* have 0.5"):
         trainer.train(tmp_path / "other", **settings, router__threshold=0.6)
 
@@ -80,7 +80,7 @@ def test_training_starts_from_those_beside_a_base(trainer, published, tmp_path):
     convert.hf_to_megatron(trainer.hf, tmp_path / "routed", routers_path=published)
     trainer.train(tmp_path / "run", train__steps=0, model__checkpoint=tmp_path / "routed")
     _, found = read_routers(tmp_path / "run", open_source(tmp_path / "run").base.arch)
-    assert all(weight.any() for weight in found.values())
+    assert all(weight["router.weight"].any() for weight in found.values())
 
 
 def test_ours_are_written_as_the_published_code_does(trainer, tmp_path):
@@ -111,12 +111,13 @@ OF_EACH = {  # what decides differently from granularity to granularity, and is 
 def test_ours_come_back_as_they_were(trainer, tmp_path, granularity):
     settings = {"layers": (1, 2), "capacity": (0.5, 0.5), **OF_EACH[granularity]}
     routing = RoutingConfig(granularity, **settings)
-    weights = {layer: torch.randn(1, 32) for layer in routing.layers}
+    weights = {layer: {"router.weight": torch.randn(1, 32)} for layer in routing.layers}
     (tmp_path / "routers").mkdir()
     write_published(tmp_path / "routers", routing, weights, config := read_config(trainer.hf))
     found, tensors = read_routers(tmp_path / "routers", family_of(config).architecture_of(config))
     assert found == routing
-    assert all(torch.equal(tensors[layer], weight) for layer, weight in weights.items())
+    for layer, own in weights.items():
+        assert torch.equal(tensors[layer]["router.weight"], own["router.weight"])
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

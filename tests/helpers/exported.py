@@ -15,6 +15,7 @@ from tests.helpers.routed import save_export
 
 ROUTED = (0, 2, 3)  # the first layer too: a cache must not read its length off it
 LENGTHS = (5, 11, 8, 3, 9)
+RANK = 3
 PAD, EXTRA = 50, 12  # a token with an embedding like any other, and more of it than needed
 
 
@@ -47,25 +48,35 @@ class Exports:
     """A dense model, and for each scheme its routers and export; each made once.
 
     ``prompts`` differ in length; each routed layer keeps some of their sequences or tokens.
+    ``plain``: routers as published; without, they have biases, and what is skipped stand-ins.
     """
 
-    def __init__(self, folder: Path, family: str = "llama", **changes) -> None:
+    def __init__(self, folder: Path, family: str = "llama", *, plain: bool, **changes) -> None:
         generator = torch.Generator().manual_seed(5)
         self.folder = folder
         self.hf = formula.save_model(folder / "dense", family, **changes)
         self.dense = formula.load_dense(self.hf)
         self.prompts = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in LENGTHS]
+        hidden, self.more = self.dense.config.hidden_size, {}
+        if not plain:
+            self.more = {n: formula.bias_and_stand_in(hidden, RANK, generator) for n in ROUTED}
+
+    def scheme(self, name: str) -> dict:
+        """What the formula is told beside routers."""
+        return {**formula.SCHEMES[name], "more": self.more}
 
     @functools.cache  # noqa: B019 (lives as long as its module's tests)
     def routers(self, name: str) -> dict[int, Tensor]:
         generator = torch.Generator().manual_seed(6)
-        scheme = formula.SCHEMES[name]
+        scheme = self.scheme(name)
         return formula.mixed_routers(self.dense, self.prompts, ROUTED, generator, **scheme)
 
     @functools.cache  # noqa: B019 (lives as long as its module's tests)
     def export(self, name: str) -> Path:
-        scheme = formula.SCHEMES[name]
-        return save_export(self.folder / name, self.hf, self.routers(name), **scheme)
+        settings = dict(formula.SCHEMES[name])
+        if self.more:
+            settings.update(bias=True, stand_in_rank=RANK)
+        return save_export(self.folder / name, self.hf, self.routers(name), self.more, **settings)
 
     @functools.cache  # noqa: B019 (lives as long as its module's tests)
     def model(self, name: str, attention: str = "sdpa"):
@@ -73,13 +84,11 @@ class Exports:
 
     @torch.no_grad()
     def formula(self, name: str, ids: Sequence[int], **extra):
-        scheme = formula.SCHEMES[name]
-        return formula.forward(self.dense, ids, self.routers(name), **scheme, **extra)
+        return formula.forward(self.dense, ids, self.routers(name), **self.scheme(name), **extra)
 
     def masks(self, name: str) -> list[dict[int, Tensor]]:
         """Each prompt's decisions by the formula: per routed layer ``[T]``."""
         return [self.formula(name, prompt)[1] for prompt in self.prompts]
 
     def greedy(self, name: str, prompt: Sequence[int], new: int) -> list[int]:
-        scheme = formula.SCHEMES[name]
-        return formula.greedy(self.dense, prompt, self.routers(name), new=new, **scheme)
+        return formula.greedy(self.dense, prompt, self.routers(name), new=new, **self.scheme(name))

@@ -1,4 +1,4 @@
-"""``y = x + m * F(x)`` on Hugging Face's own dense models; nothing of ours in it."""
+"""``y = x + m * F(x) + (1 - m) * S`` on Hugging Face's own dense models; nothing of ours in it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ def forward(
     keys_values: str | None = None,
     masks: dict[int, Tensor] | None = None,
     borders: dict[int, float] | None = None,
+    more: dict[int, dict[str, Tensor]] | None = None,
 ) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
     """One sequence through a dense model (``eager`` attention) with routers ``[1, H]``.
 
     Returns logits ``[T, vocab]``, each routed layer's mask (``[T]``; of a sequence, all alike)
     and its logits (``[T]``; of a sequence ``[1]``). ``masks`` fixes decisions; ``borders`` are
-    the logits from which on a layer is kept (0 without).
+    the logits from which on a layer is kept (0 without). ``more``: routed layers' other tensors
+    by their names in an export: a bias of the router, and what ``S`` is made of (nothing without).
     """
     target, unit = granularity.split("_")
     ids = torch.tensor([list(ids)])
@@ -46,8 +48,10 @@ def forward(
     for index, layer in enumerate(model.model.layers):
         normed = layer.input_layernorm(hidden)
         kept = torch.ones(ids.shape[1])
+        added = (more or {}).get(index, {})
         if index in routers:
             found = (normed[0].double() @ routers[index].double().squeeze(0)).float()
+            found = found + added.get("router.bias", 0.0)
             logits[index] = found.mean(0, keepdim=True) if unit == "sequence" else found
             border = borders[index] if borders else 0.0
             kept = made[index] = (
@@ -62,19 +66,32 @@ def forward(
         mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
         attended = layer.self_attn(normed, position_embeddings=rotary, attention_mask=mask)[0]
         kept = kept[:, None]
+
+        def choose(update: Tensor, read: Tensor, kept=kept, added=added) -> Tensor:
+            return kept * update + (1 - kept) * stand_in(added, read)
+
         if target == "attn":
-            hidden = hidden + kept * attended
+            hidden = hidden + choose(attended, normed)
             hidden = hidden + _mlp(layer, hidden)
         elif target == "mlp":
             hidden = hidden + attended
-            hidden = hidden + kept * _mlp(layer, hidden)
+            read = layer.post_attention_layernorm(hidden)
+            hidden = hidden + choose(layer.mlp(read), read)
         else:
-            hidden = hidden + kept * (attended + _mlp(layer, hidden + attended))
+            hidden = hidden + choose(attended + _mlp(layer, hidden + attended), normed)
     return model.lm_head(model.model.norm(hidden))[0], made, logits
 
 
 def _mlp(layer, hidden: Tensor) -> Tensor:
     return layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def stand_in(added: dict[str, Tensor], read: Tensor) -> Tensor | float:
+    """``B A x + b`` of what it reads, in the place of what is skipped; nothing without."""
+    if "stand_in.up.bias" not in added:
+        return 0.0
+    product = added["stand_in.up.weight"].double() @ added["stand_in.down.weight"].double()
+    return (read.double() @ product.t()).float() + added["stand_in.up.bias"]
 
 
 def _window(config, index: int) -> int | None:
@@ -101,7 +118,10 @@ def greedy(dense, prompt: Sequence[int], routers: dict, *, new: int, **scheme) -
 def mixed_routers(
     dense, prompts: Sequence, layers: Sequence[int], generator: torch.Generator, **scheme
 ) -> dict[int, Tensor]:
-    """Routers, layer by layer, that keep some of the prompts' units, skip some, none by a hair."""
+    """Routers, layer by layer, that keep some of the prompts' units, skip some, none by a hair.
+
+    ``scheme``: further arguments of ``forward``.
+    """
     routers: dict[int, Tensor] = {}
     for layer in layers:
         while layer not in routers:
@@ -113,6 +133,20 @@ def mixed_routers(
             if 0.25 < kept < 0.75 and margin > 1e-3:
                 routers = trial
     return routers
+
+
+def bias_and_stand_in(hidden_size: int, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """A routed layer's other tensors, by their names in it, of a size that matters."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "router.bias": normal(1),
+        "stand_in.down.weight": normal(rank, hidden_size) / hidden_size**0.5,
+        "stand_in.up.weight": normal(hidden_size, rank) / rank**0.5,
+        "stand_in.up.bias": normal(hidden_size),
+    }
 
 
 def save_model(folder: Path, family: str = "llama", *, seed: int = 0, **changes) -> Path:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_mod.conversion.convert import HF_KEY, copy_companions
+from megatron_mod.checkpoint.companions import copy_companions
 from megatron_mod.conversion.export import add_routing, make_portable
 from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.hf_writer import HFWriter
+from megatron_mod.conversion.routers import ROUTER, hf_tensors
 from megatron_mod.routing.config import RoutingConfig
 
 
@@ -30,10 +31,9 @@ def save_export(
     with HFReader(hf) as reader:
         for name in sorted(reader.names()):
             writer.add(name, reader.tensor(name))
-    for layer, weight in routers.items():
-        writer.add(HF_KEY.format(layer, "router.weight"), weight)
-        for name, tensor in (more or {}).get(layer, {}).items():
-            writer.add(HF_KEY.format(layer, name), tensor)
+    added = {layer: {ROUTER: w, **(more or {}).get(layer, {})} for layer, w in routers.items()}
+    for name, tensor in hf_tensors(added, torch.float32).items():
+        writer.add(name, tensor)
     writer.close()
     copy_companions(hf, export)
     make_portable(export)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.scheme import GRANULARITIES
 
-HIDDEN, FFN, HEADS, LENGTH, ROWS = 32, 48, 4, 16, 3
+HIDDEN, FFN, HEADS, LENGTH, ROWS, RANK = 32, 48, 4, 16, 3, 5
 CASES = [(name, None) for name in GRANULARITIES]
 CASES += [("attn_token", "selected"), ("block_token", "selected")]
 
@@ -45,8 +45,12 @@ def grid() -> torch.Tensor:
     return torch.randn(LENGTH, ROWS, HIDDEN, generator=torch.Generator().manual_seed(8))
 
 
-def expected_work(granularity: str, keys_values: str | None, kept: list[int]) -> int:
-    """Floating-point operations of a layer whose rows keep ``kept`` tokens each."""
+def expected_work(
+    granularity: str, keys_values: str | None, kept: list[int], *, rank: int, training: bool
+) -> int:
+    """Floating-point operations of a layer whose rows keep ``kept`` tokens each, and whose skipped
+    tokens have stand-ins of this rank; in training kept ones have them too, as the gradient of a
+    decision is by what it would change."""
     everything, chosen = LENGTH * ROWS, sum(kept)
     rows = sum(n > 0 for n in kept)
     projection = 2 * HIDDEN * HIDDEN  # a token's, one of query, key, value and output
@@ -60,20 +64,24 @@ def expected_work(granularity: str, keys_values: str | None, kept: list[int]) ->
     target = granularity.split("_")[0]
     which = "dense" if target == "mlp" else (keys_values or "selected")
     router = everything * 2 * HIDDEN
-    return router + attention[which] + (everything if target == "attn" else chosen) * mlp
+    stand_in = (everything if training else everything - chosen) * 4 * HIDDEN * rank
+    mlp *= everything if target == "attn" else chosen
+    return router + attention[which] + mlp + stand_in
 
 
 @pytest.mark.parametrize(("granularity", "keys_values"), CASES)
 @pytest.mark.parametrize("threshold", [0.5, 1e-9, 1 - 1e-9], ids=["some", "all", "none"])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "sparse_training"])
+@pytest.mark.parametrize("rank", [None, RANK], ids=["plain", "stand_in"])
 def test_counted_work_is_that_of_the_kept_units(
-    layer_of, granularity, keys_values, threshold, training
+    layer_of, granularity, keys_values, threshold, training, rank
 ):
     if granularity.endswith("token") and not granularity.startswith("mlp"):
         keys_values = keys_values or "all"
     layer, rotary = layer_of(
-        granularity, keys_values, threshold=threshold, training_compute="sparse"
-    )
+        granularity, keys_values, threshold=threshold, training_compute="sparse",
+        stand_in_rank=rank, bias=bool(rank),
+    )  # fmt: skip
     layer.train(training)
     decided = []
     layer._choose = lambda *args, choose=layer._choose: decided.append(choose(*args)) or decided[-1]
@@ -88,7 +96,9 @@ def test_counted_work_is_that_of_the_kept_units(
         keys_values = "selected"  # nothing is left out, and queries and keys are one projection
     if not any(kept):
         keys_values = "selected"  # nobody asks for the keys
-    assert counter.get_total_flops() == expected_work(granularity, keys_values, kept)
+    assert counter.get_total_flops() == expected_work(
+        granularity, keys_values, kept, rank=rank or 0, training=training
+    )
 
 
 class Synchronisations(TorchDispatchMode):
@@ -116,7 +126,9 @@ class Synchronisations(TorchDispatchMode):
 def test_the_host_waits_only_for_the_number_of_chosen_tokens(
     layer_of, granularity, keys_values, compute, monkeypatch
 ):
-    layer, rotary = layer_of(granularity, keys_values, training_compute=compute)
+    layer, rotary = layer_of(
+        granularity, keys_values, training_compute=compute, stand_in_rank=RANK, bias=True
+    )
     hidden = grid().requires_grad_()
     with Synchronisations(monkeypatch) as counted:
         output, _ = layer(hidden, rotary_pos_emb=rotary)

@@ -14,7 +14,7 @@ from megatron_mod.evaluation.work import Work
 from tests.helpers import formula, tiny
 from tests.helpers.routed import save_export
 
-LENGTH, ROUTED = 12, (1, 2)
+LENGTH, ROUTED, RANK = 12, (1, 2), 3
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])
@@ -50,8 +50,12 @@ def test_prefill_is_what_torch_counts(dense, scheme, threshold, tmp_path):
     routers = {layer: torch.randn(1, 32, generator=generator) for layer in ROUTED}
     if scheme.endswith("sequence"):  # one keeps and one skips
         routers[2] = -routers[1]
-    routing = formula.SCHEMES[scheme]
-    folder = save_export(tmp_path / "export", dense, routers, threshold=threshold, **routing)
+    more = {layer: formula.bias_and_stand_in(32, RANK, generator) for layer in ROUTED}
+    for added in more.values():
+        added["router.bias"].fill_(0.1)
+    routing = {"bias": True, "stand_in_rank": RANK, "threshold": threshold}
+    routing |= formula.SCHEMES[scheme]
+    folder = save_export(tmp_path / "export", dense, routers, more, **routing)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     ids = torch.randint(3, 100, (1, LENGTH), generator=generator)
     with (
@@ -96,6 +100,42 @@ def test_what_nobody_keeps_is_not_read(dense):
         assert found == everything + 32 - weights[target] + offered, name
         found = routed.decode_bytes([0, 0], {1: one}, {1: [0, 0]}, element_size=1)
         assert found == everything + 32, name
+        routed = routed_work(arch, stand_in_rank=RANK, **settings)
+        for kept, extra in ((none, 64 * RANK), (one, 64 * RANK), (~none, 0)):
+            plain = routed_work(arch, **settings)
+            step = [0, 0], {1: kept}, {1: [0, 0]}
+            more = routed.decode_bytes(*step, element_size=2)
+            assert more == plain.decode_bytes(*step, element_size=2) + 2 * extra, name
+
+
+def test_a_removed_layer_makes_no_keys(dense):
+    """With the threshold 1 all that its target holds is left out; a router that merely keeps nobody
+    still makes the keys and values that ``all`` promises."""
+    arch = Work.of(json.loads((dense / "config.json").read_text())).arch
+    query, key = (2 * 32 * heads * arch.kv_channels for heads in
+                  (arch.num_attention_heads, arch.num_query_groups))  # fmt: skip
+    mlp = 3 * 32 * arch.ffn_hidden_size
+    seen = sum(min(n + 1, arch.window_size or LENGTH) for n in range(LENGTH))
+    pairs = 4 * arch.num_attention_heads * arch.kv_channels * seen
+    flops = {"attn": 2 * LENGTH * (query + key) + pairs, "mlp": 2 * LENGTH * mlp}
+    flops["block"] = flops["attn"] + flops["mlp"]
+    weights = {"attn": query + key, "mlp": mlp, "block": query + key + mlp}
+    cache = 2 * 3 * arch.num_query_groups * arch.kv_channels
+    everything = 4 * (2 * LENGTH * (query + key + mlp) + pairs) + 2 * 32 * arch.vocab_size
+    read = 4 * (query + key + mlp + cache) + 32 * arch.vocab_size
+    nobody = torch.zeros(LENGTH, dtype=torch.bool)
+    for name, settings in formula.SCHEMES.items():
+        target = settings["granularity"].split("_")[0]
+        offers = settings.get("keys_values") == "all"
+        work = routed_work(arch, **settings)
+        found = work.at([1.0])
+        saved = everything + 2 * 32 * LENGTH - flops[target]
+        assert found.prefill(LENGTH, {1: nobody}) == saved, name
+        assert work.prefill(LENGTH, {1: nobody}) == saved + 2 * LENGTH * key * offers, name
+        step = [3], {1: nobody[:1]}, {1: [3]}
+        saved = read + 32 - weights[target] - cache * (target != "mlp")
+        assert found.decode_bytes(*step, element_size=1) == saved, name
+        assert work.decode_bytes(*step, element_size=1) == saved + key * offers, name
 
 
 def test_a_removed_layer_makes_no_keys(dense):
