@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 BINS, ROUNDS = 2048, 2  # of a histogram that is narrowed down: a border is right to 1e-7 of a range
+TIE = 1e-6  # logits that differ by less do so by rounding
 MARGIN = 0.05  # below the least logit where everything is kept
 
 
@@ -23,8 +24,8 @@ def borders(
 
     It lies half way between the least logit that is kept and the next below it, so that neither
     rounding nor a few units more or less than a share allows decide which side a unit is on. Units
-    of one logit are kept or skipped together; a border that would part them keeps them. Without a
-    unit it is 0. Nothing waits for the device.
+    of one logit, to rounding, are kept or skipped together; a border that would part them keeps
+    them. Without a unit it is 0. Nothing waits for the device.
 
     Args:
         scores: fp32 ``[L, N]`` of the units that this rank holds; NaN where there is none.
@@ -61,7 +62,7 @@ def borders(
         above = (so_far - from_top).gather(1, index)[:, 0]
         low = low + (BINS - 1 - index[:, 0]) * width
         high = low + width
-    kept = scores >= low[:, None]
+    kept = scores >= low[:, None] - TIE
     least, below = ends(exists & kept, exists & ~kept)
     found = torch.where(below.isfinite(), (least + below) / 2, least - MARGIN)
     return found.nan_to_num(0.0, posinf=0.0, neginf=0.0).expand(layers)

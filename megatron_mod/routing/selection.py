@@ -94,15 +94,13 @@ class Selection:
 
     ``index``: their places in the flattened ``[S * B]``, ordered by document, then position;
     ``documents``: the documents that have any, among those of the batch, int64 ``[D]``;
-    ``mask``: ``[S, B]``, multiplies what is added (``None``: ones). ``others``: the places of the
-    tokens that are not chosen, padding included, int64 ``[S * B - N]``.
+    ``mask``: ``[S, B]``, multiplies what is added (``None``: ones).
     """
 
     index: Tensor
     documents: Tensor
     segments: Segments
     mask: Tensor | None = None
-    others: Tensor | None = None
 
     def take(self, grid: Tensor) -> Tensor:
         return grid.flatten(0, 1).index_select(0, self.index).unsqueeze(1)
@@ -112,10 +110,12 @@ class Selection:
         zeros = stream.new_zeros(shape[0] * shape[1], *stream.shape[2:])
         return zeros.index_copy(0, self.index, stream.squeeze(1)).view(*shape, *stream.shape[2:])
 
-    @property
-    def rest(self) -> Selection:
-        """The tokens that are not chosen, of which only ``take`` is known."""
-        return replace(self, index=self.others, mask=None)
+    def rest(self, count: int) -> Selection:
+        """The tokens that are not chosen of a grid of ``count``, of which only ``take`` is
+        known."""
+        chosen = torch.zeros(count, dtype=torch.bool, device=self.index.device)
+        chosen.index_fill_(0, self.index, True)
+        return replace(self, index=_indices(~chosen, count - len(self.index)), mask=None)
 
     def add(self, grid: Tensor, update: Tensor, instead: StandInOf | None = None) -> Tensor:
         """``grid`` ``[S, B, H]`` with ``mask * update`` and ``(1 - mask) * instead`` added at the
@@ -130,7 +130,8 @@ class Selection:
                 update = other + (update - other) * mask
         flat = flat.index_add(0, self.index, update.squeeze(1))
         if instead is not None:
-            flat = flat.index_add(0, self.others, instead(self.rest).squeeze(1))
+            rest = self.rest(len(flat))
+            flat = flat.index_add(0, rest.index, instead(rest).squeeze(1))
         return flat.view_as(grid)
 
 
@@ -182,8 +183,7 @@ def select(
     segments = Segments(
         num_documents, longest, counts[rank][documents], slots, positions.t().flatten()[by_row]
     )
-    others = _indices(~chosen.flatten(), chosen.numel() - num_chosen)
-    return Selection(column * rows + row, documents, segments, mask, others)
+    return Selection(column * rows + row, documents, segments, mask)
 
 
 def _indices(flags: Tensor, count: int) -> Tensor:

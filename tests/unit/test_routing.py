@@ -215,7 +215,7 @@ def meet(parts, shares, *, together):
 def test_borders_keep_the_share_that_is_wanted():
     generator = torch.Generator().manual_seed(2)
     scores = torch.randn(3, 1000, generator=generator)
-    scores[1] = scores[1] * 1e-4 + 7
+    scores[1] = scores[1] * 1e-3 + 7
     scores[2, 5] = 1e4  # one massive activation
     scores[0, 900:] = math.nan
     kept, _ = kept_by(scores, [0.5, 0.25, 0.9])
@@ -237,6 +237,8 @@ def test_borders_of_few_units_lie_between_two():
         kept, at = kept_by(scores, shares)
         assert kept == wanted
         assert at == pytest.approx(found)
+    kept, _ = kept_by(torch.full((1, 40), 0.1) + 1e-8 * torch.randn(1, 40), [0.9])
+    assert kept == [1.0], "rounding parts nothing"
     nothing = torch.full((2, 3), math.nan)
     assert meet([nothing], torch.tensor([0.5, 0.5]), together=False).tolist() == [0.0, 0.0]
 
