@@ -122,6 +122,10 @@ class ModelChunks(torch.nn.ModuleList):
     def unpadded_vocab_size(self) -> int:
         return self[0].unpadded_vocab_size
 
+    def headless(self) -> contextlib.AbstractContextManager[None]:
+        """As ``RoutedGPTModel``'s, of the chunk that may have a head."""
+        return self[-1].headless()
+
     def routed_layers(self) -> dict[int, RoutedTransformerLayer]:
         """This rank's routed layers by global layer index."""
         return {index: layer for chunk in self for index, layer in chunk.routed_layers().items()}

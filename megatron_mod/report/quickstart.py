@@ -127,8 +127,9 @@ def score_published(run: str | Path, rows: Sequence[Row]) -> dict:
         model = load_routed(
             run, topology.ONE_RANK, dtype="float32", max_length=None, batch_size=4, pooling=None
         )
-        scope = model.work.routing.scope
-        calibration = Calibration(model.backend, rows, model.work, scope=scope)
+        routing = model.work.routing
+        assert routing is not None
+        calibration = Calibration(model.backend, rows, model.work, scope=routing.scope)
         point = calibration.at(model.backend.thresholds)
     return {
         "published_perplexity": point.perplexity,

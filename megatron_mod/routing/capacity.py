@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_mod.routing.config import AUTO, RoutingConfig
+from megatron_mod.routing.config import RoutingConfig
 
 MEMORY = 0.7  # of the price: what a step's own finding leaves of it
 
@@ -38,6 +38,8 @@ class CapacityController:
 
     def __init__(self, config: RoutingConfig, *, device: torch.device | None = None) -> None:
         self.config = config
+        weight = config.capacity_loss_weight
+        self.weight = None if isinstance(weight, str) else weight  # none: auto
         self.final_target = torch.tensor(config.capacity, dtype=torch.float32, device=device)
         self.target = self.target_at(0.0)
         self.previous = torch.ones_like(self.final_target)
@@ -65,26 +67,26 @@ class CapacityController:
 
         ``num_units`` counts the valid units of the global batch.
         """
-        if self.config.capacity_loss_weight == AUTO:
+        if self.weight is None:
             price = torch.zeros_like(self.target) if self.price is None else self.price
             return price / num_units
-        return self.switch() * (self.config.capacity_loss_weight / num_units)
+        return self.switch() * (self.weight / num_units)
 
     def penalty(self, capacity: Tensor) -> Tensor:
         """This step's penalty, a scalar, given its global capacity ``[num_routed]``.
 
         A price is none: it is paid for and against every unit alike.
         """
-        if self.config.capacity_loss_weight == AUTO:
+        if self.weight is None:
             return capacity.new_zeros(())
         excess = self.switch() * (capacity - self.target)
-        return self.config.capacity_loss_weight * excess.sum()
+        return self.weight * excess.sum()
 
     def end_step(self, capacity: Tensor, pull: Tensor, num_units: int) -> None:
         """Remember this step's global capacity ``[num_routed]`` for the next switch, and what the
         units pulled (``[num_routed, 2]``, see ``decision.keep_mask``) for the next price."""
         self.previous = capacity.detach().clone()
-        if self.config.capacity_loss_weight != AUTO:
+        if self.weight is not None:
             return
         if self.config.scope == "model":
             pull = pull.sum(0, keepdim=True).expand_as(pull)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class StandIn(nn.Module):
 
     def __init__(self, hidden_size: int, rank: int, *, device: torch.device | None = None) -> None:
         super().__init__()
-        settings = {"dtype": torch.float32, "device": device}
+        settings: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.down = nn.Linear(hidden_size, rank, bias=False, **settings)
         self.up = nn.Linear(rank, hidden_size, **settings)
         for parameter in self.parameters():
@@ -59,7 +59,7 @@ class Moments:
 
     def __init__(self, hidden_size: int, *, device: torch.device | None = None) -> None:
         self.hidden_size = hidden_size
-        settings = {"dtype": torch.float64, "device": device}
+        settings: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.table = torch.zeros(hidden_size + 1, 2 * hidden_size + 1, **settings)
         self.squares = torch.zeros(hidden_size, **settings)
 

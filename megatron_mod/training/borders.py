@@ -66,6 +66,7 @@ class Hold:
 
     @staticmethod
     def _router(router: Router) -> Tensor:
+        assert router.bias is not None
         return torch.cat((router.weight.detach()[0], router.bias.detach()))
 
     @torch.no_grad()
@@ -88,7 +89,8 @@ class Hold:
 def move(model: ModelChunks, routing: RoutingConfig, shifts: Tensor) -> None:
     """Add its entry of ``[num_routed]`` to each layer's bias, in place."""
     for layer, router in model.routers().items():
-        router.bias += shifts[routing.layers.index(layer)].float()
+        assert router.bias is not None
+        router.bias.data += shifts[routing.layers.index(layer)].float()
 
 
 @torch.no_grad()
@@ -144,7 +146,7 @@ def layer_of_bias(key: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _reduced(op: dist.ReduceOp) -> Callable[[Tensor], Tensor]:
+def _reduced(op: dist.ReduceOp.RedOpType) -> Callable[[Tensor], Tensor]:
     def reduce(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values, op=op)

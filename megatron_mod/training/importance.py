@@ -70,4 +70,5 @@ def start_apart(model: ModelChunks, costs: dict[int, float], *, border: float) -
     values = {k: SPREAD * math.log(max(cost, LEAST)) for k, cost in costs.items()}
     least = min(values.values())
     for index, router in model.routers().items():
+        assert router.bias is not None
         router.bias.fill_(border + values[index] - least + MARGIN)

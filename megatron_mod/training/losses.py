@@ -110,7 +110,7 @@ def dense_states(model: ModelChunks, batch: StepBatch) -> list[Tensor]:
             hidden = gather_from_sequence_parallel_region(hidden, group=model.groups.tp)
         return hidden.transpose(0, 1)[outcome.batch.labels >= 0]
 
-    with model[-1].headless():
+    with model.headless():
         return run_batches(
             model,
             batch.micro_batches,

@@ -138,36 +138,6 @@ def test_a_removed_layer_makes_no_keys(dense):
         assert work.decode_bytes(*step, element_size=1) == saved + key * offers, name
 
 
-def test_a_removed_layer_makes_no_keys(dense):
-    """With the threshold 1 all that its target holds is left out; a router that merely keeps nobody
-    still makes the keys and values that ``all`` promises."""
-    arch = Work.of(json.loads((dense / "config.json").read_text())).arch
-    query, key = (2 * 32 * heads * arch.kv_channels for heads in
-                  (arch.num_attention_heads, arch.num_query_groups))  # fmt: skip
-    mlp = 3 * 32 * arch.ffn_hidden_size
-    seen = sum(min(n + 1, arch.window_size or LENGTH) for n in range(LENGTH))
-    pairs = 4 * arch.num_attention_heads * arch.kv_channels * seen
-    flops = {"attn": 2 * LENGTH * (query + key) + pairs, "mlp": 2 * LENGTH * mlp}
-    flops["block"] = flops["attn"] + flops["mlp"]
-    weights = {"attn": query + key, "mlp": mlp, "block": query + key + mlp}
-    cache = 2 * 3 * arch.num_query_groups * arch.kv_channels
-    everything = 4 * (2 * LENGTH * (query + key + mlp) + pairs) + 2 * 32 * arch.vocab_size
-    read = 4 * (query + key + mlp + cache) + 32 * arch.vocab_size
-    nobody = torch.zeros(LENGTH, dtype=torch.bool)
-    for name, settings in formula.SCHEMES.items():
-        target = settings["granularity"].split("_")[0]
-        offers = settings.get("keys_values") == "all"
-        work = routed_work(arch, **settings)
-        found = work.at([1.0])
-        saved = everything + 2 * 32 * LENGTH - flops[target]
-        assert found.prefill(LENGTH, {1: nobody}) == saved, name
-        assert work.prefill(LENGTH, {1: nobody}) == saved + 2 * LENGTH * key * offers, name
-        step = [3], {1: nobody[:1]}, {1: [3]}
-        saved = read + 32 - weights[target] - cache * (target != "mlp")
-        assert found.decode_bytes(*step, element_size=1) == saved, name
-        assert work.decode_bytes(*step, element_size=1) == saved + key * offers, name
-
-
 def routed_work(arch, **routing) -> Work:
     from megatron_mod.routing.config import RoutingConfig
 
