@@ -122,9 +122,12 @@ class ModelChunks(torch.nn.ModuleList):
     def unpadded_vocab_size(self) -> int:
         return self[0].unpadded_vocab_size
 
-    def headless(self) -> contextlib.AbstractContextManager[None]:
-        """As ``RoutedGPTModel``'s, of the chunk that may have a head."""
-        return self[-1].headless()
+    @property
+    def last(self) -> RoutedGPTModel:
+        """The chunk that has the head, on the last stage."""
+        chunk = self[-1]
+        assert isinstance(chunk, RoutedGPTModel)
+        return chunk
 
     def routed_layers(self) -> dict[int, RoutedTransformerLayer]:
         """This rank's routed layers by global layer index."""

@@ -16,7 +16,7 @@ from megatron_mod.model.forward import Outcome, run_batches
 from megatron_mod.model.layout import StepContext
 from megatron_mod.parallel import device
 from megatron_mod.routing.quantile import MARGIN
-from megatron_mod.training.losses import compare, dense_states
+from megatron_mod.training.losses import compare, dense_states, labelled_states
 
 SPREAD = 0.2  # of the starting biases: logits a nat of the costs' logarithm
 LEAST = 1e-4  # nats; a cost below it is taken for it
@@ -30,7 +30,7 @@ def leave_one_out(
     Kullback-Leibler divergence in nats per labelled token, with the layer's stand-in, if it has
     one, in the unit's place. Called by all ranks alike.
 
-    A divergence is always positive, and a tenth as noisy as a difference of losses: about 1,000
+    A divergence is always positive, and a tenth as noisy as a difference of losses: some hundred
     labelled tokens are enough.
     """
     was_training = model.training
@@ -42,19 +42,19 @@ def leave_one_out(
             states = deque(teacher)
 
             def divergence(outcome: Outcome, states: deque = states) -> Tensor:
-                is_label = outcome.batch.labels >= 0
-                logits = outcome.output[is_label].float()
-                labels = outcome.batch.labels[is_label]
-                return compare(model[-1], states.popleft(), logits, labels)[0]
+                labels = outcome.batch.labels[outcome.batch.labels >= 0]
+                logits = model.last.head(labelled_states(model, outcome)).float()
+                return compare(model.last, states.popleft(), logits, labels)[0]
 
             borders = dict.fromkeys(layers, -math.inf) | {left_out: math.inf}
-            found = run_batches(
-                model,
-                batch.micro_batches,
-                len(batch.micro_batches),
-                finish=divergence,
-                step=StepContext(borders=borders),
-            )
+            with model.last.headless():
+                found = run_batches(
+                    model,
+                    batch.micro_batches,
+                    len(batch.micro_batches),
+                    finish=divergence,
+                    step=StepContext(borders=borders),
+                )
             if found and model.groups.tp.rank() == 0:
                 totals[place] += torch.stack(found).sum()
     model.train(was_training)

@@ -6,6 +6,7 @@ A loss is any object of the form of ``Loss``; a plan names the one that a traini
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -87,7 +88,7 @@ class Distillation:
 
     def prepare(self, model: ModelChunks, batch: StepBatch) -> None:
         """Run the dense model."""
-        self._model = model[-1]
+        self._model = model.last
         self._teacher = deque(dense_states(model, batch))
 
     def __call__(self, outcome: Outcome, batch: StepBatch) -> Shares:
@@ -103,21 +104,23 @@ class Distillation:
 def dense_states(model: ModelChunks, batch: StepBatch) -> list[Tensor]:
     """The dense model's final hidden states ``[N, H]`` at the labelled tokens of each micro-batch;
     nothing but on the last pipeline stage. Called by all ranks."""
-
-    def keep(outcome: Outcome) -> Tensor:
-        hidden = outcome.output
-        if model.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, group=model.groups.tp)
-        return hidden.transpose(0, 1)[outcome.batch.labels >= 0]
-
-    with model.headless():
+    with model.last.headless():
         return run_batches(
             model,
             batch.micro_batches,
             len(batch.micro_batches),
-            finish=keep,
+            finish=partial(labelled_states, model),
             step=StepContext(dense=True),
         )
+
+
+def labelled_states(model: ModelChunks, outcome: Outcome) -> Tensor:
+    """The final hidden states ``[N, H]`` at labelled tokens, of a model that was run without its
+    head."""
+    hidden = outcome.output
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, group=model.groups.tp)
+    return hidden.transpose(0, 1)[outcome.batch.labels >= 0]
 
 
 def compare(

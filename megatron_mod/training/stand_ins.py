@@ -34,7 +34,7 @@ def fit_stand_ins(model: ModelChunks, batches: Iterable[StepBatch]) -> dict[int,
     def watch(layer: int, residual: Tensor, read: Tensor, update: Tensor) -> None:
         moments[layer].add(residual, read, update)
 
-    with model.headless():
+    with model.last.headless():
         for batch in batches:
             run_batches(
                 model,

@@ -16,7 +16,7 @@ from megatron_mod.training.importance import leave_one_out, start_apart
 from megatron_mod.training.plan import Plan
 from megatron_mod.training.stand_ins import describe, fit_stand_ins
 
-LABELS = 1000  # on which a layer's importance is measured
+LABELS = 600  # on which a layer's importance is measured
 
 
 def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
