@@ -17,7 +17,7 @@ from megatron_mod.evaluation.rows import Row, evenly
 from megatron_mod.evaluation.work import Work
 
 METHOD = "greedy"
-CHOICE_TOKENS = 1500  # that layers are chosen on: k of L layers take about k * L passes over them
+CHOICE_TOKENS = 1000  # that layers are chosen on: k of L layers take about k * L passes over them
 
 
 def thresholds_without(layers: Sequence[int], removed: Collection[int]) -> list[float]:

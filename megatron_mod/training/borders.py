@@ -17,9 +17,9 @@ from megatron_mod.routing.quantile import borders
 from megatron_mod.routing.router import Router
 from megatron_mod.training.step import run_schedule
 
-PASSES = 5
+PASSES = 4
 NEAR = 0.005  # to the wanted share
-TOKENS = 8192
+TOKENS = 4096
 
 
 def shifts(model: ModelChunks, routing: RoutingConfig, shares: Tensor) -> Tensor:
