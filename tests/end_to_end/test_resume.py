@@ -335,14 +335,14 @@ SMALL = {**DEFAULT, "router__stand_in_rank": 4, "optimizer__lr": 0.01}
 )
 def test_the_default_recipe_goes_on_to_the_last_bit(trainer, tmp_path, monkeypatch, changes):
     whole, run = tmp_path / "whole", tmp_path / "run"
-    trainer.train(whole, **SMALL, **changes)
+    trainer.train(whole, **SMALL | changes)
     shutil.copytree(whole, run)
     (run / "summary.json").unlink()
     for step in ("step_00000004", "step_00000006"):
         shutil.rmtree(run / step)
     with monkeypatch.context() as patched:
         patched.setattr(loop, "start", lambda *args: 1 / 0)  # nothing is fitted or measured again
-        trainer.train(run, **SMALL, **changes)
+        trainer.train(run, **SMALL | changes)
     assert metrics(run) == metrics(whole)
     (tensors, progress), (wanted, wanted_progress) = (
         saved(folder / "step_00000006") for folder in (run, whole)
