@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from megatron_mod.conversion.config_types import (
+    BOOLEAN,
     COUNT,
     NUMBER,
     TEXT,
@@ -101,7 +102,7 @@ ROUTING = {
     "pooling": TEXT,
     "keys_values": TEXT,
     "training_compute": TEXT,
-    "bias": Kind("true or false", lambda v: isinstance(v, bool)),
+    "bias": BOOLEAN,
     "stand_in_rank": Kind(
         "a whole number above 0, or null", lambda v: v is None or COUNT.accepts(v)
     ),

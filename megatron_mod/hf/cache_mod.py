@@ -34,7 +34,7 @@ class Choice:
 
     def left(self, values: Tensor) -> Tensor:
         """Of ``values`` ``[N, ...]`` those of the units that are not kept."""
-        return values[self.others] if len(self.index) else values
+        return values.index_select(0, self.others) if len(self.index) else values
 
     def apply(
         self,
@@ -49,9 +49,9 @@ class Choice:
         if not len(self.index):
             return instead(values) if instead else values
         changed = torch.empty_like(values) if instead else values.clone()
-        changed.index_copy_(0, self.index, function(values[self.index]))
+        changed.index_copy_(0, self.index, function(values.index_select(0, self.index)))
         if instead:
-            changed.index_copy_(0, self.others, instead(values[self.others]))
+            changed.index_copy_(0, self.others, instead(self.left(values)))
         return changed
 
 

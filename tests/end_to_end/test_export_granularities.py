@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import formula
@@ -283,3 +284,25 @@ def test_attention_scores_pad_to_the_longest_selection_only(case, name):
         attention = found[layer]["layer"] - sum(found[layer][module] for module in beside)
         attention -= sum(found[layer][f"self_attn.{p}_proj"] for p in "qkvo")
         assert attention == per_pair * batch * longest * keys
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make the host wait for numbers from the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        self.count += name in ("nonzero", "_local_scalar_dense", "is_nonzero", "masked_select")
+        return function(*args, **(kwargs or {}))
+
+
+@schemes
+def test_the_host_waits_once_a_routed_layer(case, name):
+    model = case.model(name)
+    for prompt in case.prompts:
+        with torch.no_grad(), Waits() as waits:
+            model(torch.tensor([prompt]), use_cache=True)
+        assert waits.count == len(ROUTED)

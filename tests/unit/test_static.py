@@ -98,10 +98,10 @@ def test_each_next_layer_costs_least_given_those_already_out(model, scheme, tmp_
 
 def test_layers_are_chosen_on_some_of_many_rows(model, tmp_path):
     hf, _ = model
-    rows = [Row.continuation([5], [7] * 30) for _ in range(400)]
+    rows = [Row.continuation([5], [7] * 25) for _ in range(400)]
     backend = backend_of(hf, tmp_path / "export", "mlp_token")
     chosen = static.Greedy(backend, rows).rows
-    assert len(chosen) * 30 == static.CHOICE_TOKENS
+    assert len(chosen) * 25 == static.CHOICE_TOKENS
     assert static.Greedy(backend, rows[:7]).rows == rows[:7]
     assert len(static.Greedy(backend, [Row.continuation([5], [7] * 9000)]).rows) == 1
 
