@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
@@ -148,24 +149,34 @@ def compare(
     """Train and measure everything, print a table, write ``quality.json`` and ``quality.png``.
 
     Args:
-        budgets: granularities, each with the capacity it is trained and calibrated for.
+        budgets: granularities and capacities; a granularity is trained for the least of its own,
+            and calibrated for each.
         seeds: of which every training is repeated.
-        published: whether Router-Tuning's recipe is trained for each budget too.
+        published: whether Router-Tuning's recipe is trained too, with the first seed.
     """
     setup.out.mkdir(parents=True, exist_ok=True)
     measured = Measurements(setup.out / "measured.json")
-    routed = [
-        {"recipe": recipe, "granularity": granularity, "capacity": capacity, "seed": seed,
-         "texts": measured.once(
-             f"{recipe} {granularity} {capacity} {seed}",
-             lambda recipe=recipe, at=(granularity, capacity), seed=seed: _train(
-                 setup, recipe, *at, seed=seed
-             ),
-         )}
-        for recipe in ("ours", *(["published"] if published else []))
-        for granularity, capacity in budgets
-        for seed in seeds
-    ]  # fmt: skip
+    capacities: dict[str, list[float]] = {}
+    for granularity, capacity in budgets:
+        capacities.setdefault(granularity, []).append(capacity)
+    trainings = [
+        (recipe, granularity, seed)
+        for granularity in capacities
+        for recipe, own in (("ours", seeds), ("published", seeds[:1] if published else ()))
+        for seed in own
+    ]
+    routed: list[dict] = []
+    for recipe, granularity, seed in trainings:
+        wanted = capacities[granularity]
+        model = partial(_train, setup, recipe, granularity, min(wanted), seed=seed)
+        opened: list[Model] = []
+        for capacity in wanted:
+            key = f"{recipe} {granularity} {min(wanted)} {seed} at {capacity}"
+            texts = measured.once(key, partial(_at_capacity, opened, model, capacity))
+            point = {"recipe": recipe, "granularity": granularity, "capacity": capacity}
+            routed.append({**point, "seed": seed, "texts": texts})
+        if opened:
+            topology.shutdown()
     least = {}
     for point in routed:
         target = Scheme.parse(point["granularity"]).target
@@ -192,14 +203,20 @@ def compare(
     return found
 
 
-def _train(setup: Setup, recipe: str, granularity: str, capacity: float, *, seed: int) -> dict:
+def _train(setup: Setup, recipe: str, granularity: str, capacity: float, *, seed: int) -> Model:
     run = setup.run(
         f"{recipe}_{granularity}_{capacity:g}_{seed}",
         **{"router.granularity": granularity, "router.capacity": capacity, "train.seed": seed},
         **(PUBLISHED if recipe == "published" else {}),
     )
-    with topology.single_process():
-        return Model(setup, run).at_capacity(capacity)
+    topology.initialize(topology.ONE_RANK)
+    return Model(setup, run)
+
+
+def _at_capacity(opened: list[Model], model: Callable[[], Model], capacity: float) -> dict:
+    if not opened:
+        opened.append(model())
+    return opened[0].at_capacity(capacity)
 
 
 def _remove(

@@ -27,20 +27,20 @@ class QualityBenchmark(Options):
 
         python tools/benchmark/quality.py --load BASE --train FILE --texts FILE [FILE ...] --out DIR
 
-    Each budget is trained with every seed, calibrated on one half of each held-out text and
-    measured on the other, as are the dense model, greedy removal of layers with and without
-    stand-ins, and the published recipe. Prints a table and writes OUT/quality.json and
-    OUT/quality.png. What is already in OUT is not trained or measured again. A training's settings
-    (--section.field value) go to every training.
+    Each granularity is trained with every seed for the least of its capacities, calibrated for each
+    on one half of each held-out text and measured on the other, as are the dense model, greedy
+    removal of layers with and without stand-ins, and the published recipe. Prints a table and
+    writes OUT/quality.json and OUT/quality.png. What is already in OUT is not trained or measured
+    again. A training's settings (--section.field value) go to every training.
 
     Args:
         load: base checkpoint or Hugging Face folder.
         train: conversations to train on.
         texts: held-out conversations (.jsonl, .json, .parquet) or texts, one for each kind.
         out: folder of the trainings.
-        budgets: granularities with the capacity of each, as attn_token:0.5.
+        budgets: granularities and capacities, as attn_token:0.5.
         seeds: of which every training is repeated.
-        without_published: leave the published recipe out.
+        without_published: leave the published recipe out, which is trained with the first seed.
         layers: how many of the deepest layers but the last are routed.
         samples: of each text, at most, at least 2.
         max_length: tokens a sample is cut to.
