@@ -116,15 +116,13 @@ def hf_tensors(added: Added, dtype: torch.dtype) -> dict[str, Tensor]:
     Raises:
         ValueError: a value is too large for the dtype.
     """
-    return {
-        HF_KEY.format(layer, name): (
-            tensor.float()
-            if name.startswith("router.")
-            else cast(tensor, dtype, HF_KEY.format(layer, name))
-        )
-        for layer, own in added.items()
-        for name, tensor in own.items()
-    }
+    tensors = {}
+    for layer, own in added.items():
+        for name, tensor in own.items():
+            key = HF_KEY.format(layer, name)
+            to = torch.float32 if name.startswith("router.") else dtype
+            tensors[key] = cast(tensor, to, key)
+    return tensors
 
 
 def write_step(
