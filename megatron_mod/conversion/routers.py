@@ -114,15 +114,13 @@ def hf_tensors(added: Added, dtype: torch.dtype) -> dict[str, Tensor]:
     Raises:
         ValueError: a value is too large for the dtype.
     """
-    return {
-        HF_KEY.format(layer, name): (
-            tensor.float()
-            if name.startswith("router.")
-            else cast(tensor, dtype, HF_KEY.format(layer, name))
-        )
-        for layer, own in added.items()
-        for name, tensor in own.items()
-    }
+    tensors = {}
+    for layer, own in added.items():
+        for name, tensor in own.items():
+            key = HF_KEY.format(layer, name)
+            to = torch.float32 if name.startswith("router.") else dtype
+            tensors[key] = cast(tensor, to, key)
+    return tensors
 
 
 def write_step(
@@ -162,10 +160,12 @@ def write_published(folder: Path, routing: RoutingConfig, added: Added, hf_confi
         for layer, threshold in zip(routing.layers, routing.thresholds, strict=True)
     }
     if len(thresholds) > 1:
+        what, remedy = "thresholds", "calibrate with --scope model"
+        if routing.bias:
+            what, remedy = "biases or thresholds", "train with router.bias false"
         raise ValueError(
-            "--routers-only: the layers' thresholds or biases differ, and the published format has "
-            "one threshold for all; train with router.bias false, calibrate with --scope model, or "
-            "export the whole model."
+            f"--routers-only: the layers' {what} differ, and the published format has one "
+            f"threshold for all; {remedy}, or export the whole model."
         )
     weight = routing.capacity_loss_weight
     routed = [layer in routing.layers for layer in range(hf_config["num_hidden_layers"])]

@@ -72,7 +72,9 @@ def test_a_run_is_calibrated_as_its_export_is(tmp_path, single_process):
     base = open_base(tmp_path / "base")
     expected = {}
     for name in SCHEMES:
-        weights = {layer: torch.randn(1, 32, generator=generator) for layer in (0, 1, 3)}
+        weights = {
+            layer: {"router.weight": torch.randn(1, 32, generator=generator)} for layer in (0, 1, 3)
+        }
         routing = cases.routing_config(
             layers=(0, 1, 3), capacity=(0.5,) * 3, **formula.SCHEMES[name]
         )
@@ -117,7 +119,7 @@ def test_routers_beside_a_base_move_with_their_base(tmp_path, single_process):
     hf = tiny.save_tokenizer(tiny.save_llama(tmp_path / "hf", vocab_size=tiny.VOCAB))
     cases.convert(hf, tmp_path / "base")
     base = open_base(tmp_path / "base")
-    weights = {layer: torch.randn(1, 32) for layer in (1, 2)}
+    weights = {layer: {"router.weight": torch.randn(1, 32)} for layer in (1, 2)}
     where = {"base": "..", "fingerprint": base.fingerprint()}
     write_step(base.path / ROUTERS, cases.routing_config(), weights, **where)
     rows = [{"prompt": f"{n} why?", "completion": f"so {n * n}"} for n in range(12)]
