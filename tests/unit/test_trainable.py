@@ -53,31 +53,29 @@ def trainer(tmp_path_factory, single_process):
 
 
 @pytest.fixture
-def stand_ins(monkeypatch):
+def adapters(monkeypatch):
     """Routed layers with a small matrix of their own, which trains with the router."""
     from megatron_mod.model.layer import RoutedTransformerLayer
     from megatron_mod.model.trainable import ROUTERS
 
     make, forward = RoutedTransformerLayer.__init__, RoutedTransformerLayer.forward
 
-    def with_stand_in(self, config, *args, **kwargs):
+    def with_adapter(self, config, *args, **kwargs):
         make(self, config, *args, **kwargs)
-        self.stand_in = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        nn.init.zeros_(self.stand_in.weight)
+        self.adapter = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        nn.init.zeros_(self.adapter.weight)
 
     def with_its_output(self, hidden_states, *args, **kwargs):
         output, rest = forward(self, hidden_states, *args, **kwargs)
-        return output + self.stand_in(hidden_states), rest
+        return output + self.adapter(hidden_states), rest
 
-    monkeypatch.setattr(RoutedTransformerLayer, "__init__", with_stand_in)
+    monkeypatch.setattr(RoutedTransformerLayer, "__init__", with_adapter)
     monkeypatch.setattr(RoutedTransformerLayer, "forward", with_its_output)
-    adds = {"router": ROUTERS, "stand_in": ROUTERS}
+    adds = {"router": ROUTERS, "adapter": ROUTERS}
     monkeypatch.setattr(RoutedTransformerLayer, "adds", adds)
 
 
-def test_what_is_added_needs_nothing_else_to_be_saved_and_gone_on_from(
-    trainer, stand_ins, tmp_path
-):
+def test_what_is_added_needs_nothing_else_to_be_saved_and_gone_on_from(trainer, adapters, tmp_path):
     from megatron_mod.conversion.restore import restore_model
     from megatron_mod.conversion.source import open_source
 
@@ -99,6 +97,6 @@ def test_what_is_added_needs_nothing_else_to_be_saved_and_gone_on_from(
 
     model, _ = restore_model(open_source(whole), plan(tensor=1, pipeline=1, world_size=1))
     for index, layer in model.routed_layers().items():
-        mean = saved[f"average.decoder.layers.{index}.stand_in.weight"]
+        mean = saved[f"average.decoder.layers.{index}.adapter.weight"]
         assert mean.any()
-        assert torch.equal(layer.stand_in.weight, mean)
+        assert torch.equal(layer.adapter.weight, mean)
