@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_mod.checkpoint.distributed import load_tensors
 from megatron_mod.config import cli
+from megatron_mod.config.recipes import PUBLISHED
 from megatron_mod.evaluation.perplexity import read_rows
 from megatron_mod.evaluation.work import Work
 from tests.helpers import formula, tiny
@@ -99,7 +100,7 @@ def test_quickstart_report(quickstart):
     check_shape(report, SHAPE)
     assert report["parallel"] == {"tensor": 1, "pipeline": 2, "data": 1}
     assert report["train"]["steps"] == 3
-    assert report["train"]["trainable_parameters"] == 2 * 32
+    assert report["train"]["trainable_parameters"] == 2 * 33  # with biases
     assert report["train"]["frozen_parameters_changed"] == 0
     assert max(report["parity"].values()) <= 2e-5
     assert list(report["capacity"]["per_layer"]) == ["1", "2"]
@@ -174,7 +175,7 @@ def test_export_loads_and_generates(quickstart):
 
 @pytest.fixture(scope="module")
 def base_settings(quickstart):
-    """Overrides that fit the shipped configuration to the tiny model."""
+    """Overrides that fit a shipped configuration to the tiny model, trained as published."""
     out = quickstart[1]
     return [
         "--config", "configs/smollm2/135m_attn_sequence.yaml",
@@ -183,6 +184,8 @@ def base_settings(quickstart):
         "--router.layers.deepest", 2, "--data.max_length", 200,
         "--parallel.pipeline_model_parallel_size", 1,
         "--parallel.num_layers_in_first_pipeline_stage", "null",
+        "--router.capacity_loss_weight", "1.0",
+        *(f"--{name}={value}" for name, value in PUBLISHED.items()),
     ]  # fmt: skip
 
 
