@@ -113,7 +113,7 @@ def fitting(arch: Architecture, *, pipeline: int, is_default: bool) -> tuple[lis
     overrides = []
     if not is_default:
         overrides += ["--router.layers.deepest", str(max(1, arch.num_layers // 2))]
-        overrides += ["--data.max_length", str(max_length)]
+        overrides += ["--router.stand_in_rank", "null", "--data.max_length", str(max_length)]
     if pipeline != 2 or not is_default:
         overrides += ["--parallel.num_layers_in_first_pipeline_stage", "null"]
     return overrides, max_length

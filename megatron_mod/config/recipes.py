@@ -8,6 +8,8 @@ PUBLISHED: dict[str, object] = {
     "router.bias": "false",
     "router.init": "zeros",
     "router.stand_in": "none",
+    "router.stand_in_rank": "null",
+    "router.stand_in_tokens": "null",
     "router.capacity_loss_weight": 0.05,
     "router.capacity_warmup_fraction": 0.0,
 }

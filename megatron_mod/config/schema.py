@@ -80,7 +80,7 @@ class RouterConfig:
             training starts from have them.
         stand_in_rank: rank of that map, at least 1; unset: 32 for attention, 64 for MLPs and
             blocks, or half the hidden size where that is less.
-        stand_in_tokens: tokens it is solved on, at least 1.
+        stand_in_tokens: tokens it is solved on, at least 1; unset: 16384.
         threshold: a unit keeps a layer when sigmoid(logit) is at least this; between 0 and 1.
         pooling: tokens a sequence's decision averages over: `prompt` (the default) those before
             the first label, what a generation's prefill sees; `all` every token but padding.
@@ -110,7 +110,7 @@ class RouterConfig:
     init: Literal["importance", "zeros"] = "importance"
     stand_in: Literal["none", "linear"] = "linear"
     stand_in_rank: int | None = setting(COUNT, default=None)
-    stand_in_tokens: int = setting(COUNT, default=16384)
+    stand_in_tokens: int | None = setting(COUNT, default=None)
     threshold: float = setting(
         Range(above=0, below=1, why=" (0 keeps everything, 1 nothing)"), default=0.5
     )

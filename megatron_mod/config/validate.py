@@ -46,7 +46,7 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
             f"router.stand_in_rank = {r.stand_in_rank}: nothing stands in for what is skipped; "
             "set router.stand_in to linear, or leave the rank out."
         )
-    if r.stand_in == "none" and r.stand_in_tokens != type(r).stand_in_tokens:
+    if r.stand_in == "none" and r.stand_in_tokens is not None:
         raise ValueError(
             f"router.stand_in_tokens = {r.stand_in_tokens}: nothing stands in for what is skipped; "
             "set router.stand_in to linear, or leave the tokens out."

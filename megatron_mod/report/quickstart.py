@@ -96,7 +96,7 @@ def build_report(
             "work": {"routed": 1 / found.speedup, "static": 1 / found.static_speedup},
             **(score_published(published, rows["held_out"]) if published else {}),
             "eval_tokens": with_dense.tokens,
-            "pooling": routing["pooling"],
+            "pooling": routing["pooling"] or "token",  # a token decides on itself
         },
         "capacity": {
             "target": fmean(routing["capacity"]),

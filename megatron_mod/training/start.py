@@ -16,6 +16,7 @@ from megatron_mod.training.importance import leave_one_out, start_apart
 from megatron_mod.training.plan import Plan
 from megatron_mod.training.stand_ins import describe, fit_stand_ins
 
+TOKENS = 16384  # that stand-ins are solved on, where nothing is said
 LABELS = 600  # on which a layer's importance is measured
 
 
@@ -34,7 +35,7 @@ def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
     given = set(next(iter(found.values()))) if found else set()
     if routing.stand_in_rank and "stand_in.up.weight" not in given:
         topology.at("fitting the stand-ins")
-        batches = first_batches(data, tokens=config.router.stand_in_tokens)
+        batches = first_batches(data, tokens=config.router.stand_in_tokens or TOKENS)
         explained = fit_stand_ins(model, batches)
         tokens = sum(batch.num_tokens for batch in batches)
         sizes = {"rank": routing.stand_in_rank, "hidden_size": model.config.hidden_size}

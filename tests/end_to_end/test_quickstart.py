@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_mod.checkpoint.distributed import load_tensors
@@ -72,7 +73,8 @@ SHAPE = {
         "dense_perplexity": float, "routed_perplexity": float, "static_perplexity": float,
         "static_method": str, "static_removed_layers": list, "static_capacity": float,
         "static_counted_speedup": float, "work": {"routed": float, "static": float},
-        "eval_tokens": int, "pooling": str,
+        "eval_tokens": int, "pooling": str, "published_perplexity": float,
+        "published_capacity": float, "published_work": float,
     },
     "capacity": {"target": float, "mean": float, "per_layer": dict},
     "speed": {
@@ -131,14 +133,23 @@ def check_static(report: dict, out: Path) -> None:
     original = Path(report["model"])
     dense, tokenizer = formula.load_dense(original), AutoTokenizer.from_pretrained(original)
     rows = read_rows(out / "data" / "held_out.jsonl", tokenizer, max_length=256)
-    work = Work.of(json.loads((out / "export" / "config.json").read_text()))
+    thresholds = [1.0 if layer in removed else 0.0 for layer in layers]
+    work = Work.of(json.loads((out / "export" / "config.json").read_text())).at(thresholds)
+    tensors = load_file(out / "export" / "model.safetensors")
+    more = {
+        layer: {
+            name: tensors[f"model.layers.{layer}.{name}"]
+            for name in ("stand_in.down.weight", "stand_in.up.weight", "stand_in.up.bias")
+        }
+        for layer in layers
+    }
     borders = {layer: math.inf if layer in removed else -math.inf for layer in layers}
     routers = dict.fromkeys(layers, torch.zeros(1, 32))
     nats = labels = flops = whole = 0
     for row in rows:
         with torch.no_grad():
             logits, made, _ = formula.forward(
-                dense, row.ids, routers, borders=borders, granularity="attn_sequence"
+                dense, row.ids, routers, borders=borders, granularity="block_token", more=more
             )
         asked = torch.tensor(row.labels)
         nats += float(torch.nn.functional.cross_entropy(logits, asked, reduction="sum"))
@@ -184,8 +195,8 @@ def base_settings(quickstart):
         "--router.layers.deepest", 2, "--data.max_length", 200,
         "--parallel.pipeline_model_parallel_size", 1,
         "--parallel.num_layers_in_first_pipeline_stage", "null",
-        "--router.capacity_loss_weight", "1.0",
         *(f"--{name}={value}" for name, value in PUBLISHED.items()),
+        "--router.capacity_loss_weight", "1.0",
     ]  # fmt: skip
 
 
