@@ -82,11 +82,9 @@ class RoutedGPTModel(GPTModel):
 
     def head(self, hidden_states: Tensor) -> Tensor:
         """Logits ``[N, vocab / tp]`` of final hidden states ``[N, H]``, on the last stage."""
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
-        )
+        weight = self.output_layer.weight
+        if weight is None:  # tied, and the embeddings are on this stage
+            weight = self.shared_embedding_or_output_weight()
         return self.without_padding(torch.nn.functional.linear(hidden_states, weight))
 
     def sharded_state_dict(
