@@ -21,9 +21,9 @@ DEFAULT = {
 class Trainer:
     """A tiny base checkpoint and some text, to train routers with."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **changes: object) -> None:
         self.folder = folder
-        self.hf = tiny.save_llama(folder / "hf", vocab_size=tiny.VOCAB)
+        self.hf = tiny.save_llama(folder / "hf", vocab_size=tiny.VOCAB, **changes)
         tiny.save_tokenizer(self.hf)
         self.base = folder / "base"
         hf_to_megatron(self.hf, self.base)
