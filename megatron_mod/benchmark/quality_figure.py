@@ -60,4 +60,6 @@ def _panel(axes: Axes, found: dict, text: str) -> None:
         yscale="log",
         ylim=(0.95 * found["dense"][text], min(1.1 * worst, 8 * found["dense"][text])),
     )
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:g}")
     axes.invert_xaxis()
