@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -159,24 +159,13 @@ def compare(
     capacities: dict[str, list[float]] = {}
     for granularity, capacity in budgets:
         capacities.setdefault(granularity, []).append(capacity)
-    trainings = [
-        (recipe, granularity, seed)
-        for granularity in capacities
+    routed = [
+        point
+        for granularity, wanted in capacities.items()
         for recipe, own in (("ours", seeds), ("published", seeds[:1] if published else ()))
         for seed in own
+        for point in _train(setup, measured, recipe, granularity, wanted, seed=seed)
     ]
-    routed: list[dict] = []
-    for recipe, granularity, seed in trainings:
-        wanted = capacities[granularity]
-        model = partial(_train, setup, recipe, granularity, min(wanted), seed=seed)
-        opened: list[Model] = []
-        for capacity in wanted:
-            key = f"{recipe} {granularity} {min(wanted)} {seed} at {capacity}"
-            texts = measured.once(key, partial(_at_capacity, opened, model, capacity))
-            point = {"recipe": recipe, "granularity": granularity, "capacity": capacity}
-            routed.append({**point, "seed": seed, "texts": texts})
-        if opened:
-            topology.shutdown()
     least = {}
     for point in routed:
         target = Scheme.parse(point["granularity"]).target
@@ -203,20 +192,31 @@ def compare(
     return found
 
 
-def _train(setup: Setup, recipe: str, granularity: str, capacity: float, *, seed: int) -> Model:
-    run = setup.run(
-        f"{recipe}_{granularity}_{capacity:g}_{seed}",
-        **{"router.granularity": granularity, "router.capacity": capacity, "train.seed": seed},
-        **(PUBLISHED if recipe == "published" else {}),
-    )
-    topology.initialize(topology.ONE_RANK)
-    return Model(setup, run)
-
-
-def _at_capacity(opened: list[Model], model: Callable[[], Model], capacity: float) -> dict:
-    if not opened:
-        opened.append(model())
-    return opened[0].at_capacity(capacity)
+def _train(
+    setup: Setup,
+    measured: Measurements,
+    recipe: str,
+    granularity: str,
+    capacities: Sequence[float],
+    *,
+    seed: int,
+) -> Iterator[dict]:
+    """A point for each capacity, of one training for the least of them."""
+    least = min(capacities)
+    keys = {at: f"{recipe} {granularity} {least} {seed} at {at}" for at in capacities}
+    if not measured.found.keys() >= set(keys.values()):
+        run = setup.run(
+            f"{recipe}_{granularity}_{least:g}_{seed}",
+            **{"router.granularity": granularity, "router.capacity": least, "train.seed": seed},
+            **(PUBLISHED if recipe == "published" else {}),
+        )
+        with topology.single_process():
+            model = Model(setup, run)
+            for capacity, key in keys.items():
+                measured.once(key, partial(model.at_capacity, capacity))
+    for capacity, key in keys.items():
+        point = {"recipe": recipe, "granularity": granularity, "capacity": capacity, "seed": seed}
+        yield {**point, "texts": measured.found[key]}
 
 
 def _remove(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_mod.data.batch import MicroBatch, blank_like, collate
@@ -75,6 +75,17 @@ class Loader:
     def step(self, number: int) -> StepBatch:
         """The batch of step ``number``, counted from 0."""
         return self._deal(self._rows(number))
+
+    def until(self, numbers: Iterable[int], *, tokens: int = 0, labels: int = 0) -> list[StepBatch]:
+        """The batches of some steps, one after the other, until together they have so many tokens
+        and labelled ones."""
+        batches: list[StepBatch] = []
+        for number in numbers:
+            batches.append(self.step(number))
+            has_tokens = sum(batch.num_tokens for batch in batches) >= tokens
+            if has_tokens and sum(batch.num_labels for batch in batches) >= labels:
+                break
+        return batches
 
     def sources(self, number: int) -> list[str]:
         """Where each sequence of a step's global batch comes from."""

@@ -201,15 +201,15 @@ class RoutedTransformerLayer(TransformerLayer):
     def _decide(self, logits: Tensor, valid: Tensor, layout: TokenLayout) -> Tensor:
         """The mask of units with these logits, zero where there is none; noted in the layout."""
         penalty = layout.step.penalty_per_unit.get(self.index)
-        sparse = self.routing.training_compute == "sparse"
+        finds_price = self.routing.capacity_loss_weight == AUTO
         mask = keep_mask(
             logits,
             valid,
             border=self.logit_border(layout),
             penalty=logits.new_zeros(()) if penalty is None else penalty,
-            pull=self.router.pull,
+            pull=self.router.pull if finds_price else None,
             # No price is known for what was not computed.
-            only_kept=sparse and self.routing.capacity_loss_weight == AUTO,
+            only_kept=finds_price and self.routing.training_compute == "sparse",
         )
         layout.decisions[self.index] = made = Decisions(logits, mask, valid)
         self.router.note(made)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mod.data.loader import Loader, StepBatch
+from megatron_mod.data.loader import StepBatch
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig, logit_border
@@ -19,7 +18,7 @@ from megatron_mod.training.step import run_schedule
 
 PASSES = 4
 NEAR = 0.005  # to the wanted share
-TOKENS = 4096
+TOKENS = 4096  # of the last steps, that borders are set on at the end
 
 
 def shifts(model: ModelChunks, routing: RoutingConfig, shares: Tensor) -> Tensor:
@@ -128,22 +127,6 @@ def settle(
         moved += found.float()
     model.train(was_training)
     return moved
-
-
-def last_batches(loader: Loader, steps: int) -> list[StepBatch]:
-    """Those of the last steps of a training, enough to set borders on."""
-    batches: list[StepBatch] = []
-    for step in reversed(range(steps)):
-        batches.append(loader.step(step))
-        if sum(batch.num_tokens for batch in batches) >= TOKENS:
-            break
-    return batches
-
-
-def layer_of_bias(key: str) -> int | None:
-    """The layer whose router has its bias under this key of a checkpoint, if one has."""
-    found = re.fullmatch(r"decoder\.layers\.(\d+)\.router\.bias", key)
-    return int(found[1]) if found else None
 
 
 def _reduced(op: dist.ReduceOp.RedOpType) -> Callable[[Tensor], Tensor]:

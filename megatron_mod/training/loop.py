@@ -9,13 +9,14 @@ import torch
 from megatron_mod.checkpoint.folders import writing
 from megatron_mod.config.schema import Config
 from megatron_mod.conversion.restore import load_model
+from megatron_mod.conversion.routers import KEY
 from megatron_mod.data.dataset import write_rejects
 from megatron_mod.model.trainable import Trainable, count_changed, frozen_digests
 from megatron_mod.parallel import device, topology
 from megatron_mod.parallel.agree import largest, on_first_rank
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.training.average import ParameterAverage
-from megatron_mod.training.borders import Hold, last_batches, layer_of_bias, move, settle, shifts
+from megatron_mod.training.borders import TOKENS, Hold, move, settle, shifts
 from megatron_mod.training.checkpoint import RunState, write_json
 from megatron_mod.training.ending import next_steps, summary
 from megatron_mod.training.faults import FaultCounter, not_finite
@@ -174,7 +175,7 @@ class Training:
         if not self.plan.routing.bias:
             return
         topology.at("setting the borders on data")
-        batches = last_batches(self.data, self.config.train.steps)
+        batches = self.data.until(reversed(range(self.config.train.steps)), tokens=TOKENS)
         with self.state.average.applied():
             moved = settle(
                 self.chunks,
@@ -183,9 +184,10 @@ class Training:
                 self.plan.routing,
                 shares=self.state.controller.final_target,
             )
-        for key, mean in self.state.average.mean.items():  # their own came back after the block
-            if (layer := layer_of_bias(key)) is not None:
-                mean += moved[self.plan.routing.layers.index(layer)]
+        for layer, shift in zip(self.plan.routing.layers, moved, strict=True):
+            mean = self.state.average.mean.get(KEY.format(layer, "router.bias"))
+            if mean is not None:  # after the block it is not the model's own
+                mean += shift
 
     def _log(self, step: int, result: StepResult, learning_rate: float, grad_norm: float) -> None:
         penalty = float(self.state.controller.penalty(result.capacity))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import count
-
 from megatron_mod.checkpoint.manifest import ROUTERS
 from megatron_mod.config.schema import Config
 from megatron_mod.conversion.restore import put_added
 from megatron_mod.conversion.routers import read_routers
-from megatron_mod.data.loader import Loader, StepBatch
+from megatron_mod.data.loader import Loader
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.parallel import topology
 from megatron_mod.routing.config import RoutingConfig
@@ -32,10 +30,11 @@ def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
     found = _given(config, plan)
     if found:
         put_added(model, found)
+    epoch = range(-(-len(data.samples) // data.global_batch_size))
     given = set(next(iter(found.values()))) if found else set()
     if routing.stand_in_rank and "stand_in.up.weight" not in given:
         topology.at("fitting the stand-ins")
-        batches = first_batches(data, tokens=config.router.stand_in_tokens or TOKENS)
+        batches = data.until(epoch, tokens=config.router.stand_in_tokens or TOKENS)
         explained = fit_stand_ins(model, batches)
         tokens = sum(batch.num_tokens for batch in batches)
         sizes = {"rank": routing.stand_in_rank, "hidden_size": model.config.hidden_size}
@@ -46,7 +45,7 @@ def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
     costs = dict.fromkeys(routing.layers, 1.0)
     if config.router.init == "importance":
         topology.at("measuring the layers' importance")
-        costs = leave_one_out(model, first_batches(data, labels=LABELS), routing.layers)
+        costs = leave_one_out(model, data.until(epoch, labels=LABELS), routing.layers)
         shown = ", ".join(f"{layer}: {cost:.3f}" for layer, cost in costs.items())
         topology.print_once(f"cost of leaving a layer out, nats a label: {shown}")
     start_apart(model, costs, border=routing.logit_border(routing.layers[0]))
@@ -82,18 +81,3 @@ def _check_fits(added: dict, theirs: RoutingConfig, ours: RoutingConfig, folder)
             "(model.routers)."
         )
     return added
-
-
-def first_batches(data: Loader, *, tokens: int = 0, labels: int = 0) -> list[StepBatch]:
-    """Those of a training's first steps, until they have so many tokens and labelled ones, or
-    every sample was seen."""
-    batches: list[StepBatch] = []
-    for step in count():
-        batches.append(data.step(step))
-        enough = (
-            sum(batch.num_tokens for batch in batches) >= tokens
-            and sum(batch.num_labels for batch in batches) >= labels
-        )
-        if enough or (step + 1) * data.global_batch_size >= len(data.samples):
-            return batches
-    raise AssertionError

@@ -11,23 +11,16 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from transformers import AutoTokenizer
 
 from megatron_mod.checkpoint import folders
 from megatron_mod.config.schema import DataConfig
 from megatron_mod.data import cache, sources
 from megatron_mod.data.dataset import Samples, load_data, load_samples
-from tests.helpers import tiny
 from tests.helpers.runs import Trainer, metrics
 from tests.helpers.text import write_lines
 
 RECORDS = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(9)]
 FILES = ["samples.arrow", "rejects.jsonl", "summary.json", "entry.json"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return AutoTokenizer.from_pretrained(tiny.save_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from transformers import AutoTokenizer
 
 from megatron_mod.benchmark.data_speed import measure, retokenised
 from megatron_mod.data.encoding import Encoder
-from tests.helpers import tiny
 from tests.helpers.text import write_lines
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return AutoTokenizer.from_pretrained(tiny.save_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 def test_padding_is_counted_for_each_way(tokenizer, tmp_path):

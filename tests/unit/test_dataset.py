@@ -17,24 +17,9 @@ from megatron_mod.config.schema import DataConfig
 from megatron_mod.data import cache, store
 from megatron_mod.data.dataset import Part, Samples, load_data, load_samples, write_rejects
 from megatron_mod.data.store import SCHEMA, Store, Summary
-from tests.helpers import tiny
 from tests.helpers.text import read_lines, write_lines
 
 GOOD = {"prompt": "What?", "completion": "That."}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return AutoTokenizer.from_pretrained(tiny.save_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
-@pytest.fixture
-def load(tokenizer, tmp_path):
-    def call(sources, **options):
-        settings = {"max_length": 200, "cache": tmp_path / "cache", **options}
-        return load_samples(sources, tokenizer, **settings)
-
-    return call
 
 
 def texts(samples, tokenizer):

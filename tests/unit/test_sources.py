@@ -10,33 +10,16 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer
 
 from megatron_mod.benchmark.data_speed import measure, needed_tokens_per_second
 from megatron_mod.data import formats, json_records, mixing, store
-from megatron_mod.data.dataset import load_samples
 from megatron_mod.data.encoding import Encoder
 from megatron_mod.data.sources import content_bytes, read_file, text_bytes
-from tests.helpers import tiny
 from tests.helpers.text import ROOT, write_lines
 
 GOOD = {"prompt": "What?", "completion": "That."}
 LINE = json.dumps(GOOD).encode()
 KINDS = ["jsonl", "json", "parquet"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return AutoTokenizer.from_pretrained(tiny.save_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
-@pytest.fixture
-def load(tokenizer, tmp_path):
-    def call(sources, **options):
-        settings = {"max_length": 200, "cache": tmp_path / "cache", **options}
-        return load_samples(sources, tokenizer, **settings)
-
-    return call
 
 
 def write(path, records, **options):
