@@ -43,7 +43,11 @@ def measure(
             raise ValueError(f"{name} = {number}: must be at least 1.")
     settings = {"max_length": max_length, "template": "published"}
     with tempfile.TemporaryDirectory() as cache:
-        load_samples(data, tokenizer, cache=cache, **settings)  # or says what is wrong
+        if load_samples(data, tokenizer, cache=cache, **settings).has_texts:
+            raise ValueError(
+                f"--data {data}: has texts; the labelling of conversations is measured: give these "
+                "only."
+            )
     conversations = [
         messages_of(record.content) for path in files_of(data) for record in read_file(path)
     ]

@@ -159,10 +159,12 @@ class DataConfig:
     """What is trained on.
 
     Args:
-        train: JSON lines, JSON or Parquet file, folder of such files, or name of a dataset
-            (`name` or `name:split`); a list of them; or a mapping to weights: how many times an
-            epoch holds each sample, above 0 (2.9 is twice, and 90 percent of them once more).
-            A record holds `messages` (a list of `role`, `content`) or `prompt` and `completion`.
+        train: JSON lines, JSON, Parquet or text (.txt) file, folder of such files, or name of a
+            dataset (`name` or `name:split`); a list of them; or a mapping to weights: how many
+            times an epoch holds each sample, above 0 (2.9 is twice, and 90 percent of them once
+            more). A record holds `messages` (a list of `role`, `content`), `prompt` and
+            `completion`, or a `text`, which is cut into pieces of max_length tokens with every
+            token labelled, as a .txt file is.
         validation: the same, without weights, to measure the loss on; needs
             train.validation_interval.
         validation_split: share of the training samples that is held out for validation instead,

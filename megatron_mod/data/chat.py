@@ -1,21 +1,25 @@
-"""Conversations: what a record must hold, and what one is as tokens."""
+"""Conversations and texts: what a record must hold, and what one is as tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_mod.data.formats import layout_of
+
 ROLES = ("system", "user", "assistant")
 IGNORE = -100
 
 Messages = list[dict[str, str]]
+Content = Messages | str  # a conversation, or a text
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A tokenised conversation.
+    """A tokenised conversation, or a piece of a text.
 
     ``labelled[i]`` says whether token ``i`` is one the model is to produce (content of an
-    assistant turn, or its end-of-text). ``source`` names file and line.
+    assistant turn, or its end-of-text; of a text all but the first). ``source`` names file and
+    line.
     """
 
     ids: list[int]
@@ -33,6 +37,23 @@ class Sample:
         return sum(self.labelled[1:])
 
 
+def content_of(record: object) -> Content:
+    """The text of a record that has one and is no conversation, or its messages.
+
+    Raises:
+        ValueError: saying what is wrong with the record.
+    """
+    if not isinstance(record, dict) or "text" not in record or layout_of(record):
+        return messages_of(record)
+    if record.get("messages") is not None or {"prompt", "completion"} <= set(record):
+        return messages_of(record)
+    text = record["text"]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("'text' must be text, and not empty")
+    _require_utf8(text)
+    return text
+
+
 def messages_of(record: object) -> Messages:
     """The conversation of one record, with nothing but ``role`` and ``content``.
 
@@ -47,10 +68,7 @@ def messages_of(record: object) -> Messages:
             raise ValueError(f"every message needs a 'role' out of {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
             raise ValueError("every message needs a 'content' that is text")
-        try:
-            message["content"].encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"not UTF-8: half a surrogate pair ({error.reason})") from error
+        _require_utf8(message["content"])
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     if not any(answer.strip() for answer in answers):
         raise ValueError("no assistant turn with text in it, so nothing to learn from")
@@ -71,4 +89,13 @@ def _turns(record: dict) -> list:
             {"role": "assistant", "content": record["completion"]},
         ]
     found = ", ".join(map(repr, list(record)[:5])) or "nothing"
-    raise ValueError(f"needs 'messages', or 'prompt' and 'completion'; it has {found[:200]}")
+    raise ValueError(
+        f"needs 'messages', or 'prompt' and 'completion', or 'text'; it has {found[:200]}"
+    )
+
+
+def _require_utf8(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not UTF-8: half a surrogate pair ({error.reason})") from error

@@ -64,6 +64,11 @@ class Samples(Sequence[Sample]):
         return [(len(part.rows), part.weight) for part in self.parts]
 
     @property
+    def has_texts(self) -> bool:
+        """Whether some of them are pieces of texts, which have no prompts."""
+        return any(part.store.summary.texts for part in self.parts)
+
+    @property
     def identity(self) -> list[str]:
         """A fingerprint of each source's samples: their tokens, and which of them are labelled."""
         return [part.store.summary.fingerprint for part in self.parts]

@@ -1,4 +1,4 @@
-"""Conversations to token ids, and which of them the loss counts."""
+"""Conversations and texts to token ids, and which of them the loss counts."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from megatron_mod.data.chat import Messages
+from megatron_mod.data.chat import Content, Messages
 from megatron_mod.data.settings import OF_A_TOOL, SettingNames
 from megatron_mod.data.templates import Rendered, template_of
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """``ids`` of a conversation, cut to the length asked for; ``spans``: first and past-last
-    token of each run of labelled ones."""
+    """``ids`` of a conversation or a piece of a text, cut to the length asked for; ``spans``: first
+    and past-last token of each run of labelled ones."""
 
     ids: list[int]
     spans: list[tuple[int, int]]
@@ -30,12 +30,16 @@ class Encoded:
 
 
 class Encoder:
-    """Tokenises each conversation once; a token is labelled when all its characters are an
-    assistant's.
+    """Tokenises each conversation or text once; a conversation's token is labelled when all its
+    characters are an assistant's.
+
+    A text stands between the beginning-of-text token (without one, end-of-text) and end-of-text,
+    and is cut into pieces, each of which begins with the last token of the one before, so that
+    every token but the first is labelled once.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        max_length: tokens a conversation is cut to, from its start on.
+        max_length: tokens a conversation is cut to, from its start on, and a text's pieces have.
         template: ``published``, ``tokenizer`` (its own chat template) or ``auto`` (its own if it
             has one).
         names: what messages call the settings.
@@ -66,6 +70,9 @@ class Encoder:
         self.max_length = max_length
         self.template = template_of(tokenizer, template=template, names=names)
         self.eos = tokenizer.eos_token
+        self._ends = [token for token in (tokenizer.eos_token_id,) if token is not None]
+        begins = tokenizer.bos_token_id
+        self._begins = self._ends if begins is None else [begins]
         self._leading, self._trailing = self._special_tokens()
 
     def _take_all(self) -> None:
@@ -93,8 +100,27 @@ class Encoder:
             "max_length": self.max_length,
         }
 
-    def encode(self, conversations: Sequence[Messages]) -> list[Encoded | ValueError]:
-        """Each conversation, or what is wrong with it."""
+    def encode(self, contents: Sequence[Content]) -> list[list[Encoded] | ValueError]:
+        """Each conversation (one sample) or text (its pieces), or what is wrong with it."""
+        conversations = iter(self._encode([c for c in contents if not isinstance(c, str)]))
+        texts = [c for c in contents if isinstance(c, str)]
+        pieces = iter(self.backend.encode_batch(texts, add_special_tokens=False))
+        found: list[list[Encoded] | ValueError] = []
+        for content in contents:
+            if isinstance(content, str):
+                found.append(self._cut(next(pieces).ids))
+            else:
+                one = next(conversations)
+                found.append([one] if isinstance(one, Encoded) else one)
+        return found
+
+    def _cut(self, ids: list[int]) -> list[Encoded]:
+        ids = [*self._begins, *ids, *self._ends]
+        starts = range(0, len(ids) - 1, self.max_length - 1)
+        pieces = [ids[start : start + self.max_length] for start in starts]
+        return [Encoded(piece, [(1, len(piece))]) for piece in pieces]
+
+    def _encode(self, conversations: Sequence[Messages]) -> list[Encoded | ValueError]:
         rendered = self.template.render(conversations)
         whole = [item for item in rendered if isinstance(item, Rendered)]
         self._take_all()

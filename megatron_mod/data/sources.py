@@ -1,4 +1,4 @@
-"""Records out of JSON, JSON lines, Parquet and named datasets, one at a time.
+"""Records out of JSON, JSON lines, Parquet, texts and named datasets, one at a time.
 
 ``datasets`` reads what has a name only. Its JSON reader guesses types over many records (a text
 that looks like a date becomes one, and a number among texts turns all of them into quoted JSON) and
@@ -11,9 +11,10 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_mod.data.json_records import Record, read_json
+from megatron_mod.data.json_records import MOST_BYTES, Record, read_json
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+TEXT = ".txt"  # a file that is one record, a text
 _PIECE = 2**16  # bytes of a Parquet file read at once
 
 
@@ -34,7 +35,8 @@ def reading(path: Path | str) -> Iterator[None]:
 
 
 def files_of(source: str | Path, *, prefer: str | None = None) -> list[Path]:
-    """The data files of a local file or folder (all below it, by name), or none: a dataset's name.
+    """The data files of a local file or folder (all below it, by name; texts where there is nothing
+    else), or none: a dataset's name.
 
     Args:
         prefer: name of the file that is taken alone when a folder has it.
@@ -42,18 +44,19 @@ def files_of(source: str | Path, *, prefer: str | None = None) -> list[Path]:
     Raises:
         ValueError: a folder without data files, a file of another kind, or a path to nothing.
     """
-    path = Path(source)
+    path, known = Path(source), (*SUFFIXES, TEXT)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and _visible(p, path))
-        found = [p for p in found if p.name == prefer] or found
+        files = sorted(p for p in path.rglob("*") if p.suffix in known and _visible(p, path))
+        found = [p for p in files if p.name == prefer]
+        found = found or [p for p in files if p.suffix != TEXT] or files
         if not found:
-            raise ValueError(f"{path}: no data file in it ({', '.join(SUFFIXES)}).")
+            raise ValueError(f"{path}: no data file in it ({', '.join(known)}).")
         return found
     if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise ValueError(f"{path}: cannot read this kind of file; give {', '.join(SUFFIXES)}.")
+        if path.suffix not in known:
+            raise ValueError(f"{path}: cannot read this kind of file; give {', '.join(known)}.")
         return [path]
-    if path.suffix in SUFFIXES or path.is_absolute() or str(source).startswith("."):
+    if path.suffix in known or path.is_absolute() or str(source).startswith("."):
         raise ValueError(f"{path}: no such file; give a file, a folder or a dataset's name.")
     return []
 
@@ -69,7 +72,10 @@ def read_file(path: Path) -> Iterator[Record]:
         ValueError: it cannot be read, from the start or from some record on.
     """
     with reading(path):
-        yield from _parquet(path) if path.suffix == ".parquet" else read_json(path)
+        if path.suffix == TEXT:
+            yield _text(path)
+        else:
+            yield from _parquet(path) if path.suffix == ".parquet" else read_json(path)
 
 
 def load_named(name: str):
@@ -157,6 +163,16 @@ def _parquet(path: Path) -> Iterator[Record]:
     with _opened_parquet(path) as file:
         for number, batch in enumerate(file.iter_batches(batch_size=1), start=1):
             yield _row(number, batch)
+
+
+def _text(path: Path) -> Record:
+    if path.stat().st_size > MOST_BYTES:
+        problem = f"larger than {MOST_BYTES} bytes; cut it, or give JSON lines with a 'text' each"
+        return Record(1, None, problem)
+    try:
+        return Record(1, {"text": path.read_bytes().decode("utf-8-sig")})
+    except UnicodeDecodeError as error:
+        return Record(1, None, f"not UTF-8: {error}")
 
 
 def _row(number: int, batch) -> Record:

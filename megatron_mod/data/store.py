@@ -14,7 +14,7 @@ from pyarrow.ipc import new_stream
 
 from megatron_mod.checkpoint.folders import require_room
 from megatron_mod.data import cache
-from megatron_mod.data.chat import messages_of
+from megatron_mod.data.chat import content_of
 from megatron_mod.data.encoding import Encoder
 from megatron_mod.data.formats import layout_of
 from megatron_mod.data.json_records import Record
@@ -37,8 +37,9 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of a source's records: ``records = samples + rejected + cut``; ``cut`` counts
-    those whose answers ``max_length`` cut away. ``fingerprint``: of the samples' tokens and
+    """What became of a source's records: of conversations ``records = samples + rejected + cut``, a
+    text is as many samples as it has pieces; ``cut`` counts those whose answers ``max_length`` cut
+    away; ``texts``: records that are texts. ``fingerprint``: of the samples' tokens and
     labels, in their order, however they are stored."""
 
     records: int = 0
@@ -47,6 +48,7 @@ class Summary:
     cut: int = 0
     first_cut: int | None = None
     tokens: int = 0
+    texts: int = 0
     fingerprint: str = ""
 
 
@@ -158,23 +160,26 @@ class _Writer:
 
     def _write_batch(self, batch: list[Record], encoder: Encoder) -> int:
         """The bytes that the samples take."""
-        readable, conversations, problems = [], [], {}
+        readable, contents, problems = [], [], {}
         for record in batch:
             try:
                 if record.problem:
                     raise ValueError(record.problem)
-                conversations.append(messages_of(record.content))
+                contents.append(content_of(record.content))
+                self.counts["texts"] += isinstance(contents[-1], str)
                 readable.append(record)
             except ValueError as error:
                 problems[record.number] = error
         rows: dict[str, list] = {name: [] for name in SCHEMA.names}
-        for record, encoded in zip(readable, encoder.encode(conversations), strict=True):
-            if isinstance(encoded, ValueError):
-                problems[record.number] = encoded
-            elif not encoded.num_labels:
-                self.counts["cut"] += 1
-                self.counts["first_cut"] = self.counts["first_cut"] or record.number
-            else:
+        for record, samples in zip(readable, encoder.encode(contents), strict=True):
+            if isinstance(samples, ValueError):
+                problems[record.number] = samples
+                continue
+            for encoded in samples:
+                if not encoded.num_labels:
+                    self.counts["cut"] += 1
+                    self.counts["first_cut"] = self.counts["first_cut"] or record.number
+                    continue
                 rows["ids"].append(encoded.ids)
                 rows["spans"].append([place for span in encoded.spans for place in span])
                 rows["number"].append(record.number)

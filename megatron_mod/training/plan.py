@@ -86,8 +86,19 @@ def prepare(config: Config) -> Plan:
         config.data.tokenizer or base.huggingface, vocab_size=arch.vocab_size
     )
     train_data, validation = load_data(config.data, tokenizer, seed=config.train.seed)
+    if routing.pooling == "prompt":
+        _require_prompts(train=train_data, validation=validation)
     loss = LOSSES[config.train.loss]()
     return Plan(base, routing, plan, implementation, train_data, validation, loss)
+
+
+def _require_prompts(**samples: Samples | None) -> None:
+    for field, found in samples.items():
+        if found is not None and found.has_texts:
+            raise ValueError(
+                f"router.pooling = prompt: data.{field} has texts, which have no prompts for a "
+                "sequence's decision to see; set router.pooling to all, or give conversations only."
+            )
 
 
 def make_loader(config: Config, plan: Plan, samples: Samples, *, data_rank: int) -> Loader:

@@ -27,7 +27,7 @@ FILES = ["samples.arrow", "rejects.jsonl", "summary.json", "entry.json"]
 def data(tmp_path):
     path = write_lines(tmp_path / "data.jsonl", RECORDS)
     with path.open("a") as lines:
-        lines.write('{"text": "no conversation"}\n')
+        lines.write('{"texts": "no conversation"}\n')
     return path
 
 

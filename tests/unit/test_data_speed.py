@@ -37,7 +37,16 @@ def test_what_is_compared_with_does_the_same_where_borders_are_clean(tokenizer):
         {"role": "user", "content": "c?"},
         {"role": "assistant", "content": "d"},
     ]
-    (encoded,) = Encoder(tokenizer, max_length=60, template="published").encode([messages])
+    ((encoded,),) = Encoder(tokenizer, max_length=60, template="published").encode([messages])
     ids, labelled = retokenised(messages, tokenizer, 60)
     assert ids == encoded.ids
     assert labelled == [any(a <= i < b for a, b in encoded.spans) for i in range(len(ids))]
+
+
+def test_texts_have_no_labelling_to_measure(tokenizer, tmp_path):
+    (tmp_path / "some.txt").write_text("Words.")
+    with pytest.raises(ValueError, match=r"some\.txt: has texts"):
+        measure(
+            tmp_path / "some.txt", tokenizer, max_length=60, global_batch_size=4,
+            micro_batch_size=2, repeats=1,
+        )  # fmt: skip

@@ -76,14 +76,54 @@ def test_names_that_are_nothing_are_told(load, tmp_path):
             load(name)
     with pytest.raises(ValueError, match="no dataset of that name can be loaded"):
         load("no/such-dataset")
-    (tmp_path / "text.txt").write_text("x")
+    (tmp_path / "text.csv").write_text("x")
     with pytest.raises(ValueError, match="cannot read this kind of file"):
-        load(tmp_path / "text.txt")
+        load(tmp_path / "text.csv")
+
+
+def test_texts_and_conversations_are_samples_of_one_run(load, tmp_path, tokenizer):
+    (tmp_path / "some.txt").write_text("Some words.")
+    lines = [{"text": "More of them."}, GOOD]
+    (tmp_path / "more.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    samples = load([str(tmp_path / "some.txt"), str(tmp_path / "more.jsonl")])
+    assert samples.has_texts
+    assert answers(samples, tokenizer)[:2] == ["Some words.</s>", "More of them.</s>"]
+    assert [sample.source for sample in samples] == [
+        f"{tmp_path / name}" for name in ("some.txt:1", "more.jsonl:1", "more.jsonl:2")
+    ]
+    assert [sample.prompt_length for sample in samples][:2] == [1, 1]
+    assert not load(_saved(tmp_path / "only.jsonl", GOOD)).has_texts
+
+
+def test_a_folders_texts_are_read_where_it_holds_nothing_else(load, tmp_path, tokenizer):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "licence.txt").write_text("No warranty.")
+    assert answers(load(folder), tokenizer) == ["No warranty.</s>"]
+    _saved(folder / "data.jsonl", GOOD)
+    assert not load(folder).has_texts
+
+
+def test_a_text_that_cannot_be_read_is_told(load, tmp_path, monkeypatch):
+    path = tmp_path / "some.txt"
+    for content, reason in ((b"\xff\xfe", "not UTF-8"), (b" \n", "not empty"), (b"", "not empty")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"some.txt:1: .*{reason}"):
+            load(path)
+    monkeypatch.setattr("megatron_mod.data.sources.MOST_BYTES", 3)
+    path.write_text("long")
+    with pytest.raises(ValueError, match="some.txt:1: larger than 3 bytes; cut it"):
+        load(path)
+
+
+def _saved(path, record):
+    path.write_text(json.dumps(record) + "\n")
+    return path
 
 
 BAD = [
     (b"{not json", "not JSON"),
-    (b'{"text": "x"}', "needs 'messages', or 'prompt' and 'completion'"),
+    (b'{"texts": "x"}', "needs 'messages', or 'prompt' and 'completion', or 'text'"),
     (b'{"messages": []}', "non-empty list"),
     (b'{"messages": [{"role": "wizard", "content": "x"}]}', "'role' out of"),
     (b'{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
@@ -114,7 +154,7 @@ def test_bad_records_are_skipped_counted_and_written(load, tmp_path, caplog):
     rejects = read_lines(tmp_path / "rejects.jsonl")
     assert [r["source"] for r in rejects] == [f"{path}:{n}" for n in range(2, len(BAD) + 2)]
     assert all(reason in r["reason"] for r, (_, reason) in zip(rejects, BAD, strict=True))
-    assert rejects[1]["content"] == {"text": "x"}
+    assert rejects[1]["content"] == {"texts": "x"}
     with pytest.raises(ValueError, match=r"data\.jsonl:2: not JSON"):
         load(path)  # what another job skipped still stops this one
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_mod.data.chat import messages_of
+from megatron_mod.data.chat import content_of, messages_of
 from megatron_mod.data.encoding import Encoder
 from megatron_mod.data.python_docs import topic_text
 from tests.helpers import tiny
@@ -99,7 +100,10 @@ def joining(*merges: tuple[str, str]):
 
 
 def encode(messages, tokenizer, *, template="auto", max_length=1000):
-    (encoded,) = Encoder(tokenizer, max_length=max_length, template=template).encode([messages])
+    (found,) = Encoder(tokenizer, max_length=max_length, template=template).encode([messages])
+    if isinstance(found, ValueError):
+        return found
+    (encoded,) = found
     return encoded
 
 
@@ -208,7 +212,7 @@ def test_templates_that_refuse_or_rewrite_are_told(byte_tokenizer):
     plain = [said("user", "a"), said("assistant", "b")]
     rewritten = [said("user", "a"), said("assistant", "not forbidden")]
     encoder = Encoder(byte_tokenizer, max_length=100)
-    refused, changed, good = encoder.encode([TURNS, rewritten, plain])
+    refused, changed, (good,) = encoder.encode([TURNS, rewritten, plain])
     byte_tokenizer.chat_template = None
     assert "no system" in str(refused)
     assert "changes what is said" in str(changed)
@@ -237,7 +241,11 @@ def test_prompt_and_completion_are_two_turns():
     ("record", "reason"),
     [
         ([1], "must be a JSON object"),
-        ({"text": "x"}, "needs 'messages', or 'prompt' and 'completion'"),
+        ({"texts": "x"}, "needs 'messages', or 'prompt' and 'completion', or 'text'"),
+        ({"text": " "}, "'text' must be text, and not empty"),
+        ({"text": 3}, "'text' must be text, and not empty"),
+        ({"text": "\ud83d"}, "not UTF-8"),
+        ({"instruction": "a", "input": "", "output": "b", "text": "ab"}, "needs 'messages'"),
         ({"messages": []}, "non-empty list"),
         ({"messages": "x"}, "non-empty list"),
         ({"messages": [said("wizard", "x")]}, "'role' out of"),
@@ -252,5 +260,24 @@ def test_prompt_and_completion_are_two_turns():
 )
 def test_what_is_wrong_with_a_record_is_told(record, reason):
     with pytest.raises(ValueError) as caught:
-        messages_of(record)
+        content_of(record)
     assert reason in str(caught.value)
+
+
+def test_a_conversation_that_has_a_text_too_is_a_conversation():
+    assert content_of({"text": "ab", "prompt": "a", "completion": "b"})[0] == said("user", "a")
+    assert content_of({"text": "ab", "id": 3}) == "ab"
+
+
+@pytest.mark.parametrize("max_length", [2, 5, 6, 7, 100])
+def test_every_token_of_a_text_is_labelled_once(byte_tokenizer, max_length):
+    text = "Two words."
+    (pieces,) = Encoder(byte_tokenizer, max_length=max_length).encode([text])
+    ids = [byte_tokenizer.bos_token_id, *byte_tokenizer.encode(text, add_special_tokens=False),
+           byte_tokenizer.eos_token_id]  # fmt: skip
+    assert [i for piece in pieces for i in piece.ids[1:]] == ids[1:]
+    assert all(piece.spans == [(1, len(piece.ids))] for piece in pieces)
+    assert all(len(piece.ids) == max_length for piece in pieces[:-1])
+    assert 2 <= len(pieces[-1].ids) <= max_length
+    for before, after in pairwise(pieces):
+        assert after.ids[0] == before.ids[-1]

@@ -9,7 +9,7 @@ import torch
 
 from megatron_mod.data.batch import IGNORE
 from megatron_mod.training.losses import Shares
-from tests.helpers.runs import Trainer, metrics
+from tests.helpers.runs import DEFAULT, Trainer, metrics
 
 
 class FromLogits:
@@ -69,3 +69,16 @@ def test_a_loss_may_read_logits_and_decisions(trainer, tmp_path):
     more, before = (line[1]["loss"] - line[1]["task_loss"] for line in (other, usual))
     assert more > before + 1e-3
     assert other[1]["grad_norm"] != pytest.approx(usual[1]["grad_norm"], rel=1e-3)
+
+
+def test_routers_are_trained_on_texts(trainer, tmp_path):
+    """Every token but a piece's first is labelled; a sequence's decision has no prompt to see."""
+    text = tmp_path / "some.txt"
+    text.write_text("Words of a text. " * 30)
+    both = f'{{"{text}": 2, "{trainer.text}": 1}}'
+    with pytest.raises(ValueError, match="pooling = prompt: data.train has texts.*pooling to all"):
+        trainer.train(tmp_path / "refused", data__train=both, router__pooling="prompt")
+    found = trainer.train(tmp_path / "run", data__train=both)
+    assert found["train"]["tokens"] > 0
+    tokens = {**DEFAULT, "router__granularity": "block_token"}
+    trainer.train(tmp_path / "tokens", **tokens, data__train=str(text))

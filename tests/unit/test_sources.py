@@ -249,7 +249,7 @@ def test_only_a_run_is_told_of_its_settings(load, tokenizer, tmp_path, caplog):
     from megatron_mod.config.schema import DataConfig
     from megatron_mod.data.dataset import load_data
 
-    path = write(tmp_path / "data.jsonl", [{**GOOD, "prompt": "x" * 500}, {"text": "x"}])
+    path = write(tmp_path / "data.jsonl", [{**GOOD, "prompt": "x" * 500}, {"texts": "x"}])
     config = DataConfig(train=str(path), max_length=200)
     with pytest.raises(ValueError, match=r":2: .* set data\.on_bad_record to skip"):
         load_data(config, tokenizer, seed=0)
@@ -325,7 +325,7 @@ def test_the_data_benchmark_names_what_it_cannot_use(tokenizer, tmp_path):
         (tmp_path / "folder").mkdir(exist_ok=True)
         with pytest.raises(ValueError, match=rf"{path}: no (such|data) file"):
             measure(path, tokenizer, **BENCHMARK)
-    path = write(tmp_path / "data.jsonl", [GOOD, {"text": "x"}])
+    path = write(tmp_path / "data.jsonl", [GOOD, {"texts": "x"}])
     with pytest.raises(ValueError, match=rf"{path}:2: needs 'messages'.* or take it out"):
         measure(path, tokenizer, **BENCHMARK)
     for name, least in (("max.length", 2), ("global_batch_size", 1), ("repeats", 1)):

@@ -82,7 +82,7 @@ def test_conversations_are_labelled_with_a_sentencepiece_model(tokenizer, model)
         {"role": "user", "content": "So?"},
         {"role": "assistant", "content": "é"},
     ]
-    (encoded,) = Encoder(tokenizer, max_length=1000, template="published").encode([messages])
+    ((encoded,),) = Encoder(tokenizer, max_length=1000, template="published").encode([messages])
     answers = [tokenizer.decode(encoded.ids[a:b]) for a, b in encoded.spans]
     assert answers == ["Four,\n  the number 😀</s>", "é</s>"]
     # SentencePiece on the text up to the first end-of-text, and on what follows it: a newline,
