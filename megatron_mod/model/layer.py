@@ -176,6 +176,9 @@ class RoutedTransformerLayer(TransformerLayer):
     def _decide_tokens(self, normed: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """Which tokens are kept, bool ``[S, B]``, and the mask with its gradient."""
         mask = self._decide(self.router(normed), layout.valid, layout)
+        if every := self.router.notes_every:
+            places = layout.every(every, context_rank=self.pg_collection.cp.rank())
+            self.router.note_inputs(normed[places], layout.valid[places])
         return mask.detach().bool(), mask
 
     def _decide_sequences(self, normed: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
@@ -192,6 +195,12 @@ class RoutedTransformerLayer(TransformerLayer):
         is_valid = counts[1] > 0
         logits = total / counts[0].clamp(min=1)
         mask = self._decide(logits, is_valid, layout)
+        if every := self.router.notes_every:
+            read = layout.pool(normed.detach().float(), pooled[..., None])
+            if cp.size() > 1:
+                read = reduce_from_tensor_model_parallel_region(read, group=cp)
+            read = read / counts[0].clamp(min=1)[:, None]
+            self.router.note_inputs(read[::every], is_valid[::every])
         if cp.size() > 1:
             # Each rank's use of the mask sees only its tokens: add up what comes back.
             mask = copy_to_tensor_model_parallel_region(mask, group=cp)

@@ -196,8 +196,17 @@ class TokenLayout(PackedSeqParams):
         """Every token attends to its document's earlier tokens and to itself."""
         return AttentionPlan(queries=self.tokens, keys=self.tokens)
 
+    def every(self, stride: int, *, context_rank: int) -> slice | Tensor:
+        """Which of the ``S`` places of a context-parallel rank are every ``stride``-th of a row."""
+        if self.context_ranks == 1:
+            return slice(None, None, stride)
+        rows = torch.arange(len(self.valid) * self.context_ranks)
+        mine = zigzag(rows, dim=0, rank=context_rank, ranks=self.context_ranks)
+        return (mine % stride == 0).nonzero()[:, 0].to(self.roles.device, non_blocking=True)
+
     def pool(self, values: Tensor, tokens: Tensor) -> Tensor:
-        """Sum ``[D]`` over each document of ``values`` ``[S, B]`` at ``tokens`` ``[S, B]``.
+        """Sum ``[D, ...]`` over each document of ``values`` ``[S, B, ...]`` at ``tokens``, which
+        has its shape or one at ends.
 
         Deterministic on every device, so that ranks that hold the same tokens agree.
         """

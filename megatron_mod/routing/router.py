@@ -14,10 +14,9 @@ class Router(nn.Module):
     Zeros put every logit exactly on the border of threshold 0.5, so an untrained
     router keeps everything and the model is exactly the dense one.
 
-    What it has decided on since ``reset`` it notes on the device, unsaved: how many units it
-    ``kept`` of how many ``valid`` ones, and, while ``notes_scores``, each unit's logit and, in
-    training, the sum of what units were decided on, ``read`` ``[H]``; ``pull`` is what
-    ``decision.keep_mask`` adds up.
+    What it has decided since ``reset`` it notes on the device, unsaved: how many units it ``kept``
+    of how many ``valid`` ones; ``pull`` is what ``decision.keep_mask`` adds up. While it
+    ``notes_every`` so many units, it keeps what these were decided on.
     """
 
     def __init__(
@@ -27,11 +26,10 @@ class Router(nn.Module):
         settings = {"dtype": torch.float32, "device": device}
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, **settings))
         self.bias = nn.Parameter(torch.zeros(1, **settings)) if bias else None
-        sizes = {"kept": (), "valid": (), "pull": (2,), "read": (hidden_size,)}
-        for name, size in sizes.items():
+        for name, size in {"kept": (), "valid": (), "pull": (2,)}.items():
             self.register_buffer(name, torch.zeros(size, **settings), persistent=False)
-        self.notes_scores = False
-        self.scores: list[Tensor] = []  # each fp32 [N], NaN where there is no unit
+        self.notes_every = 0
+        self.noted: list[tuple[Tensor, Tensor]] = []  # inputs [N, H], and which of them are units
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits ``[...]`` in fp32 of hidden states ``[..., H]``."""
@@ -42,16 +40,22 @@ class Router(nn.Module):
         """Take note of a micro-batch's decisions."""
         self.kept += (made.mask.detach().bool() & made.valid).sum()
         self.valid += made.valid.sum()
-        if self.notes_scores:
-            logits = made.logits.detach().masked_fill(~made.valid, torch.nan)
-            self.scores.append(logits.flatten())
-            if made.logits.requires_grad:  # a sequence's is the mean of what its tokens read
-                total = (made.logits * made.valid).sum()
-                (read,) = torch.autograd.grad(total, self.weight, retain_graph=True)
-                self.read += read.squeeze(0)
 
-    def reset(self, *, notes_scores: bool = False) -> None:
-        """Forget what was noted; ``notes_scores``: whether logits are to be kept from now on."""
-        for sums in (self.kept, self.valid, self.pull, self.read):
+    def note_inputs(self, inputs: Tensor, valid: Tensor) -> None:
+        """Keep what units ``[..., H]`` were decided on, those of them that are ``valid`` ``[...]``
+        ones."""
+        self.noted.append((inputs.detach().flatten(0, -2), valid.flatten()))
+
+    @torch.no_grad()
+    def scores(self) -> Tensor:
+        """Logits ``[N]`` that the units whose inputs are noted would have now, NaN where there is
+        no unit."""
+        found = [self(inputs).masked_fill(~valid, torch.nan) for inputs, valid in self.noted]
+        return torch.cat(found) if found else self.weight.new_empty(0)
+
+    def reset(self, *, notes_every: int = 0) -> None:
+        """Forget what was noted; ``notes_every``: of how many units one's inputs are to be kept
+        from now on; 0: none."""
+        for sums in (self.kept, self.valid, self.pull):
             sums.zero_()
-        self.notes_scores, self.scores = notes_scores, []
+        self.notes_every, self.noted = notes_every, []

@@ -13,7 +13,6 @@ from megatron_mod.model.builder import ModelChunks
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig, logit_border
 from megatron_mod.routing.quantile import borders
-from megatron_mod.routing.router import Router
 from megatron_mod.training.step import run_schedule
 
 PASSES = 4
@@ -22,13 +21,13 @@ TOKENS = 4096  # of the last steps, that borders are set on at the end
 
 
 def shifts(model: ModelChunks, routing: RoutingConfig, shares: Tensor) -> Tensor:
-    """What to add to the bias of each routed layer, ``[num_routed]``, so that ``shares`` (the same
-    shape) of the units whose scores the routers have noted would have been kept; on every rank.
+    """What to add to the bias of each routed layer, ``[num_routed]``, so that its router, as it is
+    now, would have kept ``shares`` (the same shape) of the units it has noted; on every rank.
 
     With scope ``model`` one border for all layers, that keeps the mean share of all their units.
     """
     routers = model.routers() if model.groups.tp.rank() == 0 else {}  # the others hold copies
-    mine = {k: torch.cat(router.scores) for k, router in routers.items() if router.scores}
+    mine = {layer: router.scores() for layer, router in routers.items()}
     longest = max((len(scores) for scores in mine.values()), default=1)
     table = torch.full((len(routing.layers), longest), torch.nan, device=device.device())
     for place, layer in enumerate(routing.layers):
@@ -47,41 +46,6 @@ def shifts(model: ModelChunks, routing: RoutingConfig, shares: Tensor) -> Tensor
 def _wanted(routing: RoutingConfig, like: Tensor) -> Tensor:
     wanted = torch.tensor([logit_border(t) for t in routing.thresholds])
     return wanted.to(like, non_blocking=True)
-
-
-class Hold:
-    """Keeps an optimizer's step from moving all scores up or down together.
-
-    An Adam step is as large when the units pull one way as when they pull apart, and the borders
-    of the step before would then keep everything, or nothing. What a step adds to the mean score
-    of the units it has seen is taken off the biases again: of each layer's, or with scope ``model``
-    the mean of all layers'.
-    """
-
-    def __init__(self, model: ModelChunks, routing: RoutingConfig) -> None:
-        """Called before the step."""
-        self.model, self.routing = model, routing
-        self.before = {k: self._router(r) for k, r in model.routers().items()}
-
-    @staticmethod
-    def _router(router: Router) -> Tensor:
-        assert router.bias is not None
-        return torch.cat((router.weight.detach()[0], router.bias.detach()))
-
-    @torch.no_grad()
-    def release(self, read: Tensor) -> None:
-        """Called by all ranks after the step; ``read``: see ``StepResult``."""
-        moved = torch.zeros(len(self.routing.layers), device=read.device)
-        if self.model.groups.tp.rank() == 0:  # the others hold copies
-            for place, layer in enumerate(self.routing.layers):
-                if router := self.model.routers().get(layer):
-                    change = self._router(router) - self.before[layer]
-                    moved[place] = change[:-1] @ read[place] + change[-1]
-        dist.all_reduce(moved)
-        moved /= self.model.groups.dp_cp.size()
-        if self.routing.scope == "model":
-            moved = moved.mean().expand_as(moved)
-        move(self.model, self.routing, -moved)
 
 
 @torch.no_grad()
@@ -110,18 +74,18 @@ def settle(
     was_training = model.training
     model.eval()
     for _ in range(PASSES):
-        scores: dict[int, list[Tensor]] = {layer: [] for layer in model.routers()}
+        noted: dict[int, list] = {layer: [] for layer in model.routers()}
         kept, units = torch.zeros_like(shares), 0
         for batch in batches:
-            result = run_schedule(chunks, model, batch, routing, controller=None, note_scores=True)
+            result = run_schedule(chunks, model, batch, routing, controller=None, note_units=True)
             kept, units = kept + result.capacity * result.num_units, units + result.num_units
             for layer, router in model.routers().items():
-                scores[layer] += router.scores
+                noted[layer] += router.noted
         miss = kept / max(units, 1) - shares
         if (miss.mean().abs() if routing.scope == "model" else miss.abs().max()) <= NEAR:
             break
         for layer, router in model.routers().items():
-            router.scores = scores[layer]
+            router.noted = noted[layer]
         found = shifts(model, routing, shares)
         move(model, routing, found)
         moved += found.float()

@@ -16,7 +16,7 @@ from megatron_mod.parallel import device, topology
 from megatron_mod.parallel.agree import largest, on_first_rank
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.training.average import ParameterAverage
-from megatron_mod.training.borders import TOKENS, Hold, move, settle, shifts
+from megatron_mod.training.borders import TOKENS, move, settle, shifts
 from megatron_mod.training.checkpoint import RunState, write_json
 from megatron_mod.training.ending import next_steps, summary
 from megatron_mod.training.faults import FaultCounter, not_finite
@@ -137,12 +137,12 @@ class Training:
             controller=state.controller,
             loss=self.plan.loss,
             check_decisions=bool(check) and step % check == 0,
-            note_scores=self.plan.routing.bias,
+            note_units=self.plan.routing.bias,
         )
         wrong, asked = largest(not_finite(result.loss, self.model), self.stop.asked)
         sources = partial(self.data.sources, step - 1)
         skipped = state.faults.skips(step, finite=not wrong, loss=result.loss, samples=sources)
-        grad_norm = 0.0 if skipped else self._update(result, step)
+        grad_norm = 0.0 if skipped else self._update(step)
         state.scheduler.step(increment=1)
         state.metrics.add_tokens(batch.num_tokens, positions=batch.num_positions)
         if skipped:
@@ -153,19 +153,14 @@ class Training:
         state.controller.end_step(result.capacity, result.pull, result.num_units)
         return int(asked)
 
-    def _update(self, result: StepResult, step: int) -> float:
-        """Take the optimizer's step, and set the borders for the next; returns the gradient norm.
-
-        The scores are those of before the step, so it may not move them together.
-        """
-        routing, controller = self.plan.routing, self.state.controller
-        if not routing.bias:
-            return self.state.optimizer.step()[1]
-        hold = Hold(self.model, routing)
+    def _update(self, step: int) -> float:
+        """Take the optimizer's step, and set the borders for the next to what the routers that it
+        made would have kept of this one's units; returns the gradient norm."""
+        routing = self.plan.routing
         norm = self.state.optimizer.step()[1]
-        hold.release(result.read)
-        target = controller.target_at(step / self.config.train.steps)
-        move(self.model, routing, shifts(self.model, routing, target))
+        if routing.bias:
+            target = self.state.controller.target_at(step / self.config.train.steps)
+            move(self.model, routing, shifts(self.model, routing, target))
         return norm
 
     @torch.no_grad()

@@ -18,6 +18,8 @@ from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training.losses import CrossEntropy, Loss, Shares
 
+NOTED = 8192  # units of a layer and a global batch, about, whose inputs are kept
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -25,15 +27,13 @@ class StepResult:
 
     ``loss``: what is minimised, without the penalty; ``task_loss``: cross entropy in nats per
     labelled token; ``capacity``: kept over valid units, ``[num_routed]``; ``pull``: see
-    ``keep_mask``, ``[num_routed, 2]``; ``read``: the mean of what the units were decided on,
-    ``[num_routed, H]``, where scores were noted; ``num_units``: valid units of a layer.
+    ``keep_mask``, ``[num_routed, 2]``; ``num_units``: valid units of a layer.
     """
 
     loss: Tensor
     task_loss: Tensor
     capacity: Tensor
     pull: Tensor
-    read: Tensor
     num_units: int
 
 
@@ -46,7 +46,7 @@ def run_schedule(
     controller: CapacityController | None,
     loss: Loss | None = None,
     check_decisions: bool = False,
-    note_scores: bool = False,
+    note_units: bool = False,
 ) -> StepResult:
     """Run all micro-batches forward, and backward if there is a controller to train with.
 
@@ -58,7 +58,7 @@ def run_schedule(
         model: this rank's part of the model, unwrapped.
         loss: ``CrossEntropy`` without.
         check_decisions: stop if tensor-parallel ranks decide differently.
-        note_scores: have the routers keep each unit's logit.
+        note_units: have the routers keep what units were decided on, of about ``NOTED`` at most.
     """
     loss = loss or CrossEntropy()
     penalty, training = {}, controller is not None
@@ -67,7 +67,7 @@ def run_schedule(
         penalty = dict(zip(routing.layers, controller.penalty_per_unit(num_units), strict=True))
     loss.prepare(model, batch)
     for router in model.routers().values():
-        router.reset(notes_scores=note_scores)
+        router.reset(notes_every=-(-num_units // NOTED) if note_units else 0)
     found: list[Shares] = []
 
     def finish(outcome: Outcome) -> Tensor:
@@ -93,8 +93,7 @@ def _reduce(
 ) -> StepResult:
     """Add up what all ranks found; tensor-parallel ranks hold copies."""
     losses = torch.zeros(2, device=device.device())
-    size = 4 + model.config.hidden_size
-    noted = torch.zeros(len(routing.layers), size, device=device.device())
+    noted = torch.zeros(len(routing.layers), 4, device=device.device())
     if model.groups.tp.rank() == 0:
         for share in shares:
             losses += torch.stack(share)
@@ -102,7 +101,7 @@ def _reduce(
         for place, layer in enumerate(routing.layers):
             if router := routers.get(layer):
                 counts = torch.stack((router.kept, router.valid))
-                noted[place] = torch.cat((counts, router.pull, router.read))
+                noted[place] = torch.cat((counts, router.pull))
     totals = torch.cat((losses, noted.flatten()))
     dist.all_reduce(totals)
     noted = totals[2:].view_as(noted)
@@ -111,7 +110,6 @@ def _reduce(
         loss=totals[0],
         task_loss=totals[1],
         capacity=kept / valid.clamp(min=1),
-        pull=noted[:, 2:4],
-        read=noted[:, 4:] / num_units,
+        pull=noted[:, 2:],
         num_units=num_units,
     )

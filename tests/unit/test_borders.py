@@ -10,30 +10,32 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.router import Router
-from megatron_mod.training.borders import Hold
+from megatron_mod.training.borders import move, shifts
 
 LAYERS, HIDDEN = (1, 3), 8
+SHARES = torch.tensor([0.3, 0.6])
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
-def test_a_step_moves_no_mean_score(single_process, scope):
-    """Each layer's, or with scope ``model`` the mean of all layers', of the units it has seen."""
+def test_biases_follow_the_routers_as_they_are_after_a_step(single_process, scope):
+    """Of the units that were noted before it: of each layer's its share, with scope ``model`` the
+    mean share of all layers' together; what is no unit does not count."""
     torch.manual_seed(0)
     routers = {layer: Router(HIDDEN, bias=True) for layer in LAYERS}
-    inputs = {layer: torch.randn(50, HIDDEN) + 1 for layer in LAYERS}
+    inputs = {layer: torch.randn(200, HIDDEN) + 1 for layer in LAYERS}
     routing = RoutingConfig("attn_token", LAYERS, (0.5, 0.5), scope=scope, bias=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = SimpleNamespace(routers=lambda: routers, groups=groups)
-
-    def means() -> torch.Tensor:
-        return torch.stack([routers[layer](inputs[layer]).mean() for layer in LAYERS]).detach()
-
-    before, hold = means(), Hold(model, routing)
+    for layer, router in routers.items():
+        padding = torch.full((50, HIDDEN), 100.0)
+        valid = torch.arange(250) < 200
+        router.note_inputs(torch.cat((inputs[layer], padding)).view(25, 10, HIDDEN), valid)
     for router in routers.values():
         router.weight.data += torch.randn(1, HIDDEN)
         router.bias.data += torch.randn(1)
-    moved = means() - before
-    hold.release(torch.stack([inputs[layer].mean(0) for layer in LAYERS]))
-    assert moved.abs().min() > 0.1
-    wanted = torch.zeros(2) if scope == "layer" else moved - moved.mean()
-    torch.testing.assert_close(means() - before, wanted, atol=1e-5, rtol=0)
+    move(model, routing, shifts(model, routing, SHARES))
+    kept = torch.stack([(routers[k](inputs[k]) >= 0).float().mean() for k in LAYERS])
+    if scope == "layer":
+        torch.testing.assert_close(kept, SHARES, atol=0.01, rtol=0)
+    else:
+        assert float(kept.mean()) == pytest.approx(float(SHARES.mean()), abs=0.01)
