@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from megatron_mod.evaluation.backend import NOT_FINITE, Backend
-from megatron_mod.evaluation.rows import Row, Score, collate_rows, label_places, scores
+from megatron_mod.evaluation.rows import (
+    Row,
+    Score,
+    collate_rows,
+    label_places,
+    label_scores,
+    scores,
+)
 from megatron_mod.routing.config import logit_border
 from megatron_mod.routing.masks import TokenRole, valid_tokens
 from megatron_mod.routing.scheme import Scheme
@@ -87,7 +94,8 @@ class HuggingFaceBackend(Backend):
                 **extra,
             )
             self._count()
-            found.append(scores(output.logits[places[0], places[1] - first], batch))
+            logits = output.logits[places[0], places[1] - first]
+            found.append(scores(*label_scores(logits, batch.labels[places]), batch))
         return found
 
     def _generate(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,9 +12,17 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from megatron_mod.evaluation.backend import NOT_FINITE, Backend
-from megatron_mod.evaluation.rows import Row, Score, collate_rows, label_places, scores
+from megatron_mod.evaluation.rows import (
+    Row,
+    Score,
+    collate_rows,
+    label_places,
+    label_scores,
+    scores,
+)
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.model.forward import Outcome, run_batches
+from megatron_mod.model.head import CHUNK
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.decision import Decisions
@@ -77,7 +84,7 @@ class MegatronBackend(Backend):
                 self._watched[layer].append(made.logits.t()[made.valid.t()])
 
     def _score(self, batches: Collection[Sequence[Row]]) -> list[list[Score]]:
-        return self._run(batches, read=partial(_scores, vocab_size=self.model.unpadded_vocab_size))
+        return self._run(batches, read=_scores)
 
     def _generate(
         self,
@@ -90,14 +97,13 @@ class MegatronBackend(Backend):
         prompts = [prompt for batch in batches for prompt in batch]
         new: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
-        read = partial(_likeliest, vocab_size=self.model.unpadded_vocab_size)
         for step in self._shown(range(max_new_tokens), "generating"):
             rows = [Row.prompt([*prompts[i], *new[i]], context=len(prompts[i])) for i in active]
             cut = [
                 rows[first : first + self.batch_size]
                 for first in range(0, len(rows), self.batch_size)
             ]
-            found = self._run(cut, read=read, counted=step == 0)
+            found = self._run(cut, read=_likeliest, counted=step == 0)
             for index, token in zip(active, self._from_last_stage(found, len(rows)), strict=True):
                 new[index].append(token)
             active = [index for index in active if not self.is_finished(new[index], until)]
@@ -143,20 +149,25 @@ def _routing_of_all_stages(model: ModelChunks) -> RoutingConfig | None:
     return next(filter(None, found), None)
 
 
-def _scores(outcome: Outcome, *, vocab_size: int) -> list[Score]:
-    labelled = outcome.output[label_places(outcome.batch)]
-    return scores(_whole_vocabulary(labelled, vocab_size), outcome.batch)
+def _scores(outcome: Outcome) -> list[Score]:
+    places = label_places(outcome.batch)
+    parts = outcome.states(places).split(CHUNK)
+    chunks = zip(parts, outcome.batch.labels[places].split(CHUNK), strict=True)
+    found = [label_scores(_logits(outcome, part), labels) for part, labels in chunks]
+    return scores(*map(torch.cat, zip(*found, strict=True)), outcome.batch)
 
 
-def _likeliest(outcome: Outcome, *, vocab_size: int) -> list[int]:
+def _likeliest(outcome: Outcome) -> list[int]:
     """The token after each row's last, or ``NOT_FINITE``."""
-    logits, documents = outcome.output, outcome.batch.documents
-    last = torch.tensor([length - 1 for (length,) in documents], device=logits.device)
-    rows = torch.arange(len(last), device=logits.device)
-    whole = _whole_vocabulary(logits[rows, last], vocab_size)
-    return whole.argmax(-1).where(whole.isfinite().all(-1), NOT_FINITE).tolist()
+    last = torch.tensor([length - 1 for (length,) in outcome.batch.documents])
+    places = torch.arange(len(last)), last
+    logits = _logits(outcome, outcome.states(tuple(p.to(device.device()) for p in places)))
+    return logits.argmax(-1).where(logits.isfinite().all(-1), NOT_FINITE).tolist()
 
 
-def _whole_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
-    """``[..., vocab]`` of this tensor-parallel rank's part ``[..., vocab / tp]``."""
-    return gather_from_tensor_model_parallel_region(logits)[..., :vocab_size]
+def _logits(outcome: Outcome, states: Tensor) -> Tensor:
+    """``[N, vocab]`` of final hidden states ``[N, H]``, on every tensor-parallel rank."""
+    model = outcome.model
+    return gather_from_tensor_model_parallel_region(model.head(states))[
+        :, : model.unpadded_vocab_size
+    ]

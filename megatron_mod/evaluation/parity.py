@@ -38,8 +38,9 @@ def megatron_logits(model: ModelChunks, batches: Sequence[MicroBatch]) -> list[T
     """Logits ``[B, S, vocab]`` of each batch, on the last pipeline stage; elsewhere nothing."""
 
     def whole_vocabulary(outcome: Outcome) -> Tensor:
-        logits = gather_from_tensor_model_parallel_region(outcome.output)
-        return logits[..., : model.unpadded_vocab_size]
+        whole = torch.ones_like(outcome.batch.labels, dtype=torch.bool)
+        logits = outcome.model.head(outcome.states(whole)).unflatten(0, whole.shape)
+        return gather_from_tensor_model_parallel_region(logits)[..., : model.unpadded_vocab_size]
 
     return run_batches(model.eval(), batches, len(batches), finish=whole_vocabulary)
 

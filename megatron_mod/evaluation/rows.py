@@ -88,12 +88,16 @@ def label_places(batch: MicroBatch) -> tuple[Tensor, Tensor]:
     return (batch.labels != IGNORE).nonzero(as_tuple=True)
 
 
-def scores(logits: Tensor, batch: MicroBatch) -> list[Score]:
-    """Each row's score, from the logits ``[N, vocab]`` at ``label_places``."""
-    rows, columns = label_places(batch)
-    labels = batch.labels[rows, columns]
-    log_probabilities = logits.float().log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
-    wrong = (logits.argmax(-1) != labels).double()
-    sums = torch.zeros(2, len(batch.labels), dtype=torch.float64, device=logits.device)
-    sums.index_add_(1, rows, torch.stack((log_probabilities.double(), wrong)))
+def label_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats of each label ``[N]``, and whether another token is likelier, of logits
+    ``[N, vocab]``."""
+    chosen = logits.float().log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    return chosen, logits.argmax(-1) != labels
+
+
+def scores(nats: Tensor, wrong: Tensor, batch: MicroBatch) -> list[Score]:
+    """Each row's score, from those of its labels at ``label_places``."""
+    rows, _ = label_places(batch)
+    sums = torch.zeros(2, len(batch.labels), dtype=torch.float64, device=nats.device)
+    sums.index_add_(1, rows, torch.stack((nats.double(), wrong.double())))
     return [Score(nats, wrong == 0) for nats, wrong in sums.t().tolist()]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -49,13 +48,18 @@ class RoutedGPTModel(GPTModel):
         self.unpadded_vocab_size = unpadded_vocab_size
         self.trains_below = True
 
-    def forward(self, *args, **kwargs) -> Tensor:
-        """As ``GPTModel``'s."""
-        received = self.decoder.input_tensor
-        if self.pre_process or self.trains_below or not torch.is_grad_enabled():
-            return super().forward(*args, **kwargs)
-        self.decoder.set_input_tensor(received.detach())
-        return _EndOfBackward.apply(super().forward(*args, **kwargs), received)
+    def forward(self, *args, with_head: bool = True, **kwargs) -> Tensor:
+        """As ``GPTModel``'s; without the head the last stage gives its final hidden states
+        ``[S, B, H]`` (``[S / tp, B, H]`` with sequence parallelism)."""
+        has_head, received = self.post_process, self.decoder.input_tensor
+        self.post_process = has_head and with_head
+        try:
+            if self.pre_process or self.trains_below or not torch.is_grad_enabled():
+                return super().forward(*args, **kwargs)
+            self.decoder.set_input_tensor(received.detach())
+            return _EndOfBackward.apply(super().forward(*args, **kwargs), received)
+        finally:
+            self.post_process = has_head
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy ``[B, S]`` of labels ``[B, S]`` under logits ``[S, B, vocab / tp]``."""
@@ -70,22 +74,15 @@ class RoutedGPTModel(GPTModel):
             logits[..., max(local - padding, 0) :] = torch.finfo(logits.dtype).min
         return logits
 
-    @contextlib.contextmanager
-    def headless(self) -> Iterator[None]:
-        """In the block the last stage gives its final hidden states ``[S, B, H]`` (``[S / tp, B,
-        H]`` with sequence parallelism), and computes no logits."""
-        has_head, self.post_process = self.post_process, False
-        try:
-            yield
-        finally:
-            self.post_process = has_head
+    @property
+    def head_weight(self) -> Tensor:
+        """``[vocab / tp, H]``, on the last stage."""
+        own = self.output_layer.weight  # none where it is tied and the embeddings are here too
+        return self.shared_embedding_or_output_weight() if own is None else own
 
     def head(self, hidden_states: Tensor) -> Tensor:
-        """Logits ``[N, vocab / tp]`` of final hidden states ``[N, H]``, on the last stage."""
-        weight = self.output_layer.weight
-        if weight is None:  # tied, and the embeddings are on this stage
-            weight = self.shared_embedding_or_output_weight()
-        return self.without_padding(torch.nn.functional.linear(hidden_states, weight))
+        """Logits ``[..., vocab / tp]`` of final hidden states ``[..., H]``, on the last stage."""
+        return self.without_padding(F.linear(hidden_states, self.head_weight))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

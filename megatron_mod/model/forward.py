@@ -10,10 +10,15 @@ from typing import TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
 
 from megatron_mod.data.batch import MicroBatch, equal_lengths
-from megatron_mod.model.builder import ModelChunks
+from megatron_mod.data.chat import IGNORE
+from megatron_mod.model.builder import ModelChunks, RoutedGPTModel
 from megatron_mod.model.layout import StepContext, TokenLayout, zigzag
 from megatron_mod.parallel import device
 from megatron_mod.routing.decision import Decisions
@@ -26,15 +31,36 @@ class Outcome:
     """A micro-batch that has gone through the model, on the last pipeline stage.
 
     Args:
-        output: logits ``[B, S, vocab / tp]``, padding of the vocabulary included; or, where the
-            driver was asked for it, the cross entropy ``[B, S]`` of the labels in nats.
+        model: the chunk with the head, which has not been asked.
+        hidden_states: final ones, ``[S, B, H]`` (``[S / tp, B, H]`` with sequence parallelism).
         batch: the tokens that this context-parallel rank holds, on the device.
         decisions: of this stage's routed layers, by global layer index.
     """
 
-    output: Tensor
+    model: RoutedGPTModel
+    hidden_states: Tensor
     batch: MicroBatch
     decisions: Mapping[int, Decisions]
+
+    @property
+    def is_label(self) -> Tensor:
+        """bool ``[B, S]``: the tokens that have a label."""
+        return self.batch.labels != IGNORE
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 ``[N]``, row by row."""
+        return self.batch.labels[self.is_label]
+
+    def states(self, places: Tensor | tuple[Tensor, ...] | None = None) -> Tensor:
+        """Final hidden states ``[N, H]`` at ``places`` of ``[B, S]``, the labelled ones without;
+        equal on tensor-parallel ranks, whose gradients, each of its part of the vocabulary, add
+        up."""
+        hidden, group = self.hidden_states, self.model.pg_collection.tp
+        places = self.is_label if places is None else places
+        if self.model.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, group=group).transpose(0, 1)[places]
+        return copy_to_tensor_model_parallel_region(hidden.transpose(0, 1)[places], group=group)
 
 
 def run_batches(
@@ -44,7 +70,6 @@ def run_batches(
     *,
     finish: Callable[[Outcome], T],
     chunks: Sequence[torch.nn.Module] | None = None,
-    with_labels: bool = False,
     training: bool = False,
     step: StepContext | None = None,
     watch: Callable[[Mapping[int, Decisions]], None] | None = None,
@@ -56,7 +81,6 @@ def run_batches(
         finish: what is wanted of each batch; in training its loss, a scalar whose gradient is
             this batch's exact share.
         chunks: what the schedule calls: the DDPs wrapped around the model's chunks, if they are.
-        with_labels: have the model turn logits and labels into losses.
         step: what it asks of the routed layers.
         watch: is shown every batch's decisions, on each stage those of its layers.
 
@@ -83,18 +107,18 @@ def run_batches(
             batch.input_ids,
             batch.position_ids,
             None,
-            labels=batch.labels.clamp(min=0) if with_labels else None,
             packed_seq_params=layout,
+            with_head=False,
         )
         if watch is not None:
             watch(layout.decisions)
 
         def end(output: Tensor, *, non_loss_data: bool = False) -> object:
-            found = finish(Outcome(output, batch, layout.decisions))
+            found = finish(Outcome(model.last, output, batch, layout.decisions))
             if non_loss_data:
                 return found
             assert isinstance(found, Tensor)
-            return found, (batch.labels >= 0).sum(), found.detach()
+            return found, (batch.labels != IGNORE).sum(), found.detach()
 
         return output, end
 

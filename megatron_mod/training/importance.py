@@ -13,10 +13,11 @@ from torch import Tensor
 from megatron_mod.data.loader import StepBatch
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.model.forward import Outcome, run_batches
+from megatron_mod.model.head import add_up
 from megatron_mod.model.layout import StepContext
 from megatron_mod.parallel import device
 from megatron_mod.routing.quantile import MARGIN
-from megatron_mod.training.losses import compare, dense_states, labelled_states
+from megatron_mod.training.losses import dense_states, divergence
 
 SPREAD = 0.2  # of the starting biases: logits a nat of the costs' logarithm
 LEAST = 1e-4  # nats; a cost below it is taken for it
@@ -41,20 +42,23 @@ def leave_one_out(
         for place, left_out in enumerate(layers):
             states = deque(teacher)
 
-            def divergence(outcome: Outcome, states: deque = states) -> Tensor:
-                labels = outcome.batch.labels[outcome.batch.labels >= 0]
-                logits = model.last.head(labelled_states(model, outcome)).float()
-                return compare(model.last, states.popleft(), logits, labels)[0]
+            def apart(outcome: Outcome, states: deque = states) -> Tensor:
+                dense = states.popleft()
+
+                def of_chunk(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+                    found = divergence(outcome.model, dense[rows], logits)
+                    return found, found
+
+                return add_up(outcome.model, outcome.states(), of_chunk)[0]
 
             borders = dict.fromkeys(layers, -math.inf) | {left_out: math.inf}
-            with model.last.headless():
-                found = run_batches(
-                    model,
-                    batch.micro_batches,
-                    len(batch.micro_batches),
-                    finish=divergence,
-                    step=StepContext(borders=borders),
-                )
+            found = run_batches(
+                model,
+                batch.micro_batches,
+                len(batch.micro_batches),
+                finish=apart,
+                step=StepContext(borders=borders),
+            )
             if found and model.groups.tp.rank() == 0:
                 totals[place] += torch.stack(found).sum()
     model.train(was_training)

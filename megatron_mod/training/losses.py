@@ -6,23 +6,18 @@ A loss is any object of the form of ``Loss``; a plan names the one that a traini
 from __future__ import annotations
 
 from collections import deque
-from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
-    vocab_parallel_cross_entropy,
-)
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from megatron_mod.data.loader import StepBatch
-from megatron_mod.model.builder import ModelChunks
+from megatron_mod.model.builder import ModelChunks, RoutedGPTModel
 from megatron_mod.model.forward import Outcome, run_batches
+from megatron_mod.model.head import add_up
 from megatron_mod.model.layout import StepContext
-
-CHUNK = 1024  # labels whose distributions over the vocabulary are compared at a time
 
 
 class Shares(NamedTuple):
@@ -35,9 +30,6 @@ class Shares(NamedTuple):
 
 class Loss(Protocol):
     """A loss of the global batch as a sum over micro-batches and ranks."""
-
-    reads_logits: bool
-    """Whether it wants logits as ``Outcome.output`` instead of each label's cross entropy."""
 
     def prepare(self, model: ModelChunks, batch: StepBatch) -> None:
         """Called by all ranks before a step's micro-batches are run."""
@@ -61,15 +53,18 @@ class Loss(Protocol):
 class CrossEntropy:
     """Nats per labelled token of the global batch."""
 
-    reads_logits = False
-
     def prepare(self, model: ModelChunks, batch: StepBatch) -> None:
         """Nothing is needed."""
 
     def __call__(self, outcome: Outcome, batch: StepBatch) -> Shares:
-        counted = outcome.batch.labels >= 0
-        loss = (outcome.output.float() * counted).sum() / batch.num_labels
-        return Shares(loss, loss.detach())
+        labels = outcome.labels
+
+        def of_chunk(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            entropy = cross_entropy(logits, labels[rows])
+            return entropy, entropy
+
+        loss, entropy = add_up(outcome.model, outcome.states(), of_chunk)
+        return Shares(loss / batch.num_labels, entropy / batch.num_labels)
 
 
 class Distillation:
@@ -80,75 +75,53 @@ class Distillation:
     hidden states at labelled tokens are kept.
     """
 
-    reads_logits = True
-
     def __init__(self, *, with_cross_entropy: bool = False) -> None:
         self.with_cross_entropy = with_cross_entropy
         self._teacher: deque[Tensor] = deque()
 
     def prepare(self, model: ModelChunks, batch: StepBatch) -> None:
         """Run the dense model."""
-        self._model = model.last
         self._teacher = deque(dense_states(model, batch))
 
     def __call__(self, outcome: Outcome, batch: StepBatch) -> Shares:
-        is_label = outcome.batch.labels >= 0
-        labels, logits = outcome.batch.labels[is_label], outcome.output[is_label].float()
-        divergence, entropy = compare(
-            self._model, self._teacher.popleft(), logits, labels, with_entropy=True
-        )
-        loss = divergence + entropy if self.with_cross_entropy else divergence
-        return Shares(loss / batch.num_labels, entropy.detach() / batch.num_labels)
+        teacher, labels = self._teacher.popleft(), outcome.labels
+
+        def of_chunk(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            apart = divergence(outcome.model, teacher[rows], logits)
+            entropy = cross_entropy(logits, labels[rows])
+            return apart + entropy if self.with_cross_entropy else apart, entropy
+
+        loss, entropy = add_up(outcome.model, outcome.states(), of_chunk)
+        return Shares(loss / batch.num_labels, entropy / batch.num_labels)
 
 
 def dense_states(model: ModelChunks, batch: StepBatch) -> list[Tensor]:
     """The dense model's final hidden states ``[N, H]`` at the labelled tokens of each micro-batch;
     nothing but on the last pipeline stage. Called by all ranks."""
-    with model.last.headless():
-        return run_batches(
-            model,
-            batch.micro_batches,
-            len(batch.micro_batches),
-            finish=partial(labelled_states, model),
-            step=StepContext(dense=True),
-        )
+    return run_batches(
+        model,
+        batch.micro_batches,
+        len(batch.micro_batches),
+        finish=Outcome.states,
+        step=StepContext(dense=True),
+    )
 
 
-def labelled_states(model: ModelChunks, outcome: Outcome) -> Tensor:
-    """The final hidden states ``[N, H]`` at labelled tokens, of a model that was run without its
-    head."""
-    hidden = outcome.output
-    if model.config.sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, group=model.groups.tp)
-    return hidden.transpose(0, 1)[outcome.batch.labels >= 0]
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Nats of ``labels`` ``[N]`` together, under fp32 logits ``[N, vocab / tp]``, which it
+    overwrites."""
+    return vocab_parallel_cross_entropy(logits[None], labels[None]).sum()
 
 
-def compare(
-    model, teacher: Tensor, logits: Tensor, labels: Tensor, *, with_entropy: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Summed KL of the distributions that ``logits`` give from those of the dense model's states,
-    and, ``with_entropy``, the summed cross entropy of the labels; in nats.
+def divergence(model: RoutedGPTModel, teacher: Tensor, logits: Tensor) -> Tensor:
+    """Summed KL, in nats, of the distributions that fp32 ``logits`` ``[N, vocab / tp]`` give from
+    those of the dense model's states ``[N, H]``.
 
-    Args:
-        model: the chunk with the head.
-        teacher: ``[N, H]`` of ``dense_states``.
-        logits: fp32 ``[N, vocab / tp]`` of the same tokens.
-        labels: ``[N]``.
+    ``model``: the chunk with the head.
     """
-    group = model.pg_collection.tp
-    divergence = entropy = logits[:0].sum()  # of no token: still a gradient
-    logits = model.without_padding(logits.clone())
-    for states, ours, theirs in zip(
-        teacher.split(CHUNK), logits.split(CHUNK), labels.split(CHUNK), strict=True
-    ):
-        if not len(theirs):
-            continue
-        with torch.no_grad():
-            wanted = model.head(states).float()
-        divergence = divergence + _Divergence.apply(ours, wanted, group)
-        if with_entropy:  # Megatron's changes its input
-            entropy = entropy + vocab_parallel_cross_entropy(ours[None].clone(), theirs[None]).sum()
-    return divergence, entropy
+    with torch.no_grad():
+        wanted = model.head(teacher).float()
+    return _Divergence.apply(logits, wanted, model.pg_collection.tp)
 
 
 class _Divergence(torch.autograd.Function):

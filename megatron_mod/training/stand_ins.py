@@ -34,15 +34,14 @@ def fit_stand_ins(model: ModelChunks, batches: Iterable[StepBatch]) -> dict[int,
     def watch(layer: int, residual: Tensor, read: Tensor, update: Tensor) -> None:
         moments[layer].add(residual, read, update)
 
-    with model.last.headless():
-        for batch in batches:
-            run_batches(
-                model,
-                batch.micro_batches,
-                len(batch.micro_batches),
-                finish=lambda outcome: None,
-                step=StepContext(dense=True, watch_units=watch),
-            )
+    for batch in batches:
+        run_batches(
+            model,
+            batch.micro_batches,
+            len(batch.micro_batches),
+            finish=lambda outcome: None,
+            step=StepContext(dense=True, watch_units=watch),
+        )
     explained = {}
     for index, found in moments.items():
         for sums in (found.table, found.squares):

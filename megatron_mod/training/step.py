@@ -81,7 +81,6 @@ def run_schedule(
         len(batch.micro_batches),
         finish=finish,
         chunks=chunks,
-        with_labels=not loss.reads_logits,
         training=training,
         step=StepContext(penalty_per_unit=penalty, check_decisions=check_decisions),
     )

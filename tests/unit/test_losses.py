@@ -1,4 +1,4 @@
-"""A loss sees logits or losses, labels, and what the layers decided; its share is all there is."""
+"""A loss sees states, labels, and what the layers decided; its share is all there is."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from tests.helpers.runs import DEFAULT, Trainer, metrics
 class FromLogits:
     """The cross entropy again, from logits, with something of the decisions beside it."""
 
-    reads_logits = True
-
     def __init__(self, weight: float = 0.0) -> None:
         self.weight, self.seen = weight, []
 
@@ -25,8 +23,8 @@ class FromLogits:
 
     def __call__(self, outcome, batch) -> Shares:
         labels = outcome.batch.labels
-        assert outcome.output.shape[:2] == labels.shape
-        logits = outcome.output.float().flatten(0, 1)
+        states = outcome.states(torch.ones_like(labels, dtype=torch.bool))
+        logits = outcome.model.head(states).float()
         loss = torch.nn.functional.cross_entropy(
             logits, labels.flatten(), ignore_index=IGNORE, reduction="sum"
         )
@@ -54,7 +52,7 @@ def train(trainer, run, loss=None) -> list[dict]:
     return metrics(run)
 
 
-def test_a_loss_may_read_logits_and_decisions(trainer, tmp_path):
+def test_a_loss_may_read_all_logits_and_decisions(trainer, tmp_path):
     usual = train(trainer, tmp_path / "usual")
     loss = FromLogits()
     same = train(trainer, tmp_path / "same", loss)
