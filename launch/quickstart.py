@@ -104,18 +104,16 @@ def read_architecture(hf_path: Path, *, tensor: int, pipeline: int) -> Architect
     return arch
 
 
-def fitting(arch: Architecture, *, pipeline: int, is_default: bool) -> tuple[list[str], int]:
+def fitting(arch: Architecture, *, is_default: bool) -> tuple[list[str], int]:
     """Overrides that fit the configuration to the model at hand, and the length samples are cut to.
 
-    The configuration is SmolLM2-135M's at pipeline 2; another model routes its deeper half.
+    The configuration is SmolLM2-135M's; another model routes its deeper half.
     """
     max_length = min(256, arch.max_sequence_length)
     overrides = []
     if not is_default:
         overrides += ["--router.layers.deepest", str(max(1, arch.num_layers // 2))]
         overrides += ["--router.stand_in_rank", "null", "--data.max_length", str(max_length)]
-    if pipeline != 2 or not is_default:
-        overrides += ["--parallel.num_layers_in_first_pipeline_stage", "null"]
     return overrides, max_length
 
 
@@ -137,7 +135,7 @@ def main() -> None:
     )
     steps.script("tools/make_python_docs.py", "--save", data)
 
-    overrides, max_length = fitting(arch, pipeline=args.pipeline, is_default=args.hf_path is None)
+    overrides, max_length = fitting(arch, is_default=args.hf_path is None)
     overrides += ["--model.checkpoint", out / "megatron"]
     overrides += ["--data.train", data / "train.jsonl"]
     overrides += ["--data.validation", data / "validation.jsonl"]

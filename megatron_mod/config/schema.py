@@ -202,13 +202,16 @@ class ParallelConfig:
 
     Args:
         tensor_model_parallel_size: ranks that share each layer; divides heads and query groups.
-        pipeline_model_parallel_size: ranks that share the layers; divides their number.
+        pipeline_model_parallel_size: ranks that share the layers, each a stage of them.
+        pipeline_layout: how many layers each stage holds: `auto`, so that the slowest has least to
+            compute (backward ends at the first routed layer, and the last stage has the output
+            layer); `even`; or a list with the layers of each stage, such as `[18, 12]`. With a
+            virtual pipeline a list has a number for each part, in the order of the layers.
         virtual_pipeline_model_parallel_size: parts of the model each pipeline rank holds, at least
             2, for smaller pipeline bubbles; unset: one.
         context_parallel_size: ranks that share each sequence, from the embedding to the loss.
-        num_layers_in_first_pipeline_stage: layers of the first stage, when the others share the
-            rest evenly; unset: all alike. Routers sit deep and the first stage needs no backward
-            pass below them, so it can take more layers.
+        num_layers_in_first_pipeline_stage: layers of the first stage, the others sharing the rest
+            evenly, in place of a pipeline_layout that says the same; unset: as that says.
         sequence_parallel: tensor-parallel ranks also split the sequence between layers; needs
             tensor_model_parallel_size above 1.
         use_distributed_optimizer: data-parallel ranks split the optimizer's state.
@@ -216,6 +219,7 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = setting(COUNT, default=1)
     pipeline_model_parallel_size: int = setting(COUNT, default=1)
+    pipeline_layout: Literal["auto", "even"] | list[int] = setting(AT_LEAST_0, default="auto")
     virtual_pipeline_model_parallel_size: int | None = setting(Range(least=2), default=None)
     context_parallel_size: int = setting(COUNT, default=1)
     num_layers_in_first_pipeline_stage: int | None = setting(COUNT, default=None)

@@ -66,6 +66,13 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
             "parallel.sequence_parallel = true: needs parallel.tensor_model_parallel_size above 1; "
             "leave it false, or raise the tensor degree."
         )
+    first = p.num_layers_in_first_pipeline_stage
+    if first is not None and p.pipeline_layout != "auto":
+        raise ValueError(
+            f"parallel.pipeline_layout = {p.pipeline_layout} and "
+            f"parallel.num_layers_in_first_pipeline_stage = {first}: both cut the pipeline; leave "
+            "the second out."
+        )
     _check_data(d, validation_interval=t.validation_interval)
 
 

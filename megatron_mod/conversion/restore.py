@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -70,13 +69,11 @@ def restore_model(
     """
     base = source.base
     manifest = read_manifest(source.step) if source.step else {}
-    ranks = as_trained(ranks, manifest)
     check_parallel(
         base.arch,
         tensor=ranks.tensor,
         pipeline=ranks.pipeline,
         virtual_pipeline=ranks.virtual_pipeline,
-        first_stage_layers=ranks.first_stage_layers,
         names=OPTIONS,
     )
     if implementation is None:
@@ -86,15 +83,6 @@ def restore_model(
     if source.routing:
         load_trained(model, source.step)
     return model, load_tokenizer(base.huggingface, vocab_size=base.arch.vocab_size)
-
-
-def as_trained(ranks: Topology, manifest: dict) -> Topology:
-    """With as many layers in the first of several stages as the training gave the first of as
-    many."""
-    trained = manifest.get("settings", {}).get("parallel", {})
-    if ranks.pipeline == 1 or trained.get("pipeline_model_parallel_size") != ranks.pipeline:
-        return ranks
-    return replace(ranks, first_stage_layers=trained["num_layers_in_first_pipeline_stage"])
 
 
 def load_trained(model: ModelChunks, step: Path) -> None:

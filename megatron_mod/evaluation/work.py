@@ -85,24 +85,24 @@ class Work:
         for layer in range(arch.num_layers):
             decisions = kept.get(layer)
             if decisions is None:
-                elements += self._query_weights + self._key_weights + self._mlp_weights
-                elements += 2 * self._key_channels * sum(map(self._in_window, stored))
+                elements += arch.query_weights + arch.key_weights + arch.mlp_weights
+                elements += 2 * arch.key_channels * sum(map(self._in_window, stored))
                 continue
             elements += arch.hidden_size  # the router, of fp32: too little to tell apart
             elements += self._stand_in_weights * (not decisions.all())
             some, scheme = bool(decisions.any()), self.routing.scheme
             attends = some or not scheme.covers_attention
             needs_keys = attends or self._offers_all_keys(layer)
-            elements += self._query_weights * attends + self._key_weights * needs_keys
-            elements += self._mlp_weights * (some or not scheme.covers_mlp)
+            elements += arch.query_weights * attends + arch.key_weights * needs_keys
+            elements += arch.mlp_weights * (some or not scheme.covers_mlp)
             readers = decisions.tolist() if scheme.covers_attention else [True] * len(stored)
             read = [n for n, reads in zip(stored_by[layer], readers, strict=True) if reads]
-            elements += 2 * self._key_channels * sum(map(self._in_window, read))
+            elements += 2 * arch.key_channels * sum(map(self._in_window, read))
         return elements * element_size
 
     def _layer(self, kept: Tensor, *, routed: int | None) -> int:
         """Floating-point operations of this routed layer, or of a dense one, over a sequence."""
-        scheme = None if routed is None else self.routing.scheme
+        arch, scheme = self.arch, None if routed is None else self.routing.scheme
         length, chosen = len(kept), int(kept.sum())
         everyone = torch.ones_like(kept)
         queries, keys = everyone, everyone
@@ -111,10 +111,10 @@ class Work:
             keys = everyone if self._offers_all_keys(routed) else kept
         mlp = chosen if scheme and scheme.covers_mlp else length
         return (
-            2 * self._query_weights * int(queries.sum())
-            + 2 * self._key_weights * int(keys.sum())
-            + 4 * self._query_channels * self._pairs(queries, keys)
-            + 2 * self._mlp_weights * mlp
+            2 * arch.query_weights * int(queries.sum())
+            + 2 * arch.key_weights * int(keys.sum())
+            + 4 * arch.query_channels * self._pairs(queries, keys)
+            + 2 * arch.mlp_weights * mlp
         )
 
     def _offers_all_keys(self, layer: int) -> bool:
@@ -134,28 +134,6 @@ class Work:
     def _in_window(self, tokens: int) -> int:
         window = self.arch.window_size
         return min(tokens, window - 1) if window else tokens
-
-    @property
-    def _query_channels(self) -> int:
-        return self.arch.num_attention_heads * self.arch.kv_channels
-
-    @property
-    def _key_channels(self) -> int:
-        return self.arch.num_query_groups * self.arch.kv_channels
-
-    @property
-    def _query_weights(self) -> int:
-        """Weights of the query and output projections."""
-        return 2 * self.arch.hidden_size * self._query_channels
-
-    @property
-    def _key_weights(self) -> int:
-        """Weights of the key and value projections."""
-        return 2 * self.arch.hidden_size * self._key_channels
-
-    @property
-    def _mlp_weights(self) -> int:
-        return 3 * self.arch.hidden_size * self.arch.ffn_hidden_size
 
     @property
     def _stand_in_weights(self) -> int:

@@ -28,6 +28,28 @@ class Architecture:
     qkv_bias: bool = False
     qk_norm: bool = False  # an RMSNorm on each head's query and key
 
+    @property
+    def query_channels(self) -> int:
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def key_channels(self) -> int:
+        return self.num_query_groups * self.kv_channels
+
+    @property
+    def query_weights(self) -> int:
+        """Weights of a layer's query and output projections."""
+        return 2 * self.hidden_size * self.query_channels
+
+    @property
+    def key_weights(self) -> int:
+        """Weights of a layer's key and value projections."""
+        return 2 * self.hidden_size * self.key_channels
+
+    @property
+    def mlp_weights(self) -> int:
+        return 3 * self.hidden_size * self.ffn_hidden_size
+
 
 def check_parallel(
     arch: Architecture,
@@ -35,10 +57,9 @@ def check_parallel(
     tensor: int,
     pipeline: int,
     virtual_pipeline: int | None = None,
-    first_stage_layers: int | None = None,
     names: Mapping[str, str] = SETTINGS,
 ) -> None:
-    """Refuse degrees that do not divide the model.
+    """Refuse degrees that do not fit the model.
 
     ``names``: what the user calls the degrees, ``SETTINGS`` or ``OPTIONS``.
 
@@ -56,29 +77,16 @@ def check_parallel(
                 f"{degree('tensor', tensor, names)}: does not divide this model's {number} {what}; "
                 f"use one of {fits}."
             )
+    if pipeline > arch.num_layers:
+        raise ValueError(
+            f"{degree('pipeline', pipeline, names)}: each stage needs one of this model's "
+            f"{arch.num_layers} layers; use at most {arch.num_layers}."
+        )
     if virtual_pipeline is not None:
-        _check_virtual(arch, pipeline=pipeline, virtual=virtual_pipeline, first=first_stage_layers)
-    if first_stage_layers is not None:
-        _check_first_stage(arch, pipeline=pipeline, layers=first_stage_layers)
-    elif arch.num_layers % pipeline:
-        uneven = ", or set parallel.num_layers_in_first_pipeline_stage" * (names is SETTINGS)
-        raise ValueError(
-            f"{degree('pipeline', pipeline, names)}: does not divide this model's "
-            f"{arch.num_layers} layers; use one of {_divisors(arch.num_layers)}{uneven}."
-        )
+        _check_virtual(arch, pipeline=pipeline, virtual=virtual_pipeline)
 
 
-def _check_first_stage(arch: Architecture, *, pipeline: int, layers: int) -> None:
-    rest = arch.num_layers - layers
-    if pipeline == 1 or layers < 1 or rest < pipeline - 1 or rest % (pipeline - 1):
-        raise ValueError(
-            f"parallel.num_layers_in_first_pipeline_stage = {layers}: of {arch.num_layers} layers "
-            f"it must leave the other {pipeline - 1} stage(s) the same number each, at least one; "
-            "change it or parallel.pipeline_model_parallel_size (2 or more)."
-        )
-
-
-def _check_virtual(arch: Architecture, *, pipeline: int, virtual: int, first: int | None) -> None:
+def _check_virtual(arch: Architecture, *, pipeline: int, virtual: int) -> None:
     name = f"parallel.virtual_pipeline_model_parallel_size = {virtual}"
     if pipeline == 1 or virtual < 2:
         raise ValueError(
@@ -86,15 +94,10 @@ def _check_virtual(arch: Architecture, *, pipeline: int, virtual: int, first: in
             f"parallel.pipeline_model_parallel_size ({pipeline}) 2 or more; raise them or leave it "
             "out."
         )
-    if first is not None:
+    if pipeline * virtual > arch.num_layers:
         raise ValueError(
-            f"{name}: deals the layers evenly, so it excludes "
-            "parallel.num_layers_in_first_pipeline_stage; set one of the two."
-        )
-    if arch.num_layers % (pipeline * virtual):
-        raise ValueError(
-            f"{name}: times the pipeline degree ({pipeline}) it does not divide this model's "
-            f"{arch.num_layers} layers; use another, or leave it out."
+            f"{name}: times the pipeline degree ({pipeline}) it is more than this model's "
+            f"{arch.num_layers} layers, of which each chunk needs one; lower it or leave it out."
         )
 
 

@@ -13,7 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mod.model.architecture import Architecture
+from megatron_mod.model.cost import forward_costs
 from megatron_mod.model.layer import RoutedTransformerLayer
+from megatron_mod.model.pipeline import cheapest_layout, megatron_layout
 from megatron_mod.model.specs import get_routed_layer_specs
 from megatron_mod.model.trainable import ROUTERS, open_parts
 from megatron_mod.parallel import device
@@ -150,7 +152,9 @@ def transformer_config(
     arch: Architecture, ranks: Topology = ONE_RANK, *, dtype: torch.dtype
 ) -> TransformerConfig:
     """Megatron's configuration of ``arch`` on ranks so laid out."""
-    virtual_pipeline = ranks.virtual_pipeline
+    virtual_pipeline, layout = ranks.virtual_pipeline, ranks.pipeline_layout
+    if ranks.pipeline > 1 and layout is None:
+        layout = cheapest_layout(forward_costs(arch), ranks.stages)
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -170,7 +174,7 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=ranks.tensor,
         pipeline_model_parallel_size=ranks.pipeline,
-        num_layers_in_first_pipeline_stage=ranks.first_stage_layers,
+        pipeline_model_parallel_layout=None if layout is None else megatron_layout(layout),
         virtual_pipeline_model_parallel_size=virtual_pipeline,
         # Megatron's default point-to-point settings give a virtual pipeline of two stages wrong
         # losses and gradients.

@@ -31,7 +31,8 @@ class Topology:
 
     Args:
         virtual_pipeline: model chunks each pipeline rank holds (``None``: one stage).
-        first_stage_layers: layers of the first pipeline stage (``None``: as many as the others).
+        pipeline_layout: layers of each stage in the model's order, with a virtual pipeline of each
+            chunk (``None``: what suits a forward pass).
         sequence_parallel: tensor-parallel ranks also split the sequence between layers.
     """
 
@@ -40,12 +41,17 @@ class Topology:
     data: int
     context: int = 1
     virtual_pipeline: int | None = None
-    first_stage_layers: int | None = None
     sequence_parallel: bool = False
+    pipeline_layout: tuple[int, ...] | None = None
 
     @property
     def world_size(self) -> int:
         return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def stages(self) -> int:
+        """The parts that the layers are cut into."""
+        return self.pipeline * (self.virtual_pipeline or 1)
 
     def to_dict(self) -> dict[str, int]:
         degrees = {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data}
@@ -62,7 +68,6 @@ def plan(
     world_size: int,
     context: int = 1,
     virtual_pipeline: int | None = None,
-    first_stage_layers: int | None = None,
     sequence_parallel: bool = False,
 ) -> Topology:
     """The layout of ``world_size`` ranks; what the degrees leave over is data parallel.
@@ -73,9 +78,7 @@ def plan(
     degrees = {"tensor": tensor, "pipeline": pipeline, "context": context}
     check_ranks(degrees, world_size=world_size)
     data = world_size // math.prod(degrees.values())
-    return Topology(
-        tensor, pipeline, data, context, virtual_pipeline, first_stage_layers, sequence_parallel
-    )
+    return Topology(tensor, pipeline, data, context, virtual_pipeline, sequence_parallel)
 
 
 def environment_world_size() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron_mod.config.schema import Config
@@ -19,6 +19,7 @@ from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training.losses import CrossEntropy, Distillation, Loss
+from megatron_mod.training.pipeline import Cut, asked_layout, cut
 from megatron_mod.training.resume import check_settings
 
 LOSSES: dict[str, Callable[[], Loss]] = {
@@ -39,6 +40,7 @@ class Plan:
     train: Samples
     validation: Samples | None
     loss: Loss
+    cut: Cut | None = None
 
 
 def prepare(config: Config) -> Plan:
@@ -60,7 +62,6 @@ def prepare(config: Config) -> Plan:
         context=p.context_parallel_size,
         virtual_pipeline=p.virtual_pipeline_model_parallel_size,
         world_size=topology.environment_world_size(),
-        first_stage_layers=p.num_layers_in_first_pipeline_stage,
         sequence_parallel=p.sequence_parallel,
     )
     check_parallel(
@@ -68,8 +69,8 @@ def prepare(config: Config) -> Plan:
         tensor=plan.tensor,
         pipeline=plan.pipeline,
         virtual_pipeline=plan.virtual_pipeline,
-        first_stage_layers=plan.first_stage_layers,
     )
+    asked = asked_layout(p, arch)
     check_batches(
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
@@ -89,7 +90,11 @@ def prepare(config: Config) -> Plan:
     if routing.pooling == "prompt":
         _require_prompts(train=train_data, validation=validation)
     loss = LOSSES[config.train.loss]()
-    return Plan(base, routing, plan, implementation, train_data, validation, loss)
+    dense_passes = int(config.train.loss != "task")
+    pipeline = cut(config, arch, routing, plan, train_data, asked=asked, dense_passes=dense_passes)
+    if pipeline:
+        plan = replace(plan, pipeline_layout=pipeline.layout)
+    return Plan(base, routing, plan, implementation, train_data, validation, loss, pipeline)
 
 
 def _require_prompts(**samples: Samples | None) -> None:
@@ -129,6 +134,7 @@ def description(config: Config, plan: Plan, *, parameters: int) -> str:
         f" training {len(routing.layers)} {config.train.trainable.replace('_', '-')}"
         f" ({parameters} parameters, float32), {routing.granularity} on layers"
         f" {list(routing.layers)}\n"
-        f"{len(plan.train)} training and {len(plan.validation or ())} validation samples;"
+        + (f"{plan.cut}\n" if plan.cut else "")
+        + f"{len(plan.train)} training and {len(plan.validation or ())} validation samples;"
         f" {config.train.steps} steps of {config.train.global_batch_size} sequences"
     )

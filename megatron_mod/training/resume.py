@@ -97,7 +97,7 @@ class RunCheckpoints:
             "routing": plan.routing.to_dict(),
             "implementation": plan.implementation,
             "data": plan.train.identity,
-            "topology": _topology(config),
+            "topology": _topology(config, plan),
             "steps": config.train.steps,
             "settings": _settings(config),
         }
@@ -168,6 +168,9 @@ def _size(state: RunState) -> int:
     return 2**20 + 2 * (4 * state.trainable.nbytes() + random)
 
 
-def _topology(config: Config) -> dict:
+def _topology(config: Config, plan: Plan) -> dict:
     ranks = {**dataclasses.asdict(config.parallel), "world_size": dist.get_world_size()}
+    del ranks["pipeline_layout"]  # what became of it
+    if layout := plan.topology.pipeline_layout:
+        ranks["pipeline_layout"] = list(layout)
     return {**ranks, "random": checkpoint.random_sizes()}

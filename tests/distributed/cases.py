@@ -18,6 +18,8 @@ from megatron_mod.data.batch import collate
 from megatron_mod.data.chat import Sample
 from megatron_mod.data.loader import Loader, StepBatch
 from megatron_mod.evaluation.parity import max_relative_difference, prompt_batch
+from megatron_mod.model.cost import training_costs
+from megatron_mod.model.pipeline import cheapest_layout
 from megatron_mod.model.trainable import ROUTERS, STAND_INS, count_changed, frozen_digests
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
@@ -49,12 +51,12 @@ def build(
     *,
     sequence_parallel: bool = False,
     routing=None,
-    first=None,
+    layout=None,
     dtype: torch.dtype = torch.float32,
 ):
     """This rank's part of a base checkpoint; all that is added to it trains."""
     base = base if isinstance(base, Base) else open_base(base)
-    ranks = replace(ranks, sequence_parallel=sequence_parallel, first_stage_layers=first)
+    ranks = replace(ranks, sequence_parallel=sequence_parallel, pipeline_layout=layout)
     return load_model(base, routing, ranks, dtype=dtype, trained=(ROUTERS, STAND_INS))
 
 
@@ -114,13 +116,17 @@ def gradients(
         topology = dict(topology)
         sequence_parallel = topology.pop("sequence_parallel", False)
         distributed = topology.pop("use_distributed_optimizer", False)
-        first = topology.pop("first", None)
+        layout = topology.pop("layout", None)
         packed = topology.pop("packed", False)
         rows = topology.pop("rows", 2)
         ranks = meet(**topology)
         for number, (routing, loss, price) in enumerate(trainings):
             model = build(
-                base, ranks, sequence_parallel=sequence_parallel, routing=routing, first=first
+                base,
+                ranks,
+                sequence_parallel=sequence_parallel,
+                routing=routing,
+                layout=layout or cheapest(base, ranks, routing, samples),
             )
             put_added(model, only(added, routing))
             frozen = frozen_digests(model)
@@ -162,7 +168,7 @@ def gradients(
                 *sorted(topology.items()),
                 sequence_parallel,
                 distributed,
-                first,
+                layout,
                 packed,
                 number,
             )
@@ -179,6 +185,16 @@ def gradients(
     return found
 
 
+def cheapest(base: Path, ranks, routing: RoutingConfig, samples: list[Sample]):
+    """The layout that a training has by default."""
+    if ranks.pipeline == 1:
+        return None
+    lengths = [len(sample.ids) for sample in samples]
+    labels = sum(sample.num_labels for sample in samples)
+    costs = training_costs(open_base(base).arch, routing, lengths, labels=labels)
+    return cheapest_layout(costs, ranks.stages)
+
+
 def only(added: Added, routing: RoutingConfig) -> Added:
     """Those of the tensors that layers so routed have."""
     return {k: {name: own[name] for name in routing.added_shapes(32)} for k, own in added.items()}
@@ -187,7 +203,7 @@ def only(added: Added, routing: RoutingConfig) -> Added:
 def layers_with_backward(base: Path, samples: list[Sample], routing: RoutingConfig) -> list[int]:
     """The layers of this rank whose output a backward pass has to go through."""
     ranks = meet(pipeline=2)
-    model = build(base, ranks, routing=routing)
+    model = build(base, ranks, routing=routing, layout=(2, 2))
     seen = []
 
     def note(layer: torch.nn.Module, inputs: tuple, outputs: tuple) -> None:

@@ -219,8 +219,10 @@ def test_the_batch_skips_some_units_in_every_scheme(case):
                 {"tensor": 2},
                 {},
                 DISTRIBUTED,
-                {"pipeline": 2, "first": 1},
+                {"pipeline": 2, "layout": (1, 3)},
+                {"pipeline": 2, "layout": (4, 0)},  # the last stage has the head alone
                 {"pipeline": 2, "virtual_pipeline": 2},
+                {"pipeline": 2, "virtual_pipeline": 2, "layout": (2, 1, 1, 0)},
                 {"context": 2},
             ],
         ),

@@ -194,7 +194,6 @@ def base_settings(quickstart):
         "--data.validation", "null", "--train.validation_interval", 0, "--train.steps", 2,
         "--router.layers.deepest", 2, "--data.max_length", 200,
         "--parallel.pipeline_model_parallel_size", 1,
-        "--parallel.num_layers_in_first_pipeline_stage", "null",
         *(f"--{name}={value}" for name, value in PUBLISHED.items()),
         "--router.capacity_loss_weight", "1.0",
     ]  # fmt: skip
@@ -348,7 +347,7 @@ def test_quickstart_refuses_before_it_starts(tiny_hf, tmp_path):
         (["--out", tmp_path], "already exists"),
         (["--hf-path", tmp_path / "none"], "no such folder"),
         (["--hf-path", tiny_hf, "--tensor", 3], "4 attention heads; use one of [1, 2, 4]"),
-        (["--hf-path", tiny_hf, "--pipeline", 3], "use one of [1, 2, 4]"),
+        (["--hf-path", tiny_hf, "--pipeline", 5], "4 layers; use at most 4"),
         (["--hf-path", tiny_hf, "--nproc", 3], "multiple of --tensor 1 x --pipeline 2"),
     ]
     for options, message in cases:
@@ -397,7 +396,6 @@ def test_readme_commands_run(quickstart, tiny_hf, tmp_path):
         if script == "pretrain_router.py":
             words += ["--train.steps", "1", "--router.layers.deepest", "2"]
             words += ["--data.max_length", "200", "--train.validation_interval", "1"]
-            words += ["--parallel.num_layers_in_first_pipeline_stage", "null"]
         bin_folder = Path(sys.executable).parent
         run(*words, PATH=f"{bin_folder}{os.pathsep}{os.environ['PATH']}")
         done.append(script)

@@ -299,15 +299,74 @@ def test_tensor_degree_must_divide_heads():
         check_parallel(SMOL, tensor=2, pipeline=1)
 
 
-def test_pipeline_degree_must_divide_layers_or_say_how():
-    with pytest.raises(ValueError, match="30 layers"):
-        check_parallel(SMOL, tensor=1, pipeline=4)
-    check_parallel(SMOL, tensor=1, pipeline=4, first_stage_layers=9)
-    for first in (10, 30, 0):
-        with pytest.raises(ValueError, match="num_layers_in_first_pipeline_stage"):
-            check_parallel(SMOL, tensor=1, pipeline=4, first_stage_layers=first)
-    with pytest.raises(ValueError, match="num_layers_in_first_pipeline_stage"):
-        check_parallel(SMOL, tensor=1, pipeline=1, first_stage_layers=30)
+def test_every_stage_needs_a_layer():
+    check_parallel(SMOL, tensor=1, pipeline=4)
+    check_parallel(SMOL, tensor=1, pipeline=5, virtual_pipeline=6)
+    with pytest.raises(ValueError, match="30 layers; use at most 30"):
+        check_parallel(SMOL, tensor=1, pipeline=31)
+    with pytest.raises(ValueError, match="virtual_pipeline_model_parallel_size = 7: .* 30 layers"):
+        check_parallel(SMOL, tensor=1, pipeline=5, virtual_pipeline=7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout"),
+    [
+        ({}, None),
+        ({"pipeline_layout": "even"}, (8, 8, 7, 7)),
+        ({"pipeline_layout": [13, 9, 8, 0]}, (13, 9, 8, 0)),
+        ({"num_layers_in_first_pipeline_stage": 9}, (9, 7, 7, 7)),
+        ({"num_layers_in_first_pipeline_stage": 27}, (27, 1, 1, 1)),
+    ],
+)
+def test_a_pipeline_is_cut_as_it_is_asked_to(parse, settings, layout):
+    from megatron_mod.training.pipeline import asked_layout
+
+    config = parse(parallel={"pipeline_model_parallel_size": 4, **settings})
+    assert asked_layout(config.parallel, SMOL) == layout
+
+
+def test_a_layout_is_also_taken_from_the_command_line(parse):
+    from megatron_mod.training.pipeline import asked_layout
+
+    parallel = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    config = parse("--parallel.pipeline_layout", "[12, 6, 6, 6]", parallel=parallel)
+    assert asked_layout(config.parallel, SMOL) == (12, 6, 6, 6)
+    assert asked_layout(parse("--parallel.pipeline_layout=even").parallel, SMOL) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"pipeline_layout": [18, 12, 0]},
+            r"\[18, 12, 0\]: gives the layers of 3 .* is 4; .* auto",
+        ),
+        ({"pipeline_layout": [8, 8, 8, 8]}, "is 32 layers and this model has 30; .* auto"),
+        ({"pipeline_layout": [15, 0, 8, 7]}, "only the last stage, .* without layers; .* auto"),
+        ({"pipeline_layout": [0, 15, 8, 7]}, "only the last stage, .* without layers; .* auto"),
+        ({"pipeline_layout": [31, 1, -1, -1]}, r"pipeline_layout = -1.*must be at least 0"),
+        ({"pipeline_layout": "evn"}, "pipeline_layout = evn.* must be auto, even or a list"),
+        ({"num_layers_in_first_pipeline_stage": 28}, "leave the other 3 .* at least one"),
+        (
+            {"num_layers_in_first_pipeline_stage": 9, "pipeline_layout": "even"},
+            "pipeline_layout = even and .* leave the second out",
+        ),
+        (
+            {"num_layers_in_first_pipeline_stage": 9, "virtual_pipeline_model_parallel_size": 2},
+            "virtual pipeline's chunks; leave it out",
+        ),
+        (
+            {"num_layers_in_first_pipeline_stage": 30, "pipeline_model_parallel_size": 1},
+            r"stage = 30: .*\(2 or more\)",
+        ),
+        ({"pipeline_layout": [18, 12], "pipeline_model_parallel_size": 1}, "2 stage.* is 1; "),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(parse, settings, message):
+    from megatron_mod.training.pipeline import asked_layout
+
+    with pytest.raises(ValueError, match=message):
+        asked_layout(parse(parallel={"pipeline_model_parallel_size": 4, **settings}).parallel, SMOL)
 
 
 def test_world_size_must_fit():
@@ -322,8 +381,8 @@ def test_tools_name_their_own_options():
         check_ranks(degrees, world_size=2, names=OPTIONS)
     with pytest.raises(ValueError, match="^--tensor 2: does not divide .* 9 attention heads"):
         check_parallel(SMOL, tensor=2, pipeline=1, names=OPTIONS)
-    with pytest.raises(ValueError, match=r"^--pipeline 4: .* use one of \[[^]]*\]\.$"):
-        check_parallel(SMOL, tensor=1, pipeline=4, names=OPTIONS)
+    with pytest.raises(ValueError, match=r"^--pipeline 31: .* use at most 30\.$"):
+        check_parallel(SMOL, tensor=1, pipeline=31, names=OPTIONS)
 
 
 def test_batches_must_be_shared_evenly():

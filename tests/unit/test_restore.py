@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from megatron_mod.parallel.topology import ONE_RANK
@@ -51,20 +49,3 @@ def test_the_back_end_is_what_training_ran(trained, monkeypatch, ran, possible, 
     monkeypatch.setattr(restore, "build_model", build_local)
     restore.restore_model(source, ONE_RANK, implementation=asked)
     assert built == [runs]
-
-
-def test_the_first_stage_holds_what_it_held_in_as_many_stages(trained):
-    from megatron_mod.conversion.restore import as_trained
-
-    _, manifest = trained
-    parallel = manifest["settings"]["parallel"]
-    parallel = {
-        **parallel,
-        "pipeline_model_parallel_size": 2,
-        "num_layers_in_first_pipeline_stage": 3,
-    }
-    uneven = {**manifest, "settings": {**manifest["settings"], "parallel": parallel}}
-    two, three = replace(ONE_RANK, pipeline=2), replace(ONE_RANK, pipeline=3)
-    assert as_trained(two, uneven) == replace(two, first_stage_layers=3)
-    for ranks, given in ((three, uneven), (ONE_RANK, uneven), (two, manifest), (two, {})):
-        assert as_trained(ranks, given) == ranks

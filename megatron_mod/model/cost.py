@@ -1,0 +1,144 @@
+"""What a pass through a model computes, layer by layer: counted, not timed.
+
+Counted are matrix products, two floating-point operations for each multiplication; of attention
+those of a query with the keys it sees. An embedding is looked up and counts nothing. Ranks that
+share a layer or a sequence share all of this alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_mod.model.architecture import Architecture
+from megatron_mod.routing.config import RoutingConfig
+
+LENGTH = 512  # tokens of a sequence where nothing is known of them; only attention depends on it
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Floating-point operations of each layer, and of the output layer (the head)."""
+
+    layers: tuple[int, ...]
+    head: int
+
+    def of(self, layout: Sequence[int]) -> list[int]:
+        """Those of each of consecutive stages that hold so many layers; the last has the head."""
+        found, first = [], 0
+        for count in layout:
+            found.append(sum(self.layers[first : first + count]))
+            first += count
+        found[-1] += self.head
+        return found
+
+
+class _Products(NamedTuple):
+    """A layer's forward operations: attention's projections, scores and values, and the MLP."""
+
+    projections: float
+    scores: float
+    mlp: float
+
+    @property
+    def forward(self) -> float:
+        return sum(self)
+
+    @property
+    def backward(self) -> float:
+        """To the layer's input: weights are frozen, so each product with one has one of its size,
+        and only those of two activations have two."""
+        return self.forward + self.scores
+
+
+def forward_costs(arch: Architecture, *, length: int = LENGTH) -> Costs:
+    """Of a forward pass of the dense model with logits at every token."""
+    layer = round(_products(arch, [length]).forward)
+    return Costs((layer,) * arch.num_layers, _head(arch, length))
+
+
+def training_costs(
+    arch: Architecture,
+    routing: RoutingConfig,
+    lengths: Sequence[int],
+    *,
+    labels: int,
+    dense_passes: int = 0,
+    num_free_layers: int = 0,
+) -> Costs:
+    """Of training on documents of these lengths in tokens, ``labels`` of them labelled together.
+
+    Every layer runs forward; those above the first routed one backward too, to their inputs, and so
+    does the MLP of that one if only its attention is routed. The head runs both ways, at labelled
+    tokens. With ``training_compute = sparse`` routed layers compute what the capacity keeps, on
+    average over the steps.
+
+    Args:
+        dense_passes: forward passes of the dense model beside it, as a distillation needs.
+        num_free_layers: leading layers that are not run at all.
+    """
+    dense, first = _products(arch, lengths), routing.layers[0]
+    capacity = dict(zip(routing.layers, routing.capacity, strict=True))
+    router = 1 + 2 * (routing.stand_in_rank or 0)
+    added = 2 * sum(lengths) * arch.hidden_size * router  # the stand-in is two products
+    found = []
+    for layer in range(arch.num_layers):
+        if layer < num_free_layers:
+            found.append(0)
+            continue
+        own, more = dense, 0
+        if layer in capacity:
+            own, more = _routed(arch, routing, lengths, capacity[layer]), added
+        total = own.forward + more + dense_passes * dense.forward
+        if layer > first:
+            total += own.backward + more
+        elif layer == first and not routing.scheme.covers_mlp:
+            total += own.mlp
+        found.append(round(total))
+    return Costs(tuple(found), _head(arch, labels) * (2 + dense_passes))
+
+
+def _head(arch: Architecture, tokens: int) -> int:
+    return 2 * arch.hidden_size * arch.vocab_size * tokens
+
+
+def _routed(
+    arch: Architecture, routing: RoutingConfig, lengths: Sequence[int], capacity: float
+) -> _Products:
+    """Of a routed layer in training, held to this target once it has fallen there from 1."""
+    if routing.training_compute == "dense":
+        return _products(arch, lengths)
+    kept = capacity + (1 - capacity) * routing.capacity_warmup_fraction / 2
+    scheme = routing.scheme
+    queries = kept if scheme.covers_attention else 1.0
+    keys = 1.0 if routing.keys_values == "all" else queries
+    # Of a kept sequence every pair is computed; of kept tokens those of two that are kept.
+    pairs = queries if scheme.per_sequence else queries * keys
+    mlp = kept if scheme.covers_mlp else 1.0
+    return _products(arch, lengths, queries=queries, keys=keys, pairs=pairs, mlp=mlp)
+
+
+def _products(
+    arch: Architecture,
+    lengths: Sequence[int],
+    *,
+    queries: float = 1.0,
+    keys: float = 1.0,
+    pairs: float = 1.0,
+    mlp: float = 1.0,
+) -> _Products:
+    """Of a layer over documents of these lengths, of which it computes these shares."""
+    tokens = sum(lengths)
+    seen = sum(_visible_pairs(length, window=arch.window_size) for length in lengths)
+    return _Products(
+        2 * tokens * (queries * arch.query_weights + keys * arch.key_weights),
+        4 * arch.query_channels * seen * pairs,
+        2 * tokens * arch.mlp_weights * mlp,
+    )
+
+
+def _visible_pairs(length: int, *, window: int | None) -> int:
+    """How many keys the queries of a document see together, each itself and those before it."""
+    near = min(length, window or length)
+    return near * (near + 1) // 2 + (length - near) * near

@@ -1,0 +1,178 @@
+"""Where a pipeline is cut, beside all other cuts, and costs beside what torch counts."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_mod.evaluation.work import Work
+from megatron_mod.model.architecture import Architecture
+from megatron_mod.model.cost import Costs, forward_costs, training_costs
+from megatron_mod.model.pipeline import cheapest_layout, even_layout, megatron_layout, step_cost
+from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.scheme import GRANULARITIES
+
+ARCH = Architecture(
+    num_layers=5, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
+    kv_channels=8, vocab_size=64, max_sequence_length=64, layernorm_epsilon=1e-5,
+    rotary_base=10000.0, tied_embeddings=True,
+)  # fmt: skip
+LENGTH = 16
+
+
+def all_layouts(num_layers: int, stages: int, *, in_first: int = 1):
+    """Every layout whose stages have a layer, but the last one, which may have none."""
+    for ends in combinations(range(1, num_layers + 1), stages - 1):
+        borders = (0, *ends, num_layers)
+        layout = tuple(b - a for a, b in pairwise(borders))
+        if layout[0] >= in_first:
+            yield layout
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_cheapest_layout_is_the_cheapest_of_all(seed):
+    choose = random.Random(seed)
+    num_layers = choose.randint(1, 9)
+    stages = choose.randint(1, min(5, num_layers))
+    in_first = choose.choice([0, 1, choose.randint(1, num_layers - stages + 1)])
+    costs = Costs(
+        tuple(choose.choice([0, 1, 2, 3, choose.randint(0, 20)]) for _ in range(num_layers)),
+        head=choose.choice([0, 1, 7, 60]),
+    )
+
+    def badness(layout):
+        of_stages = costs.of(layout)
+        return max(of_stages), sum(cost**2 for cost in of_stages)
+
+    found = cheapest_layout(costs, stages, in_first=in_first)
+    layouts = list(all_layouts(num_layers, stages, in_first=in_first))
+    assert found in layouts
+    assert badness(found) == min(map(badness, layouts))
+
+
+def test_costs_of_stages_are_those_of_their_layers():
+    assert Costs((1, 2, 3, 4), head=10).of((2, 1, 1)) == [3, 3, 14]
+    assert Costs((1, 2, 3, 4), head=10).of((3, 1, 0)) == [6, 4, 10]
+
+
+def test_an_even_layout_gives_what_is_left_over_to_the_first():
+    assert even_layout(30, 2) == (15, 15)
+    assert even_layout(30, 4) == (8, 8, 7, 7)
+
+
+def test_a_step_fills_the_pipeline_and_then_waits_for_the_slowest_stage():
+    costs = Costs((1, 1, 1, 1), head=2)
+    assert step_cost(costs, (2, 2), ranks=2, micro_batches=1) == 6
+    assert step_cost(costs, (2, 2), ranks=2, micro_batches=5) == 6 + 4 * 4
+    # Of equal chunks ranks run micro_batches * 2 and wait for one of each earlier rank.
+    assert step_cost(Costs((1,) * 4, 0), (1,) * 4, ranks=2, micro_batches=6) == 6 * 2 + 1
+
+
+def test_megatron_reads_the_layout_as_it_is_meant():
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.pipeline_parallel_layer_layout import (
+        PipelineParallelLayerLayout,
+    )
+
+    layout = PipelineParallelLayerLayout(megatron_layout((2, 1, 2, 0)), 2)
+    layout.validate_layer_layout(num_layers=5, mtp_num_layers=None)
+    held = [[chunk.count(LayerType.decoder) for chunk in rank] for rank in layout.layout]
+    assert held == [[2, 2], [1, 0]]
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_forward_pass_costs_what_its_work_is_elsewhere(window):
+    arch = replace(ARCH, window_size=window)
+    costs = forward_costs(arch, length=LENGTH)
+    assert costs.head == 2 * 32 * 64 * LENGTH
+    assert sum(costs.layers) + costs.head // LENGTH == Work(arch).prefill(LENGTH, {})
+
+
+def test_what_is_not_run_costs_nothing_and_is_on_the_first_stage():
+    routing = RoutingConfig("block_token", (3, 4), (0.5, 0.5))
+    every = training_costs(ARCH, routing, [LENGTH], labels=9)
+    rest = training_costs(ARCH, routing, [LENGTH], labels=9, num_free_layers=3)
+    assert rest.layers == (0, 0, 0, *every.layers[3:])
+    assert rest.head == every.head
+    for stages, layout in ((2, (4, 1)), (3, (4, 1, 0))):
+        assert cheapest_layout(replace(rest, head=1), stages, in_first=3) == layout
+    assert cheapest_layout(replace(rest, head=10**9), 2, in_first=3) == (5, 0)
+
+
+def test_a_distillation_runs_the_dense_model_too():
+    routing = RoutingConfig("block_token", (2, 3), (0.5, 0.5), stand_in_rank=4)
+    alone = training_costs(ARCH, routing, [LENGTH, 7], labels=12)
+    both = training_costs(ARCH, routing, [LENGTH, 7], labels=12, dense_passes=1)
+    dense = [
+        one + other
+        for one, other in zip(
+            forward_costs(ARCH, length=LENGTH).layers,
+            forward_costs(ARCH, length=7).layers,
+            strict=True,
+        )
+    ]
+    assert [b - a for a, b in zip(alone.layers, both.layers, strict=True)] == dense
+    assert both.head - alone.head == 2 * 32 * 64 * 12
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("layers", [(0, 2), (2, 3), (4,)], ids=str)
+def test_training_costs_what_torch_counts(single_process, granularity, layers):
+    """But for pairs of tokens that do not see each other, which torch computes and hides, and the
+    router, whose product has more than one form."""
+    routing = RoutingConfig(granularity, layers, (0.5,) * len(layers))
+    counted = count(routing)
+    costs = training_costs(ARCH, routing, [LENGTH], labels=0)
+    unseen = LENGTH * LENGTH - LENGTH * (LENGTH + 1) // 2
+    scores = 4 * 32 * unseen * (ARCH.num_layers + 2 * (ARCH.num_layers - 1 - layers[0]))
+    router = 3 * 2 * LENGTH * 32 * len(layers)
+    assert counted - router <= sum(costs.layers) + scores <= counted + router
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_sparse_training_costs_what_is_kept(single_process, granularity):
+    """All that a fully skipped layer computes is what its scheme does not cover."""
+    skipped = RoutingConfig(
+        granularity, (1,), (0.0,), threshold=1 - 1e-9, training_compute="sparse"
+    )
+    costs = training_costs(ARCH, skipped, [LENGTH], labels=0)
+    kept = training_costs(ARCH, replace(skipped, capacity=(1.0,)), [LENGTH], labels=0)
+    dense = training_costs(ARCH, replace(skipped, training_compute="dense"), [LENGTH], labels=0)
+    assert kept == dense
+    router = 3 * 2 * LENGTH * 32
+    unseen = LENGTH * LENGTH - LENGTH * (LENGTH + 1) // 2
+    runs_attention = not skipped.scheme.covers_attention
+    scores = 4 * 32 * unseen * (ARCH.num_layers - 1 + runs_attention + 2 * 3)
+    # Its keys and values are offered only to tokens that are kept, and there are none.
+    keys = 2 * LENGTH * ARCH.key_weights * (skipped.keys_values == "all")
+    assert abs(sum(costs.layers) - keys + scores - count(skipped)) <= router
+
+
+def count(routing: RoutingConfig) -> int:
+    """Operations of the layers, forward and backward, that torch counts for one document."""
+    from megatron_mod.data.batch import collate
+    from megatron_mod.data.chat import Sample
+    from megatron_mod.model.builder import build_model, transformer_config
+    from megatron_mod.model.layout import TokenLayout
+
+    torch.manual_seed(3)
+    model = build_model(ARCH, transformer_config(ARCH, dtype=torch.float32), routing)
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.2)
+    sample = Sample(list(range(LENGTH)), [True] * LENGTH, "made:0")
+    batch = collate([[sample]], multiple=1)
+    with (
+        model.last.headless(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as seen,
+    ):
+        layout = TokenLayout.of(batch)
+        hidden = model.last(batch.input_ids, batch.position_ids, None, packed_seq_params=layout)
+        (hidden * torch.randn_like(hidden)).sum().backward()
+    return seen.get_total_flops()
