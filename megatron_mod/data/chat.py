@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from torch import Tensor
 
 ROLES = ("system", "user", "assistant")
 IGNORE = -100
@@ -15,12 +19,14 @@ class Sample:
     """A tokenised conversation.
 
     ``labelled[i]`` says whether token ``i`` is one the model is to produce (content of an
-    assistant turn, or its end-of-text). ``source`` names file and line.
+    assistant turn, or its end-of-text). ``source`` names file and line. ``states``
+    ``[tokens, H]``: the hidden states that enter a layer, for a model that starts there.
     """
 
     ids: list[int]
     labelled: list[bool]
     source: str
+    states: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def prompt_length(self) -> int:

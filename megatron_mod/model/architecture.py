@@ -68,6 +68,21 @@ def check_parallel(
         )
 
 
+def balanced_first_stage(num_layers: int, pipeline: int, *, computed: range) -> int | None:
+    """How many layers the first of several stages takes, the others sharing the rest evenly, so
+    that the largest share of the ``computed`` ones, which alone cost something, is smallest;
+    ``None``: the others cannot share any rest evenly."""
+
+    def largest(first: int) -> int:
+        others = (num_layers - first) // (pipeline - 1)
+        starts = [0, *range(first, num_layers, others)]
+        stages = [range(a, b) for a, b in zip(starts, [*starts[1:], num_layers], strict=True)]
+        return max(sum(layer in computed for layer in stage) for stage in stages)
+
+    fits = [n for n in range(1, num_layers) if (num_layers - n) % (pipeline - 1) == 0]
+    return min(fits, key=largest, default=None)
+
+
 def _check_first_stage(arch: Architecture, *, pipeline: int, layers: int) -> None:
     rest = arch.num_layers - layers
     if pipeline == 1 or layers < 1 or rest < pipeline - 1 or rest % (pipeline - 1):

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor
 
 from megatron_mod.data.batch import MicroBatch, equal_lengths
@@ -83,6 +84,7 @@ def run_batches(
             batch.input_ids,
             batch.position_ids,
             None,
+            decoder_input=_entering(batch, model),
             labels=batch.labels.clamp(min=0) if with_labels else None,
             packed_seq_params=layout,
         )
@@ -113,3 +115,13 @@ def run_batches(
     for data in iterators:
         next(data, None)  # lets a progress bar around the batches see their end
     return found
+
+
+def _entering(batch: MicroBatch, model: ModelChunks) -> Tensor | None:
+    """The hidden states of this rank's tokens as Megatron's layers take them, if there are any."""
+    if batch.states is None:
+        return None
+    states = batch.states.transpose(0, 1).contiguous()
+    if model.config.sequence_parallel:
+        states = scatter_to_sequence_parallel_region(states, group=model.groups.tp)
+    return states

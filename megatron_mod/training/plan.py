@@ -8,19 +8,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
 from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.dataset import Samples, load_data
 from megatron_mod.data.loader import Loader
 from megatron_mod.data.tokenizer import load_tokenizer
-from megatron_mod.model.architecture import check_parallel
+from megatron_mod.model.architecture import balanced_first_stage, check_parallel
 from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training.losses import CrossEntropy, Distillation, Loss
 from megatron_mod.training.resume import check_settings
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOSSES: dict[str, Callable[[], Loss]] = {
     "task": CrossEntropy,
     "distill": Distillation,
@@ -39,6 +42,8 @@ class Plan:
     train: Samples
     validation: Samples | None
     loss: Loss
+    computed: range
+    """The layers that training computes; the states that enter the first of them are kept."""
 
 
 def prepare(config: Config) -> Plan:
@@ -49,20 +54,13 @@ def prepare(config: Config) -> Plan:
     """
     if int(os.environ.get("RANK", 0)):  # what is said about the data is said once
         logging.getLogger("megatron_mod").setLevel(logging.ERROR)
-    p = config.parallel
     implementation = choose_implementation(config.model.transformer_impl)
     base = open_base(config.model.checkpoint or config.model.hf_path, hf_path=config.model.hf_path)
     arch = base.arch
     check_settings(config)
-    plan = topology.plan(
-        tensor=p.tensor_model_parallel_size,
-        pipeline=p.pipeline_model_parallel_size,
-        context=p.context_parallel_size,
-        virtual_pipeline=p.virtual_pipeline_model_parallel_size,
-        world_size=topology.environment_world_size(),
-        first_stage_layers=p.num_layers_in_first_pipeline_stage,
-        sequence_parallel=p.sequence_parallel,
-    )
+    routing = config.router.resolve(num_layers=arch.num_layers, hidden_size=arch.hidden_size)
+    computed = _computed(config, routing, num_layers=arch.num_layers)
+    plan = _ranks(config, computed, num_layers=arch.num_layers)
     check_parallel(
         arch,
         tensor=plan.tensor,
@@ -81,13 +79,45 @@ def prepare(config: Config) -> Plan:
             f"data.max_length = {config.data.max_length}: the model reads at most "
             f"{arch.max_sequence_length} tokens (max_position_embeddings)."
         )
-    routing = config.router.resolve(num_layers=arch.num_layers, hidden_size=arch.hidden_size)
     tokenizer = load_tokenizer(
         config.data.tokenizer or base.huggingface, vocab_size=arch.vocab_size
     )
     train_data, validation = load_data(config.data, tokenizer, seed=config.train.seed)
     loss = LOSSES[config.train.loss]()
-    return Plan(base, routing, plan, implementation, train_data, validation, loss)
+    return Plan(base, routing, plan, implementation, train_data, validation, loss, computed)
+
+
+def _computed(config: Config, routing: RoutingConfig, *, num_layers: int) -> range:
+    """Without the layers before the first routed one, if what they compute is kept."""
+    if config.train.frozen_prefix == "recompute":
+        return range(num_layers)
+    first = min(routing.layers)
+    if first == 0:
+        raise ValueError(
+            f"train.frozen_prefix = cache: layer 0 is routed (router.layers = "
+            f"{config.router.layers}), so there is nothing before the first routed layer to keep; "
+            "set it to recompute, or route deeper layers."
+        )
+    return range(first, num_layers)
+
+
+def _ranks(config: Config, computed: range, *, num_layers: int) -> topology.Topology:
+    p = config.parallel
+    first_stage = p.num_layers_in_first_pipeline_stage
+    is_cut = p.pipeline_model_parallel_size > 1 and not p.virtual_pipeline_model_parallel_size
+    if computed.start and is_cut and first_stage is None:
+        first_stage = balanced_first_stage(
+            num_layers, p.pipeline_model_parallel_size, computed=computed
+        )
+    return topology.plan(
+        tensor=p.tensor_model_parallel_size,
+        pipeline=p.pipeline_model_parallel_size,
+        context=p.context_parallel_size,
+        virtual_pipeline=p.virtual_pipeline_model_parallel_size,
+        world_size=topology.environment_world_size(),
+        first_stage_layers=first_stage,
+        sequence_parallel=p.sequence_parallel,
+    )
 
 
 def make_loader(config: Config, plan: Plan, samples: Samples, *, data_rank: int) -> Loader:
@@ -100,17 +130,23 @@ def make_loader(config: Config, plan: Plan, samples: Samples, *, data_rank: int)
         seed=config.train.seed,
         data_rank=data_rank,
         data_ranks=ranks.data,
-        multiple=(ranks.tensor if ranks.sequence_parallel else 1)
-        * (2 * ranks.context if ranks.context > 1 else 1),
+        multiple=row_multiple(ranks),
         group=ranks.pipeline if ranks.virtual_pipeline else 1,
         row_length=config.data.max_length if config.data.packing else None,
         parts=samples.weights,
     )
 
 
+def row_multiple(ranks: topology.Topology) -> int:
+    """What the length of rows is a multiple of, for the ranks that share a sequence."""
+    return (ranks.tensor if ranks.sequence_parallel else 1) * (
+        2 * ranks.context if ranks.context > 1 else 1
+    )
+
+
 def description(config: Config, plan: Plan, *, parameters: int) -> str:
     """What is about to run: ranks, model, and what of it trains, so many ``parameters``."""
-    t, routing, arch = plan.topology, plan.routing, plan.base.arch
+    t, routing, arch, kept = plan.topology, plan.routing, plan.base.arch, plan.computed.start
     return (
         f"{t.world_size} rank(s) on {device.describe()}: tensor {t.tensor} x pipeline {t.pipeline}"
         f"{f' x context {t.context}' if t.context > 1 else ''} x data {t.data}\n"
@@ -118,6 +154,7 @@ def description(config: Config, plan: Plan, *, parameters: int) -> str:
         f" training {len(routing.layers)} {config.train.trainable.replace('_', '-')}"
         f" ({parameters} parameters, float32), {routing.granularity} on layers"
         f" {list(routing.layers)}\n"
+        f"{f'what enters layer {kept} is read from the prefix cache' + chr(10) if kept else ''}"
         f"{len(plan.train)} training and {len(plan.validation or ())} validation samples;"
         f" {config.train.steps} steps of {config.train.global_batch_size} sequences"
     )
