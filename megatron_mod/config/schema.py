@@ -245,6 +245,12 @@ class TrainConfig:
             divergence from the dense model, the same weights with routing off, which costs one more
             forward pass; `both`, their sum.
         trainable: what trains: the `routers`, or `routers+stand_ins`.
+        frozen_prefix: what becomes of the layers before the first routed one, whose result is the
+            same whenever a sample is read: `recompute` them, or `cache` it: compute it once, keep
+            it on the disk (hidden size x bytes of model.dtype a token), and train without these
+            layers.
+        prefix_cache: folder for that, which runs and sweeps of the same model and data share, and
+            all machines of a job; unset: `prefix` in data.cache.
     """
 
     steps: int = setting(AT_LEAST_0)
@@ -256,6 +262,8 @@ class TrainConfig:
     timeout: float = setting(Range(above=0, below=MINUTES_OF_A_YEAR), default=10.0)
     loss: Literal["task", "distill", "both"] = "task"
     trainable: Literal["routers", "routers+stand_ins"] = "routers"
+    frozen_prefix: Literal["recompute", "cache"] = "recompute"
+    prefix_cache: str | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:

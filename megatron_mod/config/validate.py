@@ -56,6 +56,11 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
             f"train.trainable = {t.trainable}: there are no stand-ins to train; set "
             "router.stand_in to linear, or train.trainable to routers."
         )
+    if t.prefix_cache is not None and t.frozen_prefix == "recompute":
+        raise ValueError(
+            f"train.prefix_cache = {t.prefix_cache}: would be ignored, because train.frozen_prefix "
+            "is recompute; set that to cache, or leave the folder out."
+        )
     if d.packing and p.context_parallel_size > 1:
         raise ValueError(
             f"data.packing = true: ranks that share a row (parallel.context_parallel_size = "

@@ -77,7 +77,8 @@ def _load_hf(model: ModelChunks, base: Base) -> None:
     table = {row.megatron: row for row in base.family.table(base.arch)}
     used: list = [None] * dist.get_world_size()
     dist.all_gather_object(used, {part.key for part in parts})
-    check_megatron_names(base.family, base.arch, set().union(*used), base.path)
+    if model.is_whole:
+        check_megatron_names(base.family, base.arch, set().union(*used), base.path)
     with together(), HFReader(base.path) as reader:
         check_hf_names(base.family, base.arch, reader.names(), base.path)
         share = {"part": dist.get_rank(), "parts": dist.get_world_size()}

@@ -32,6 +32,7 @@ def load_model(
     implementation: str = "local",
     dtype: torch.dtype = torch.float32,
     trained: Sequence[str] = (ROUTERS,),
+    computed: range | None = None,
 ) -> ModelChunks:
     """This rank's part of a base, with new routers where ``routing`` wants them, if it does; called
     by all ranks alike. Whatever runs a model gets it from here.
@@ -41,12 +42,21 @@ def load_model(
         implementation: see ``specs.choose_implementation``.
         dtype: of the weights; what is added to them is fp32.
         trained: the parts that train (see ``model/trainable.py``).
+        computed: the layers that it computes, all without it; nothing is read of the others (see
+            ``build_model``).
 
     Raises:
         ValueError: a base that is damaged or not whole; see ``load_base``.
     """
     config = transformer_config(base.arch, ranks, dtype=dtype)
-    model = build_model(base.arch, config, routing, implementation=implementation, trained=trained)
+    model = build_model(
+        base.arch,
+        config,
+        routing,
+        implementation=implementation,
+        trained=trained,
+        computed=computed,
+    )
     load_base(model, base)
     return model
 

@@ -21,7 +21,8 @@ class MicroBatch:
     ``input_ids`` int64 ``[B, S]``; ``position_ids`` int64 ``[B, S]``, from 0 in each document
     (padding goes on counting); ``labels`` int64 ``[B, S]``, the next token of the same document
     or ``IGNORE``; ``roles`` uint8 ``[B, S]`` of ``TokenRole``, document by document;
-    ``documents``: for each row the tokens of each document in it, in order.
+    ``documents``: for each row the tokens of each document in it, in order; ``states``
+    ``[B, S, H]``: the samples' hidden states, zero at padding, if they have any.
     """
 
     input_ids: Tensor
@@ -29,11 +30,13 @@ class MicroBatch:
     labels: Tensor
     roles: Tensor
     documents: tuple[tuple[int, ...], ...]
+    states: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
         """The batch with its tensors put through ``function``."""
         tensors = (self.input_ids, self.position_ids, self.labels, self.roles)
-        return MicroBatch(*map(function, tensors), self.documents)
+        states = None if self.states is None else function(self.states)
+        return MicroBatch(*map(function, tensors), self.documents, states)
 
     def to(self, device: torch.device) -> MicroBatch:
         return self.map(lambda tensor: tensor.to(device))
@@ -52,6 +55,7 @@ def collate(rows: Sequence[Sample | Row], *, multiple: int = 1, pad_id: int = 0)
     labels = torch.full(shape, IGNORE, dtype=torch.int64)
     roles = torch.full(shape, int(TokenRole.PADDING), dtype=torch.uint8)
     position_ids = torch.arange(length).repeat(len(packs), 1)
+    states = _empty_states(packs, length)
     for number, row in enumerate(packs):
         first = 0
         for sample in row:
@@ -63,8 +67,16 @@ def collate(rows: Sequence[Sample | Row], *, multiple: int = 1, pad_id: int = 0)
             roles[number, first:prompt] = int(TokenRole.PROMPT)
             roles[number, prompt:last] = int(TokenRole.ANSWER)
             position_ids[number, first:] = torch.arange(length - first)
+            if states is not None:
+                states[number, first:last] = sample.states
             first = last
-    return MicroBatch(input_ids, position_ids, labels, roles, documents)
+    return MicroBatch(input_ids, position_ids, labels, roles, documents, states)
+
+
+def _empty_states(rows: Sequence[Row], length: int) -> Tensor | None:
+    of_samples = (sample.states for row in rows for sample in row)
+    some = next(of_samples, None)
+    return None if some is None else some.new_zeros(len(rows), length, some.shape[1])
 
 
 def blank_like(batch: MicroBatch) -> MicroBatch:
@@ -76,6 +88,7 @@ def blank_like(batch: MicroBatch) -> MicroBatch:
         labels=torch.full_like(batch.labels, IGNORE),
         roles=torch.full_like(batch.roles, int(TokenRole.PADDING)),
         documents=((),) * rows,
+        states=None if batch.states is None else torch.zeros_like(batch.states),
     )
 
 
@@ -95,4 +108,5 @@ def _widen(batch: MicroBatch, length: int) -> MicroBatch:
         labels=pad(batch.labels, (0, missing), value=IGNORE),
         roles=pad(batch.roles, (0, missing), value=int(TokenRole.PADDING)),
         documents=batch.documents,
+        states=None if batch.states is None else pad(batch.states, (0, 0, 0, missing)),
     )

@@ -73,8 +73,8 @@ def entry(cache: Path, identity: dict, build: Callable[[Path], None]) -> Path:
         ValueError: what ``build`` raises, or the folder cannot be written.
     """
     key = {"format": FORMAT, **identity}
-    folder = cache / _name(key)
-    note = cache / "checked" / _name([folder.name, *_job()])
+    folder = cache / key_name(key)
+    note = cache / "checked" / key_name([folder.name, *_job()])
     while _waits(cache):
         if note.is_file() and (_read(note) == _state(folder) or _damage(folder) is None):
             return folder
@@ -110,7 +110,7 @@ def _damage(folder: Path) -> str | None:
     try:
         content = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
         files = content["files"]
-        if _name(content["key"]) != folder.name or fingerprint(files) != content["fingerprint"]:
+        if key_name(content["key"]) != folder.name or fingerprint(files) != content["fingerprint"]:
             return f"{ENTRY} does not describe it"
         found = file_table(folder, files, together=False)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -131,7 +131,7 @@ def digest_of_file(path: Path, *, cache: Path) -> str:
             status = path.stat()
         # ctime moves with every change of content or times, and cannot be set back.
         seen = [str(path.resolve()), status.st_ino, status.st_size, status.st_ctime_ns]
-        note = cache / "digests" / _name(seen)
+        note = cache / "digests" / key_name(seen)
         digest, _, again = _read(note).partition(" ")
         if digest and digest == again:
             return digest
@@ -148,7 +148,8 @@ def digest_of_file(path: Path, *, cache: Path) -> str:
     return digest
 
 
-def _name(content: object) -> str:
+def key_name(content: object) -> str:
+    """What an entry of this identity (JSON values) is called."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from torch import Tensor
 
 from megatron_mod.data.formats import layout_of
 
@@ -19,12 +23,14 @@ class Sample:
 
     ``labelled[i]`` says whether token ``i`` is one the model is to produce (content of an
     assistant turn, or its end-of-text; of a text all but the first). ``source`` names file and
-    line.
+    line. ``states`` ``[tokens, H]``: the hidden states that enter a layer, for a model that starts
+    there.
     """
 
     ids: list[int]
     labelled: list[bool]
     source: str
+    states: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def prompt_length(self) -> int:

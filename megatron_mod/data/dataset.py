@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_mod.checkpoint.folders import partial_name, writing
@@ -18,6 +19,7 @@ from megatron_mod.data.cache import default_folder, make_folder
 from megatron_mod.data.chat import Sample
 from megatron_mod.data.encoding import Encoder
 from megatron_mod.data.order import Order
+from megatron_mod.data.prefix_states import SampleStates
 from megatron_mod.data.settings import OF_A_RUN, OF_A_TOOL, SettingNames
 from megatron_mod.data.sources import files_of
 from megatron_mod.data.store import Store, open_store
@@ -30,11 +32,17 @@ Sources = str | Path | Sequence[str] | Mapping[str, float]
 @dataclass(frozen=True)
 class Part:
     """Samples of one file: ``rows`` is a memory-mapped table (``datasets.Dataset``), ``weight``
-    how many times an epoch holds each of them."""
+    how many times an epoch holds each of them, ``states`` what gives their hidden states, if they
+    come with some."""
 
     store: Store
     rows: object
     weight: float
+    states: SampleStates | None = None
+
+    def numbers(self) -> np.ndarray:
+        """The record number of each sample, int64."""
+        return self.rows.with_format("numpy", columns=["number"])[:]["number"]
 
 
 class Samples(Sequence[Sample]):
@@ -56,7 +64,9 @@ class Samples(Sequence[Sample]):
         labelled = [False] * len(row["ids"])
         for start, stop in zip(row["spans"][::2], row["spans"][1::2], strict=True):
             labelled[start:stop] = [True] * (stop - start)
-        return Sample(row["ids"], labelled, f"{part.store.name}:{row['number']}")
+        source = f"{part.store.name}:{row['number']}"
+        states = None if part.states is None else part.states.read(row["number"], source=source)
+        return Sample(row["ids"], labelled, source, states)
 
     @property
     def weights(self) -> list[tuple[int, float]]:
@@ -72,6 +82,10 @@ class Samples(Sequence[Sample]):
     def identity(self) -> list[str]:
         """A fingerprint of each source's samples: their tokens, and which of them are labelled."""
         return [part.store.summary.fingerprint for part in self.parts]
+
+    def without_states(self) -> Samples:
+        """The same samples without their hidden states."""
+        return Samples(replace(part, states=None) for part in self.parts)
 
     def split(self, share: float, *, seed: int) -> tuple[Samples, Samples]:
         """The rest and, of each file, a random ``share`` of the samples; the same for a seed.

@@ -37,6 +37,15 @@ class Order:
         items = self._items(number)
         return items[torch.randperm(len(items), generator=generator)]
 
+    def first(self, count: int) -> Tensor:
+        """The samples that the first ``count`` positions hold, each once and ascending, int64."""
+        held = torch.zeros(sum(size for size, _ in self.parts), dtype=torch.bool)
+        for number in range(-(-count // self.epoch_length)):
+            held[self.epoch(number)[: count - number * self.epoch_length]] = True
+            if held.all():
+                break
+        return held.nonzero().flatten()
+
     def _items(self, epoch: int) -> Tensor:
         """What an epoch holds, int64, in no order yet."""
         generator = torch.Generator().manual_seed(self.seed * 999_983 + epoch)

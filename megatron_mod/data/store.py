@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from pyarrow.ipc import new_stream
 
@@ -63,6 +64,13 @@ class Store:
     @property
     def samples(self) -> Path:
         return self.folder / "samples.arrow"
+
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """The record number, ascending, and the tokens of each sample, int64, in their order."""
+        with pa.memory_map(str(self.samples)) as file:
+            table = pa.ipc.open_stream(file).read_all()
+            lengths = pc.list_value_length(table["ids"])
+            return tuple(c.to_numpy().astype(np.int64) for c in (table["number"], lengths))
 
     def rejects(self) -> Iterator[dict]:
         """``number``, ``reason`` and ``content`` of each bad record."""

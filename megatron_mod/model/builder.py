@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -43,19 +44,33 @@ class RoutedGPTModel(GPTModel):
 
     ``trains_below``: whether an earlier pipeline stage has anything to train. If not, the
     schedule still gets a gradient to send, but none is computed below this stage's first.
+
+    Args:
+        computed: the layers of the whole model that it computes.
+        takes_states: its first layer gets hidden states from the caller: there is no embedding.
     """
 
-    def __init__(self, *args, unpadded_vocab_size: int, **kwargs) -> None:
+    def __init__(
+        self, *args, unpadded_vocab_size: int, computed: range, takes_states: bool, **kwargs
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.unpadded_vocab_size = unpadded_vocab_size
+        self.computed = computed
+        self.takes_states = takes_states
         self.trains_below = True
 
-    def forward(self, *args, with_head: bool = True, **kwargs) -> Tensor:
+    def forward(
+        self, *args, with_head: bool = True, decoder_input: Tensor | None = None, **kwargs
+    ) -> Tensor:
         """As ``GPTModel``'s; without the head the last stage gives its final hidden states
-        ``[S, B, H]`` (``[S / tp, B, H]`` with sequence parallelism)."""
+        ``[S, B, H]`` (``[S / tp, B, H]`` with sequence parallelism). ``decoder_input``, of the same
+        shape, is what a model that ``takes_states`` starts from."""
         has_head, received = self.post_process, self.decoder.input_tensor
         self.post_process = has_head and with_head
         try:
+            if self.takes_states:
+                self.decoder.set_input_tensor(decoder_input)
+                return super().forward(*args, **kwargs)
             if self.pre_process or self.trains_below or not torch.is_grad_enabled():
                 return super().forward(*args, **kwargs)
             self.decoder.set_input_tensor(received.detach())
@@ -118,6 +133,12 @@ class ModelChunks(torch.nn.ModuleList):
     @property
     def unpadded_vocab_size(self) -> int:
         return self[0].unpadded_vocab_size
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every layer is computed; of a model that is not whole, some stage lacks the
+        embedding or the head."""
+        return len(self[0].computed) == self.config.num_layers
 
     @property
     def last(self) -> RoutedGPTModel:
@@ -214,6 +235,7 @@ def build_model(
     *,
     implementation: str = "local",
     trained: Sequence[str] = (ROUTERS,),
+    computed: range | None = None,
     groups: ProcessGroupCollection | None = None,
 ) -> ModelChunks:
     """This rank's part of the model on its device, weights not yet loaded; called by all ranks.
@@ -221,6 +243,9 @@ def build_model(
     Args:
         implementation: see ``specs.choose_implementation``.
         trained: the parts that train (see ``trainable.py``); all else is frozen.
+        computed: the layers that the model computes, all without it. From above the first on it has
+            no embedding and starts from the hidden states of its micro-batches; up to below the
+            last it has no head and gives hidden states.
         groups: the process groups to share it with; without them, ``parallel_state``'s.
 
     Raises:
@@ -229,8 +254,15 @@ def build_model(
     virtual = config.virtual_pipeline_model_parallel_size
     stages = [None] if virtual is None else range(virtual)
     groups = groups or process_groups()
+    computed = range(arch.num_layers) if computed is None else computed
+    if len(computed) < arch.num_layers:  # only one end may have the embeddings to compare
+        groups = copy.copy(groups)
+        groups.embd = None
     model = ModelChunks(
-        [_build_chunk(arch, config, routing, stage, implementation, groups) for stage in stages]
+        [
+            _build_chunk(arch, config, routing, stage, implementation, computed, groups)
+            for stage in stages
+        ]
     )
     open_parts(model, trained)
     _tell_what_trains_below(model)
@@ -243,20 +275,31 @@ def _build_chunk(
     routing: RoutingConfig | None,
     vp_stage: int | None,
     implementation: str,
+    computed: range,
     groups: ProcessGroupCollection,
 ) -> RoutedGPTModel:
     rank, last = groups.pp.rank(), groups.pp.size() - 1
     last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
+    is_first = rank == 0 and not vp_stage
+    is_last = rank == last and (vp_stage or 0) == last_chunk
+    takes_states = is_first and computed.start > 0
     return RoutedGPTModel(
         config=config,
         transformer_layer_spec=get_routed_layer_specs(
-            config, routing, vp_stage=vp_stage, pp_rank=rank, implementation=implementation
+            config,
+            routing,
+            vp_stage=vp_stage,
+            pp_rank=rank,
+            implementation=implementation,
+            computed=computed,
         ),
         vocab_size=padded_vocab_size(arch.vocab_size, tensor=config.tensor_model_parallel_size),
         unpadded_vocab_size=arch.vocab_size,
+        computed=computed,
+        takes_states=takes_states,
         max_sequence_length=arch.max_sequence_length,
-        pre_process=rank == 0 and not vp_stage,
-        post_process=rank == last and (vp_stage or 0) == last_chunk,
+        pre_process=is_first and not takes_states,
+        post_process=is_last and computed.stop == arch.num_layers,
         share_embeddings_and_output_weights=arch.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=arch.rotary_base,

@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
 )
 from torch import Tensor
 
@@ -107,6 +108,7 @@ def run_batches(
             batch.input_ids,
             batch.position_ids,
             None,
+            decoder_input=_entering(batch, model),
             packed_seq_params=layout,
             with_head=False,
         )
@@ -137,3 +139,13 @@ def run_batches(
     for data in iterators:
         next(data, None)  # lets a progress bar around the batches see their end
     return found
+
+
+def _entering(batch: MicroBatch, model: ModelChunks) -> Tensor | None:
+    """The hidden states of this rank's tokens as Megatron's layers take them, if there are any."""
+    if batch.states is None:
+        return None
+    states = batch.states.transpose(0, 1).contiguous()
+    if model.config.sequence_parallel:
+        states = scatter_to_sequence_parallel_region(states, group=model.groups.tp)
+    return states

@@ -226,3 +226,9 @@ def zigzag(tensor: Tensor, *, dim: int, rank: int, ranks: int) -> Tensor:
         return tensor
     chunks = tensor.chunk(2 * ranks, dim=dim)
     return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]), dim=dim)
+
+
+def undo_zigzag(parts: Tensor, *, dim: int, ranks: int) -> Tensor:
+    """The sequence whose ``zigzag`` parts follow each other by rank."""
+    chunks = parts.chunk(2 * ranks, dim=dim)
+    return torch.cat((*chunks[::2], *reversed(chunks[1::2])), dim=dim)

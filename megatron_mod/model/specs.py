@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_mod.model.attention import RoutedSelfAttention, TorchCoreAttention
 from megatron_mod.model.layer import RoutedTransformerLayer
 from megatron_mod.model.norm import RMSNorm
+from megatron_mod.model.passing import PassingLayer
 from megatron_mod.model.projection import PartColumnParallelLinear
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
@@ -107,6 +108,7 @@ def get_routed_layer_specs(
     vp_stage: int | None = None,
     pp_rank: int | None = None,
     implementation: str = "local",
+    computed: range | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, routed where ``routing`` says; ``None``: all dense.
 
@@ -121,6 +123,8 @@ def get_routed_layer_specs(
         vp_stage: which chunk of a virtual pipeline.
         pp_rank: which pipeline stage; without it, ``parallel_state``'s.
         implementation: ``local`` or ``transformer_engine`` (see ``choose_implementation``).
+        computed: the layers that do something; the others hold their places (``PassingLayer``).
+            ``None``: all.
 
     Raises:
         ValueError: a layer index the model does not have, or another normalization.
@@ -137,12 +141,17 @@ def get_routed_layer_specs(
         )
     offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
-    layers = [
-        routed_layer_spec(config, routing, implementation)
-        if index in routed
-        else dense_layer_spec(config, implementation)
-        for index in range(offset, offset + count)
-    ]
+    computed = range(config.num_layers) if computed is None else computed
+    assert routed <= set(computed), "a routed layer that is not computed"
+
+    def spec(index: int) -> ModuleSpec:
+        if index not in computed:
+            return ModuleSpec(PassingLayer)
+        if index in routed:
+            return routed_layer_spec(config, routing, implementation)
+        return dense_layer_spec(config, implementation)
+
+    layers = [spec(index) for index in range(offset, offset + count)]
     norm = RMSNorm
     if implementation == "transformer_engine":
         from megatron_mod.model.transformer_engine import UnfusedSpecProvider

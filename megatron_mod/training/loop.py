@@ -20,16 +20,15 @@ from megatron_mod.training.borders import TOKENS, move, settle, shifts
 from megatron_mod.training.checkpoint import RunState, write_json
 from megatron_mod.training.ending import next_steps, summary
 from megatron_mod.training.faults import FaultCounter, not_finite
+from megatron_mod.training.frozen_prefix import with_states
 from megatron_mod.training.metrics import Metrics
 from megatron_mod.training.optimizer import build_optimizer, wrap_ddp
-from megatron_mod.training.plan import Plan, description, make_loader
+from megatron_mod.training.plan import DTYPES, Plan, description, make_loader
 from megatron_mod.training.resume import RunCheckpoints
 from megatron_mod.training.run_folder import SUMMARY, RunFolder
 from megatron_mod.training.signals import StopRequest, stopped
 from megatron_mod.training.start import start
 from megatron_mod.training.step import StepResult, run_schedule
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def train(config: Config, plan: Plan) -> dict:
@@ -51,6 +50,7 @@ class Training:
 
     def __init__(self, config: Config, plan: Plan, run: RunCheckpoints) -> None:
         """Build everything, and go on from the run's newest checkpoint; called by all ranks."""
+        plan = with_states(config, plan, base_fingerprint=run.base_fingerprint)
         self.config, self.plan, self.run = config, plan, run
         self.model = load_model(
             plan.base,
@@ -59,6 +59,7 @@ class Training:
             implementation=plan.implementation,
             dtype=DTYPES[config.model.dtype],
             trained=config.train.parts,
+            computed=plan.computed,
         )
         trainable = Trainable(self.model)
         text = description(config, plan, parameters=trainable.count())

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
 from megatron_mod.conversion.source import Base, open_base
@@ -22,6 +24,7 @@ from megatron_mod.training.losses import CrossEntropy, Distillation, Loss
 from megatron_mod.training.pipeline import Cut, asked_layout, cut
 from megatron_mod.training.resume import check_settings
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOSSES: dict[str, Callable[[], Loss]] = {
     "task": CrossEntropy,
     "distill": Distillation,
@@ -40,6 +43,8 @@ class Plan:
     train: Samples
     validation: Samples | None
     loss: Loss
+    computed: range
+    """The layers that training computes; the states that enter the first of them are kept."""
     cut: Cut | None = None
 
 
@@ -51,11 +56,12 @@ def prepare(config: Config) -> Plan:
     """
     if int(os.environ.get("RANK", 0)):  # what is said about the data is said once
         logging.getLogger("megatron_mod").setLevel(logging.ERROR)
-    p = config.parallel
     implementation = choose_implementation(config.model.transformer_impl)
     base = open_base(config.model.checkpoint or config.model.hf_path, hf_path=config.model.hf_path)
     arch = base.arch
     check_settings(config)
+    routing = config.router.resolve(num_layers=arch.num_layers, hidden_size=arch.hidden_size)
+    computed = _computed(config, routing, num_layers=arch.num_layers)
     plan = topology.plan(
         tensor=p.tensor_model_parallel_size,
         pipeline=p.pipeline_model_parallel_size,
@@ -82,7 +88,6 @@ def prepare(config: Config) -> Plan:
             f"data.max_length = {config.data.max_length}: the model reads at most "
             f"{arch.max_sequence_length} tokens (max_position_embeddings)."
         )
-    routing = config.router.resolve(num_layers=arch.num_layers, hidden_size=arch.hidden_size)
     tokenizer = load_tokenizer(
         config.data.tokenizer or base.huggingface, vocab_size=arch.vocab_size
     )
@@ -91,10 +96,21 @@ def prepare(config: Config) -> Plan:
         _require_prompts(train=train_data, validation=validation)
     loss = LOSSES[config.train.loss]()
     dense_passes = int(config.train.loss != "task")
-    pipeline = cut(config, arch, routing, plan, train_data, asked=asked, dense_passes=dense_passes)
+    pipeline = cut(
+        config,
+        arch,
+        routing,
+        plan,
+        train_data,
+        asked=asked,
+        dense_passes=dense_passes,
+        num_free_layers=computed.start,
+    )
     if pipeline:
         plan = replace(plan, pipeline_layout=pipeline.layout)
-    return Plan(base, routing, plan, implementation, train_data, validation, loss, pipeline)
+    return Plan(
+        base, routing, plan, implementation, train_data, validation, loss, computed, pipeline
+    )
 
 
 def _require_prompts(**samples: Samples | None) -> None:
@@ -104,6 +120,20 @@ def _require_prompts(**samples: Samples | None) -> None:
                 f"router.pooling = prompt: data.{field} has texts, which have no prompts for a "
                 "sequence's decision to see; set router.pooling to all, or give conversations only."
             )
+
+
+def _computed(config: Config, routing: RoutingConfig, *, num_layers: int) -> range:
+    """Without the layers before the first routed one, if what they compute is kept."""
+    if config.train.frozen_prefix == "recompute":
+        return range(num_layers)
+    first = min(routing.layers)
+    if first == 0:
+        raise ValueError(
+            f"train.frozen_prefix = cache: layer 0 is routed (router.layers = "
+            f"{config.router.layers}), so there is nothing before the first routed layer to keep; "
+            "set it to recompute, or route deeper layers."
+        )
+    return range(first, num_layers)
 
 
 def make_loader(config: Config, plan: Plan, samples: Samples, *, data_rank: int) -> Loader:
@@ -116,17 +146,23 @@ def make_loader(config: Config, plan: Plan, samples: Samples, *, data_rank: int)
         seed=config.train.seed,
         data_rank=data_rank,
         data_ranks=ranks.data,
-        multiple=(ranks.tensor if ranks.sequence_parallel else 1)
-        * (2 * ranks.context if ranks.context > 1 else 1),
+        multiple=row_multiple(ranks),
         group=ranks.pipeline if ranks.virtual_pipeline else 1,
         row_length=config.data.max_length if config.data.packing else None,
         parts=samples.weights,
     )
 
 
+def row_multiple(ranks: topology.Topology) -> int:
+    """What the length of rows is a multiple of, for the ranks that share a sequence."""
+    return (ranks.tensor if ranks.sequence_parallel else 1) * (
+        2 * ranks.context if ranks.context > 1 else 1
+    )
+
+
 def description(config: Config, plan: Plan, *, parameters: int) -> str:
     """What is about to run: ranks, model, and what of it trains, so many ``parameters``."""
-    t, routing, arch = plan.topology, plan.routing, plan.base.arch
+    t, routing, arch, kept = plan.topology, plan.routing, plan.base.arch, plan.computed.start
     return (
         f"{t.world_size} rank(s) on {device.describe()}: tensor {t.tensor} x pipeline {t.pipeline}"
         f"{f' x context {t.context}' if t.context > 1 else ''} x data {t.data}\n"
@@ -135,6 +171,7 @@ def description(config: Config, plan: Plan, *, parameters: int) -> str:
         f" ({parameters} parameters, float32), {routing.granularity} on layers"
         f" {list(routing.layers)}\n"
         + (f"{plan.cut}\n" if plan.cut else "")
+        + (f"what enters layer {kept} is read from the prefix cache\n" if kept else "")
         + f"{len(plan.train)} training and {len(plan.validation or ())} validation samples;"
         f" {config.train.steps} steps of {config.train.global_batch_size} sequences"
     )

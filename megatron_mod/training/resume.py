@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MAY_CHANGE = {
     "model.checkpoint", "model.hf_path", "model.routers", "data.validation",
     "train.steps", "train.micro_batch_size", "train.validation_interval", "train.max_skipped_steps",
-    "train.timeout",
+    "train.timeout", "train.frozen_prefix", "train.prefix_cache",
 }  # fmt: skip
 # What a run did that was started before there were these settings.
 _BEFORE = {
@@ -91,9 +91,11 @@ class RunCheckpoints:
         self.config = config
         self.folder = folder
         self.base = plan.base
+        reference = plan.base.reference()
+        self.base_fingerprint = reference["base_fingerprint"]
         self._manifest = {
             "run": folder.identity(),
-            **plan.base.reference(),
+            **reference,
             "routing": plan.routing.to_dict(),
             "implementation": plan.implementation,
             "data": plan.train.identity,
@@ -169,8 +171,11 @@ def _size(state: RunState) -> int:
 
 
 def _topology(config: Config, plan: Plan) -> dict:
+    """All that the last bit of a step depends on besides what is computed."""
     ranks = {**dataclasses.asdict(config.parallel), "world_size": dist.get_world_size()}
     del ranks["pipeline_layout"]  # what became of it
     if layout := plan.topology.pipeline_layout:
         ranks["pipeline_layout"] = list(layout)
+    if config.train.frozen_prefix == "cache":
+        ranks["frozen_prefix"] = config.train.frozen_prefix
     return {**ranks, "random": checkpoint.random_sizes()}

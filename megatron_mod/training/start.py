@@ -51,6 +51,14 @@ def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
     start_apart(model, costs, border=routing.logit_border(routing.layers[0]))
 
 
+def steps_read(config: Config, plan: Plan, data: Loader) -> int:
+    """How many steps' samples ``start`` reads, at most."""
+    epoch = range(-(-len(data.samples) // data.global_batch_size))
+    tokens = (config.router.stand_in_tokens or TOKENS) if plan.routing.stand_in_rank else 0
+    labels = LABELS if config.router.init == "importance" else 0
+    return len(data.until(epoch, tokens=tokens, labels=labels))
+
+
 def _given(config: Config, plan: Plan) -> dict | None:
     beside = plan.base.path / ROUTERS
     folder = config.model.routers or (beside if beside.is_dir() else None)
