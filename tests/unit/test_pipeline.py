@@ -167,12 +167,10 @@ def count(routing: RoutingConfig) -> int:
         parameter.data.normal_(0.0, 0.2)
     sample = Sample(list(range(LENGTH)), [True] * LENGTH, "made:0")
     batch = collate([[sample]], multiple=1)
-    with (
-        model.last.headless(),
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as seen,
-    ):
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
         layout = TokenLayout.of(batch)
-        hidden = model.last(batch.input_ids, batch.position_ids, None, packed_seq_params=layout)
+        hidden = model.last(
+            batch.input_ids, batch.position_ids, None, packed_seq_params=layout, with_head=False
+        )
         (hidden * torch.randn_like(hidden)).sum().backward()
     return seen.get_total_flops()
