@@ -33,7 +33,7 @@ from megatron_mod.data.sources import reading
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # of an entry's files; part of every key
+FORMAT = 4  # of an entry's files; part of every key
 SECONDS_BETWEEN_LOOKS = 0.2
 ENTRY = "entry.json"
 

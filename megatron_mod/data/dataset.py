@@ -19,7 +19,7 @@ from megatron_mod.data.cache import default_folder, make_folder
 from megatron_mod.data.chat import Sample
 from megatron_mod.data.encoding import Encoder
 from megatron_mod.data.order import Order
-from megatron_mod.data.prefix_states import SampleStates
+from megatron_mod.data.prefix_states import StatesEntry
 from megatron_mod.data.settings import OF_A_RUN, OF_A_TOOL, SettingNames
 from megatron_mod.data.sources import files_of
 from megatron_mod.data.store import Store, open_store
@@ -32,17 +32,20 @@ Sources = str | Path | Sequence[str] | Mapping[str, float]
 @dataclass(frozen=True)
 class Part:
     """Samples of one file: ``rows`` is a memory-mapped table (``datasets.Dataset``), ``weight``
-    how many times an epoch holds each of them, ``states`` what gives their hidden states, if they
-    come with some."""
+    how many times an epoch holds each of them, ``states`` where their hidden states are kept, if
+    they come with some."""
 
     store: Store
     rows: object
     weight: float
-    states: SampleStates | None = None
+    states: StatesEntry | None = None
 
-    def numbers(self) -> np.ndarray:
-        """The record number of each sample, int64."""
-        return self.rows.with_format("numpy", columns=["number"])[:]["number"]
+    def __len__(self) -> int:
+        return len(self.rows)  # type: ignore[arg-type]
+
+    def places(self) -> np.ndarray:
+        """The place in the store of each sample, int64."""
+        return self.rows.with_format("numpy", columns=["place"])[:]["place"]
 
 
 class Samples(Sequence[Sample]):
@@ -65,7 +68,7 @@ class Samples(Sequence[Sample]):
         for start, stop in zip(row["spans"][::2], row["spans"][1::2], strict=True):
             labelled[start:stop] = [True] * (stop - start)
         source = f"{part.store.name}:{row['number']}"
-        states = None if part.states is None else part.states.read(row["number"], source=source)
+        states = None if part.states is None else part.states.read(row["place"], source=source)
         return Sample(row["ids"], labelled, source, states)
 
     @property

@@ -65,14 +65,19 @@ class StatesEntry:
             return np.zeros(len(samples), dtype=bool)
         return np.array([_digest(content[self._span(i)], i) == checksums[i] for i in samples], bool)
 
-    def read(self, sample: int) -> Tensor | None:
-        """The states ``[tokens, H]`` of a sample; ``None``: they are not what was written."""
+    def read(self, sample: int, *, source: str) -> Tensor:
+        """The states ``[tokens, H]`` of a sample; ``source`` is what messages call it.
+
+        Raises:
+            ValueError: they are not what was written.
+        """
         content = self._open_content
-        if content is None:
-            return None
-        states = np.array(content[self._span(sample)])
-        if _digest(states, sample) != self._open_checksums[sample]:
-            return None
+        states = None if content is None else np.array(content[self._span(sample)])
+        if states is None or _digest(states, sample) != self._open_checksums[sample]:
+            raise ValueError(
+                f"{self.path}: the hidden states of {source} are not what was written (checksum); "
+                "run the same command again, which computes them anew."
+            )
         return torch.from_numpy(states).view(self.dtype).view(-1, self.width)
 
     def make(self) -> None:
@@ -144,38 +149,9 @@ class StatesEntry:
         return self._checksums()
 
 
-class SampleStates:
-    """The hidden states of a source's samples by record number.
-
-    Args:
-        numbers: the record number of each sample of the entry, ascending.
-    """
-
-    def __init__(self, entry: StatesEntry, numbers: np.ndarray) -> None:
-        self.entry, self.numbers = entry, numbers
-
-    def places(self, numbers: np.ndarray) -> np.ndarray:
-        """Which samples of the entry have these record numbers, int64."""
-        return np.searchsorted(self.numbers, numbers)
-
-    def read(self, number: int, *, source: str) -> Tensor:
-        """The states ``[tokens, H]`` of a record; ``source`` is what messages call it.
-
-        Raises:
-            ValueError: they are not what was written.
-        """
-        states = self.entry.read(int(self.places(np.array(number))))
-        if states is None:
-            raise ValueError(
-                f"{self.entry.path}: the hidden states of {source} are not what was written "
-                "(checksum); run the same command again, which computes them anew."
-            )
-        return states
-
-
 def _digest(content: np.ndarray, sample: int) -> int:
     """Never 0; of a sample's own, so that those of another one in its place are none."""
-    return xxhash.xxh3_64_intdigest(content, seed=sample) or 1
+    return xxhash.xxh3_64_intdigest(content.data, seed=sample) or 1
 
 
 def _put(file, offset: int, content: object) -> None:

@@ -32,7 +32,12 @@ from megatron_mod.data.sources import (
 BATCH_RECORDS = 1000
 BATCH_BYTES = 2 * 2**20
 SCHEMA = pa.schema(
-    {"ids": pa.list_(pa.int32()), "spans": pa.list_(pa.int32()), "number": pa.int64()}
+    {
+        "ids": pa.list_(pa.int32()),
+        "spans": pa.list_(pa.int32()),
+        "number": pa.int64(),  # of the record
+        "place": pa.int64(),  # of the sample, counted from 0
+    }
 )
 
 
@@ -65,12 +70,11 @@ class Store:
     def samples(self) -> Path:
         return self.folder / "samples.arrow"
 
-    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """The record number, ascending, and the tokens of each sample, int64, in their order."""
+    def lengths(self) -> np.ndarray:
+        """The tokens of each sample, int64, in their order."""
         with pa.memory_map(str(self.samples)) as file:
-            table = pa.ipc.open_stream(file).read_all()
-            lengths = pc.list_value_length(table["ids"])
-            return tuple(c.to_numpy().astype(np.int64) for c in (table["number"], lengths))
+            lengths = pc.list_value_length(pa.ipc.open_stream(file).read_all()["ids"])
+            return lengths.to_numpy().astype(np.int64)
 
     def rejects(self) -> Iterator[dict]:
         """``number``, ``reason`` and ``content`` of each bad record."""
@@ -191,6 +195,7 @@ class _Writer:
                 rows["ids"].append(encoded.ids)
                 rows["spans"].append([place for span in encoded.spans for place in span])
                 rows["number"].append(record.number)
+                rows["place"].append(self.counts["samples"] + len(rows["place"]))
         self._reject(batch, problems)
         encoded = pa.record_batch(rows, schema=SCHEMA)
         self._samples.write_batch(encoded)

@@ -19,7 +19,7 @@ from megatron_mod.checkpoint.folders import require_writable, writing
 from megatron_mod.config.schema import Config
 from megatron_mod.data.cache import default_folder
 from megatron_mod.data.dataset import Samples
-from megatron_mod.data.prefix_states import SampleStates, StatesEntry
+from megatron_mod.data.prefix_states import StatesEntry
 from megatron_mod.parallel import topology
 from megatron_mod.parallel.agree import on_first_rank, together
 from megatron_mod.training.needed_states import Needed, needed_by
@@ -69,7 +69,7 @@ def with_states(config: Config, plan: Plan, *, base_fingerprint: str) -> Plan:
     return plan if is_first_stage else plain
 
 
-def _states(store, config: Config, plan: Plan, folder: Path, base_fingerprint: str) -> SampleStates:
+def _states(store, config: Config, plan: Plan, folder: Path, base_fingerprint: str) -> StatesEntry:
     key = {
         "base": base_fingerprint,
         "samples": store.summary.fingerprint,
@@ -77,9 +77,8 @@ def _states(store, config: Config, plan: Plan, folder: Path, base_fingerprint: s
         "dtype": config.model.dtype,
         "implementation": plan.implementation,
     }
-    numbers, lengths = store.sizes()
     width, dtype = plan.base.arch.hidden_size, DTYPES[config.model.dtype]
-    return SampleStates(StatesEntry(folder, key, lengths, width=width, dtype=dtype), numbers)
+    return StatesEntry(folder, key, store.lengths(), width=width, dtype=dtype)
 
 
 @contextlib.contextmanager

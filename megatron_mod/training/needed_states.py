@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from megatron_mod.data.dataset import Samples
 from megatron_mod.data.prefix_states import StatesEntry
 from megatron_mod.training.plan import Plan, make_loader
 from megatron_mod.training.start import steps_read
+
+Items: TypeAlias = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,18 @@ class Needed:
     def sample(self, item: int) -> Sample:
         return self.samples[self.of[item]][int(self.row[item])]
 
-    def by_entry(self, items: Sequence[int]) -> Iterator[tuple[StatesEntry, np.ndarray]]:
+    def by_entry(self, items: Items) -> Iterator[tuple[StatesEntry, np.ndarray]]:
         """Each entry that has some of the items, and these."""
-        items = np.asarray(items, dtype=np.int64)
+        chosen = np.asarray(items, dtype=np.int64)
         for number, entry in enumerate(self.entries):
-            if len(its := items[self.entry[items] == number]):
+            if len(its := chosen[self.entry[chosen] == number]):
                 yield entry, its
 
-    def nbytes(self, items: Sequence[int]) -> int:
+    def nbytes(self, items: Items) -> int:
         """Bytes that the states of the items take."""
         return sum(entry.nbytes(self.place[its]) for entry, its in self.by_entry(items))
 
-    def missing(self, among: Sequence[int]) -> tuple[list[int], list[int]]:
+    def missing(self, among: Items) -> tuple[list[int], list[int]]:
         """The items whose states are not there or damaged, and the damaged ones, ascending; all
         ranks, which share the reading."""
         share = np.asarray(among, dtype=np.int64)[dist.get_rank() :: dist.get_world_size()]
@@ -74,8 +77,8 @@ class Needed:
 def needed_by(config: Config, plan: Plan) -> Needed:
     """What a run reads: at its start, in its steps, and to validate; the samples of the plan say
     where their states are kept."""
-    plain = replace(plan, train=plan.train.without_states())
-    loader = make_loader(config, plain, plain.train, data_rank=0)
+    without = plan.train.without_states()
+    loader = make_loader(config, replace(plan, train=without), without, data_rank=0)
     steps = max(config.train.steps, steps_read(config, plan, loader))
     read = [(plan.train, loader.order.first(steps * config.train.global_batch_size).numpy())]
     if plan.validation:
@@ -85,20 +88,21 @@ def needed_by(config: Config, plan: Plan) -> Needed:
     for number, (samples, indices) in enumerate(read):
         first = 0
         for part in samples.parts:
-            rows = indices[(first <= indices) & (indices < first + len(part.rows))]
-            places = part.states.places(part.numbers()[rows - first])
+            rows = indices[(first <= indices) & (indices < first + len(part))]
+            places = part.places()[rows - first]
+            assert part.states is not None, "samples of a plan that keeps no states"
             paths = [entry.path for entry in entries]
-            if part.states.entry.path not in paths:
-                entries.append(part.states.entry)
-                paths.append(part.states.entry.path)
-            entry = np.full_like(rows, paths.index(part.states.entry.path))
+            if part.states.path not in paths:
+                entries.append(part.states)
+                paths.append(part.states.path)
+            entry = np.full_like(rows, paths.index(part.states.path))
             table.append(np.stack((entry, places, np.full_like(rows, number), rows)))
-            first += len(part.rows)
+            first += len(part)
     columns = np.concatenate(table, axis=1)
     _, once = np.unique(columns[:2], axis=1, return_index=True)
     entry, place, of, row = columns[:, once]
     lengths = np.empty_like(place)
     for number, each in enumerate(entries):
         lengths[entry == number] = each.lengths[place[entry == number]]
-    samples = [samples.without_states() for samples, _ in read]
-    return Needed(entries, entry, place, lengths, of, row, samples)
+    plain = [samples.without_states() for samples, _ in read]
+    return Needed(entries, entry, place, lengths, of, row, plain)

@@ -25,6 +25,7 @@ from megatron_mod.config.schema import Config
 from megatron_mod.conversion.progress import byte_progress
 from megatron_mod.conversion.restore import load_model
 from megatron_mod.data.batch import MicroBatch, blank_like, collate
+from megatron_mod.data.prefix_states import StatesEntry
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.model.cost import Costs
 from megatron_mod.model.forward import Outcome, run_batches
@@ -61,7 +62,7 @@ def fill(
     whose = "what train.frozen_prefix = cache keeps (train.prefix_cache)"
     on_first_rank(lambda: require_room(folder, size, what=whose))
     entries = [entry for entry, _ in needed.by_entry(missing)]
-    on_first_rank(lambda: [entry.make() for entry in entries])
+    on_first_rank(lambda: _make(entries))
     topology.at("computing the frozen prefix")
     model, ranks = _prefix(config, plan), plan.topology
     budget, left = config.train.micro_batch_size * config.data.max_length, set(missing)
@@ -91,6 +92,11 @@ def fill(
     if device.HAS_GPU:
         torch.cuda.empty_cache()
     topology.print_once(f"computed {what} in {time.monotonic() - began:.0f} s")
+
+
+def _make(entries: Sequence[StatesEntry]) -> None:
+    for entry in entries:
+        entry.make()
 
 
 def _prefix(config: Config, plan: Plan) -> ModelChunks:

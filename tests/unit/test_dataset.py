@@ -339,6 +339,7 @@ def test_samples_stay_in_the_file_until_they_are_asked_for(tmp_path):
         "ids": ids.cast(pa.list_(pa.int32())),
         "spans": pa.array([[1, length]] * count, pa.list_(pa.int32())),
         "number": pa.array(range(count), pa.int64()),
+        "place": pa.array(range(count), pa.int64()),
     }
     batch = pa.record_batch(columns, schema=SCHEMA)
     kept = Store("made", tmp_path, Summary())
