@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import megatron.core
 import torch
@@ -30,6 +31,16 @@ from megatron_mod.training.step import run_schedule
 CUTS = ("even", "auto")
 
 
+class Step(NamedTuple):
+    """Useful tokens a second, seconds that each rank's processor was busy, the loss, and the share
+    of the tokens that are labelled."""
+
+    speed: float
+    busy: list[float]
+    loss: float
+    labelled: float
+
+
 class Trained:
     """A training's model and data at one cut; made by all ranks alike."""
 
@@ -37,6 +48,8 @@ class Trained:
         arguments = [f"--{name}={value}" for name, value in settings.items()]
         config = cli.parse([*arguments, f"--parallel.pipeline_layout={cut}"])
         self.plan = prepare(config)
+        assert self.plan.cut is not None
+        self.cut = self.plan.cut
         self.model = load_model(
             self.plan.base,
             self.plan.routing,
@@ -48,15 +61,14 @@ class Trained:
         rank = self.model.groups.dp.rank()
         self.data = make_loader(config, self.plan, self.plan.train, data_rank=rank)
 
-    def step(self, number: int) -> tuple[float, float, float]:
-        """Forward and backward of a step, all ranks together: useful tokens a second, share of the
-        tokens that are labelled, and the loss."""
+    def step(self, number: int) -> Step:
+        """Forward and backward of a step, all ranks together."""
         batch = self.data.step(number)
         controller = CapacityController(self.plan.routing, device=device.device())
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         dist.barrier()
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         result = run_schedule(
             self.chunks,
             self.model,
@@ -66,9 +78,12 @@ class Trained:
             loss=self.plan.loss,
         )
         loss = float(result.loss)  # waits for the device
+        busy = time.process_time() - busy
         dist.barrier()
         seconds = time.perf_counter() - started
-        return batch.num_tokens / seconds, batch.num_labels / batch.num_tokens, loss
+        of_ranks: list = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, busy)
+        return Step(batch.num_tokens / seconds, of_ranks, loss, batch.num_labels / batch.num_tokens)
 
 
 def compare(
@@ -110,19 +125,17 @@ def compare(
             "checkpoint.save": Path(scratch, "run"),
         }
         ways = {cut: Trained(settings, cut=cut) for cut in CUTS}
-    speeds: dict[str, list[float]] = {cut: [] for cut in CUTS}
-    differences, labelled = [], []
+    steps: dict[str, list[Step]] = {cut: [] for cut in CUTS}
     for turn in tqdm(range(repeats + 1), desc="turns", unit="turn"):
-        losses = {}
         for cut in CUTS if turn % 2 else reversed(CUTS):
-            speed, share, losses[cut] = ways[cut].step(turn)
-            if turn:
-                speeds[cut].append(speed)
-                labelled.append(share)
-        differences.append(abs(losses["auto"] / losses["even"] - 1))
+            steps[cut].append(ways[cut].step(turn))
+    differences = [
+        abs(a.loss / b.loss - 1) for a, b in zip(steps["auto"], steps["even"], strict=True)
+    ]
+    timed = {cut: found[1:] for cut, found in steps.items()}
+    speeds = {cut: [step.speed for step in found] for cut, found in timed.items()}
     ratios = [a / b for a, b in zip(speeds["auto"], speeds["even"], strict=True)]
-    found = ways["auto"].plan.cut
-    assert found is not None
+    found = ways["auto"].cut
     return {
         "device": device.describe(),
         "conditions": {
@@ -135,10 +148,14 @@ def compare(
                 "megatron-core": megatron.core.__version__,
             },
             "settings": {name: value for name, value in settings.items() if "save" not in name},
-            "labelled": statistics.fmean(labelled),
+            "labelled": statistics.fmean(step.labelled for step in timed["auto"]),
         },
-        "layers": {cut: list(ways[cut].plan.topology.pipeline_layout) for cut in CUTS},
-        "tokens_per_second": {cut: statistics.median(found) for cut, found in speeds.items()},
+        "layers": {cut: list(ways[cut].cut.layout) for cut in CUTS},
+        "tokens_per_second": {cut: statistics.median(each) for cut, each in speeds.items()},
+        "processor_seconds": {  # of a step, by rank
+            cut: [statistics.median(rank) for rank in zip(*(s.busy for s in each), strict=True)]
+            for cut, each in timed.items()
+        },
         "steps": speeds,
         "speedup": statistics.median(ratios),
         "speedup_range": [min(ratios), max(ratios)],
