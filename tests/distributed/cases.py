@@ -271,3 +271,10 @@ def _loader(samples: list[Sample], ranks, sequence_parallel: bool, *, rows: int 
         multiple=(ranks.tensor if sequence_parallel else 1) * 2 * ranks.context,
         group=ranks.pipeline if ranks.virtual_pipeline else 1,
     )
+
+
+def both_cuts(settings: dict) -> dict:
+    """What the benchmark of pipeline cuts finds on two ranks."""
+    from megatron_mod.benchmark.pipeline import compare
+
+    return compare(meet(pipeline=2), **settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
+from megatron_mod.checkpoint.manifest import read_manifest
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import HFReader, read_config
 from megatron_mod.conversion.source import open_base
@@ -22,6 +24,8 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import Trainer, metrics
 
 PIPELINE = {"parallel__pipeline_model_parallel_size": 2}
+EVEN = {**PIPELINE, "parallel__pipeline_layout": "even"}
+HEAD = {**PIPELINE, "parallel__pipeline_layout": "[4,0]"}  # the last stage has the head alone
 TENSOR = {"parallel__tensor_model_parallel_size": 2}
 DISTRIBUTED = {"parallel__use_distributed_optimizer": True}
 
@@ -31,8 +35,16 @@ def trainer(tmp_path_factory, single_process):
     return Trainer(tmp_path_factory.mktemp("trainer"))
 
 
+def layouts(run: Path) -> list:
+    """Under which cut each of a run's checkpoints was saved."""
+    return [
+        read_manifest(step)["topology"]["pipeline_layout"] for step in sorted(run.glob("step_*"))
+    ]
+
+
 def test_a_run_goes_on_at_another_topology(trainer, tmp_path):
-    """The first of two pipeline stages owns no router, so rank 0 knows nothing of the optimizer."""
+    """The first of two even pipeline stages owns no router, so rank 0 knows nothing of the
+    optimizer."""
     jobs, wanted = [], {}
 
     def job(name, changes, *, before=None):
@@ -45,14 +57,20 @@ def test_a_run_goes_on_at_another_topology(trainer, tmp_path):
         jobs.append((before and tmp_path / before, degrees, arguments))
         wanted[name] = before
 
-    job("pipeline", PIPELINE)
+    job("pipeline", EVEN)
     job("distributed", DISTRIBUTED)
-    job("pipeline-pipeline", PIPELINE, before="pipeline")
+    job("pipeline-pipeline", {**PIPELINE, "parallel__pipeline_layout": "[2,2]"}, before="pipeline")
+    job("pipeline-auto", PIPELINE, before="pipeline")
+    job("head", HEAD)
+    job("head-pipeline", EVEN, before="head")
     job("pipeline-distributed", DISTRIBUTED, before="pipeline")
     job("distributed-tensor", TENSOR, before="distributed")
     job("distributed-distributed", DISTRIBUTED, before="distributed")
     run_ranks(resume_cases.trainings, jobs, world=2, folder=tmp_path / "ranks", seconds=500)
 
+    assert layouts(tmp_path / "pipeline") == [[2, 2]] * 3
+    assert layouts(tmp_path / "pipeline-auto") == [[2, 2], [3, 1], [3, 1]]
+    assert layouts(tmp_path / "head-pipeline") == [[4, 0], [2, 2], [2, 2]]
     whole = {name: metrics(tmp_path / name) for name in wanted}
     assert len({line["loss"] for line in whole["pipeline"]}) == 6
     assert whole["pipeline-pipeline"] == whole["pipeline"], "the same topology: to the last bit"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 from itertools import combinations, pairwise
 
@@ -119,6 +120,52 @@ def test_a_distillation_runs_the_dense_model_too():
     ]
     assert [b - a for a, b in zip(alone.layers, both.layers, strict=True)] == dense
     assert both.head - alone.head == 2 * 32 * 64 * 12
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory, single_process):
+    from tests.helpers.runs import Trainer
+
+    return Trainer(tmp_path_factory.mktemp("trainer"), num_hidden_layers=6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, r"pipeline stages: 4 \+ 2 layers, .* step: 0\.\d\d of an even cut's \(3 \+ 3 "),
+        ({"pipeline_layout": "even"}, r"pipeline stages: 3 \+ 3 layers, .* step: 1\.00 of"),
+        ({"pipeline_layout": "[2,4]"}, r"pipeline stages: 2 \+ 4 layers, .* step: 1\.\d\d of"),
+    ],
+)
+def test_a_training_is_cut_and_says_so(trainer, monkeypatch, tmp_path, settings, said):
+    from megatron_mod.config import cli
+    from megatron_mod.training.plan import description, prepare
+
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun says it; ranks do not meet here
+    settings = {f"parallel__{name}": value for name, value in settings.items()}
+    settings = {"parallel__pipeline_model_parallel_size": 2, **settings}
+    config = cli.parse(trainer.arguments(tmp_path / "run", **settings))
+    plan = prepare(config)
+    assert re.search(said, description(config, plan, parameters=1))
+    assert plan.cut.layout == plan.topology.pipeline_layout
+
+
+def test_a_stage_that_is_too_small_for_what_is_not_run_is_refused(trainer, tmp_path):
+    from megatron_mod.config import cli
+    from megatron_mod.parallel.topology import Topology
+    from megatron_mod.training.pipeline import cut
+    from megatron_mod.training.plan import prepare
+
+    config = cli.parse(trainer.arguments(tmp_path / "run"))
+    plan = prepare(config)
+    given = (config, plan.base.arch, plan.routing)
+    two = Topology(tensor=1, pipeline=2, data=1)
+    assert cut(*given, Topology(tensor=1, pipeline=1, data=1), plan.train) is None
+    found = cut(*given, two, plan.train, num_free_layers=4)
+    assert found.costs.layers[:4] == (0, 0, 0, 0)
+    assert found.layout[0] >= 4
+    with pytest.raises(ValueError, match="first stage has 3 layers, and must have the 4"):
+        cut(*given, two, plan.train, asked=(3, 3), num_free_layers=4)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
