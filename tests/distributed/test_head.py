@@ -57,9 +57,10 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (VOCAB,):
-                if tensor.data_ptr() != self.weight:  # which a product may take transposed
-                    self.tokens = max(self.tokens, tensor.numel() // VOCAB)
+            if not isinstance(tensor, torch.Tensor) or tensor.shape[-1:] != (VOCAB,):
+                continue
+            if tensor.data_ptr() != self.weight:  # which a product may take transposed
+                self.tokens = max(self.tokens, tensor.numel() // VOCAB)
         return result
 
 
