@@ -239,6 +239,9 @@ class TrainConfig:
             divergence from the dense model, the same weights with routing off, which costs one more
             forward pass; `both`, their sum.
         trainable: what trains: the `routers`, or `routers+stand_ins`.
+        recompute: activations that backward computes again, for memory: `none`; `selective`, those
+            of the MLPs, which are more than half; `full`, all but what enters a layer. Nothing is
+            kept, nor computed again, below the first router.
     """
 
     steps: int = setting(AT_LEAST_0)
@@ -250,6 +253,7 @@ class TrainConfig:
     timeout: float = setting(Range(above=0, below=MINUTES_OF_A_YEAR), default=10.0)
     loss: Literal["task", "distill", "both"] = "task"
     trainable: Literal["routers", "routers+stand_ins"] = "routers"
+    recompute: Literal["none", "selective", "full"] = "none"
 
     @property
     def parts(self) -> tuple[str, ...]:

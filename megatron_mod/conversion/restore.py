@@ -33,6 +33,7 @@ def load_model(
     implementation: str = "local",
     dtype: torch.dtype = torch.float32,
     trained: Sequence[str] = (ROUTERS,),
+    recompute: str = "none",
 ) -> ModelChunks:
     """This rank's part of a base, with new routers where ``routing`` wants them, if it does; called
     by all ranks alike. Whatever runs a model gets it from here.
@@ -42,11 +43,12 @@ def load_model(
         implementation: see ``specs.choose_implementation``.
         dtype: of the weights; what is added to them is fp32.
         trained: the parts that train (see ``model/trainable.py``).
+        recompute: what backward computes again (see ``model/recompute.py``).
 
     Raises:
         ValueError: a base that is damaged or not whole; see ``load_base``.
     """
-    config = transformer_config(base.arch, ranks, dtype=dtype)
+    config = transformer_config(base.arch, ranks, dtype=dtype, recompute=recompute)
     model = build_model(base.arch, config, routing, implementation=implementation, trained=trained)
     load_base(model, base)
     return model

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.layer import RoutedTransformerLayer
+from megatron_mod.model.recompute import SETTINGS
 from megatron_mod.model.specs import get_routed_layer_specs
 from megatron_mod.model.trainable import ROUTERS, open_parts
 from megatron_mod.parallel import device
@@ -147,9 +148,16 @@ class ModelChunks(torch.nn.ModuleList):
 
 
 def transformer_config(
-    arch: Architecture, ranks: Topology = ONE_RANK, *, dtype: torch.dtype
+    arch: Architecture,
+    ranks: Topology = ONE_RANK,
+    *,
+    dtype: torch.dtype,
+    recompute: str = "none",
 ) -> TransformerConfig:
-    """Megatron's configuration of ``arch`` on ranks so laid out."""
+    """Megatron's configuration of ``arch`` on ranks so laid out.
+
+    ``recompute``: what backward computes again, of ``model/recompute.py``.
+    """
     virtual_pipeline = ranks.virtual_pipeline
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -195,6 +203,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **SETTINGS[recompute],
     )
 
 

@@ -59,6 +59,7 @@ class Training:
             implementation=plan.implementation,
             dtype=DTYPES[config.model.dtype],
             trained=config.train.parts,
+            recompute=config.train.recompute,
         )
         trainable = Trainable(self.model)
         text = description(config, plan, parameters=trainable.count())

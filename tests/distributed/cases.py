@@ -51,11 +51,13 @@ def build(
     routing=None,
     first=None,
     dtype: torch.dtype = torch.float32,
+    recompute: str = "none",
 ):
     """This rank's part of a base checkpoint; all that is added to it trains."""
     base = base if isinstance(base, Base) else open_base(base)
     ranks = replace(ranks, sequence_parallel=sequence_parallel, first_stage_layers=first)
-    return load_model(base, routing, ranks, dtype=dtype, trained=(ROUTERS, STAND_INS))
+    trained = (ROUTERS, STAND_INS)
+    return load_model(base, routing, ranks, dtype=dtype, trained=trained, recompute=recompute)
 
 
 def convert(hf: Path, save: Path) -> None:
@@ -117,10 +119,16 @@ def gradients(
         first = topology.pop("first", None)
         packed = topology.pop("packed", False)
         rows = topology.pop("rows", 2)
+        recompute = topology.pop("recompute", "none")
         ranks = meet(**topology)
         for number, (routing, loss, price) in enumerate(trainings):
             model = build(
-                base, ranks, sequence_parallel=sequence_parallel, routing=routing, first=first
+                base,
+                ranks,
+                sequence_parallel=sequence_parallel,
+                routing=routing,
+                first=first,
+                recompute=recompute,
             )
             put_added(model, only(added, routing))
             frozen = frozen_digests(model)
@@ -164,6 +172,7 @@ def gradients(
                 distributed,
                 first,
                 packed,
+                recompute,
                 number,
             )
             found[name] = {
