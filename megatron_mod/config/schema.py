@@ -251,6 +251,9 @@ class TrainConfig:
             layers.
         prefix_cache: folder for that, which runs and sweeps of the same model and data share, and
             all machines of a job; unset: `prefix` in data.cache.
+        recompute: activations that backward computes again, for memory: `none`; `selective`, those
+            of the MLPs, which are more than half; `full`, all but what enters a layer. Nothing is
+            kept, nor computed again, below the first router.
     """
 
     steps: int = setting(AT_LEAST_0)
@@ -264,6 +267,7 @@ class TrainConfig:
     trainable: Literal["routers", "routers+stand_ins"] = "routers"
     frozen_prefix: Literal["recompute", "cache"] = "recompute"
     prefix_cache: str | None = None
+    recompute: Literal["none", "selective", "full"] = "none"
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     trained: Sequence[str] = (ROUTERS,),
     computed: range | None = None,
+    recompute: str = "none",
 ) -> ModelChunks:
     """This rank's part of a base, with new routers where ``routing`` wants them, if it does; called
     by all ranks alike. Whatever runs a model gets it from here.
@@ -44,11 +45,12 @@ def load_model(
         trained: the parts that train (see ``model/trainable.py``).
         computed: the layers that it computes, all without it; nothing is read of the others (see
             ``build_model``).
+        recompute: what backward computes again (see ``model/recompute.py``).
 
     Raises:
         ValueError: a base that is damaged or not whole; see ``load_base``.
     """
-    config = transformer_config(base.arch, ranks, dtype=dtype)
+    config = transformer_config(base.arch, ranks, dtype=dtype, recompute=recompute)
     model = build_model(
         base.arch,
         config,

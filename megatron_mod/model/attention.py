@@ -54,11 +54,10 @@ class TorchCoreAttention(MegatronModule):
             or self.context_group.size() > 1
             or (self.window is not None and self._reaches_beyond_window(plan, k))
         ):
-            k, v, positions, kept = self._whole_documents(k, v, plan)
-            if plan.documents is not None:
-                k, v, positions = k[plan.documents], v[plan.documents], positions[plan.documents]
-            queries = plan.queries.pad_positions(LAST)
-            mask = _visible(queries, positions, kept, window=self.window)[:, None]
+            k, v = self._whole_documents(k, plan), self._whole_documents(v, plan)
+            if self.window not in plan.masks:
+                plan.masks[self.window] = self._mask(plan)
+            mask = plan.masks[self.window]
         context = F.scaled_dot_product_attention(
             *(t.transpose(1, 2) for t in (q, k, v)),
             attn_mask=mask,
@@ -83,18 +82,21 @@ class TorchCoreAttention(MegatronModule):
         distance apart."""
         return isinstance(plan.keys, Segments) or self.window < k.shape[1] - 1
 
-    def _whole_documents(self, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple:
-        """Keys, values ``[D, T, groups, dim]``, their positions and which may be seen ``[D, T]``,
-        of all context-parallel ranks."""
-        positions, kept = plan.keys.pad_positions(NEVER), plan.kept_keys
-        if self.context_group.size() == 1:
-            return k, v, positions, kept
-        return (
-            self._gather(k),
-            self._gather(v),
-            self._gather(positions),
-            None if kept is None else self._gather(kept.to(torch.uint8)).bool(),
-        )
+    def _mask(self, plan: AttentionPlan) -> Tensor:
+        """bool ``[D, 1, S, T]``."""
+        positions = self._whole_documents(plan.keys.pad_positions(NEVER), plan)
+        kept = plan.kept_keys
+        if kept is not None:
+            kept = self._whole_documents(kept.to(torch.uint8), plan).bool()
+        queries = plan.queries.pad_positions(LAST)
+        return _visible(queries, positions, kept, window=self.window)[:, None]
+
+    def _whole_documents(self, padded: Tensor, plan: AttentionPlan) -> Tensor:
+        """What belongs to the keys ``[D, T, ...]``, of all context-parallel ranks and of the
+        documents that are asked about."""
+        if self.context_group.size() > 1:
+            padded = self._gather(padded)
+        return padded if plan.documents is None else padded[plan.documents]
 
     def _gather(self, padded: Tensor) -> Tensor:
         """``[D, T, ...]`` of each rank to ``[D, ranks * T, ...]``; backward sums over the ranks."""

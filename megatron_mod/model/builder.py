@@ -17,6 +17,7 @@ from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.cost import forward_costs
 from megatron_mod.model.layer import RoutedTransformerLayer
 from megatron_mod.model.pipeline import cheapest_layout, megatron_layout
+from megatron_mod.model.recompute import SETTINGS
 from megatron_mod.model.specs import get_routed_layer_specs
 from megatron_mod.model.trainable import ROUTERS, open_parts
 from megatron_mod.parallel import device
@@ -170,9 +171,16 @@ class ModelChunks(torch.nn.ModuleList):
 
 
 def transformer_config(
-    arch: Architecture, ranks: Topology = ONE_RANK, *, dtype: torch.dtype
+    arch: Architecture,
+    ranks: Topology = ONE_RANK,
+    *,
+    dtype: torch.dtype,
+    recompute: str = "none",
 ) -> TransformerConfig:
-    """Megatron's configuration of ``arch`` on ranks so laid out."""
+    """Megatron's configuration of ``arch`` on ranks so laid out.
+
+    ``recompute``: what backward computes again, of ``model/recompute.py``.
+    """
     virtual_pipeline, layout = ranks.virtual_pipeline, ranks.pipeline_layout
     if ranks.pipeline > 1 and layout is None:
         layout = cheapest_layout(forward_costs(arch), ranks.stages)
@@ -220,6 +228,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **SETTINGS[recompute],
     )
 
 

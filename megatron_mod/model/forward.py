@@ -53,15 +53,23 @@ class Outcome:
         """int64 ``[N]``, row by row."""
         return self.batch.labels[self.is_label]
 
-    def states(self, places: Tensor | tuple[Tensor, ...] | None = None) -> Tensor:
-        """Final hidden states ``[N, H]`` at ``places`` of ``[B, S]``, the labelled ones without;
-        equal on tensor-parallel ranks, whose gradients, each of its part of the vocabulary, add
-        up."""
-        hidden, group = self.hidden_states, self.model.pg_collection.tp
+    def states(self, places: Tensor | tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Final hidden states ``[N, H]`` at ``places``, the labelled ones without; row by row.
+
+        Tensor-parallel ranks get the same, and their gradients, each of its part of the
+        vocabulary, add up.
+
+        Args:
+            places: bool ``[B, S]``, or rows and columns ``[N]``.
+        """
         places = self.is_label if places is None else places
+        rows, columns = places.nonzero(as_tuple=True) if isinstance(places, Tensor) else places
+        hidden, group = self.hidden_states, self.model.pg_collection.tp
+        # Taken from [S, B, H] as it is: a transposed gradient would have every frozen weight's
+        # backward computed as S small products instead of one.
         if self.model.config.sequence_parallel:
-            return gather_from_sequence_parallel_region(hidden, group=group).transpose(0, 1)[places]
-        return copy_to_tensor_model_parallel_region(hidden.transpose(0, 1)[places], group=group)
+            return gather_from_sequence_parallel_region(hidden, group=group)[columns, rows]
+        return copy_to_tensor_model_parallel_region(hidden[columns, rows], group=group)
 
 
 def run_batches(

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_mod.model import recompute
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
 from megatron_mod.model.trainable import ROUTERS, STAND_INS
 from megatron_mod.routing.config import AUTO, RoutingConfig
@@ -58,6 +59,8 @@ class RoutedTransformerLayer(TransformerLayer):
             config = copy.copy(config)
             config.sequence_parallel = False
         super().__init__(config, *args, **kwargs)
+        self.recomputes = recompute.whole_layers(config)
+        self.recomputes_mlp = recompute.feed_forwards(config)
         self.routing = routing
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.router = Router(config.hidden_size, bias=routing.bias, device=device)
@@ -95,6 +98,21 @@ class RoutedTransformerLayer(TransformerLayer):
         )
         normed = self.input_layernorm(x)
         chosen = self._choose(normed, layout)
+        rest = x, normed, chosen, layout, rotary_pos_emb
+        x = recompute.again(self._compute, *rest) if self.recomputes else self._compute(*rest)
+        if self.gathers_rows:
+            x = scatter_to_sequence_parallel_region(x, group=tp)
+        return x, None
+
+    def _compute(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        chosen: Selection | Everything,
+        layout: TokenLayout,
+        rotary_pos_emb: Tensor | None,
+    ) -> Tensor:
+        """All that follows on the choice, of rows ``[S, B, H]``."""
         if self.routing.scheme.target == "attn":
             update = self._attend(normed, chosen, layout, rotary_pos_emb)
             self._show(layout, x, normed, update)
@@ -111,9 +129,7 @@ class RoutedTransformerLayer(TransformerLayer):
             update = update + self._feed_forward(chosen.take(x) + update)
             self._show(layout, x, normed, update)
             x = chosen.add(x, update, self._instead(normed))
-        if self.gathers_rows:
-            x = scatter_to_sequence_parallel_region(x, group=tp)
-        return x, None
+        return x
 
     @property
     def index(self) -> int:
@@ -267,6 +283,11 @@ class RoutedTransformerLayer(TransformerLayer):
 
         It is entered with no tokens too, because other ranks may wait in it.
         """
+        if self.recomputes_mlp and hidden_states.requires_grad:
+            return recompute.again(self._mlp, hidden_states)
+        return self._mlp(hidden_states)
+
+    def _mlp(self, hidden_states: Tensor) -> Tensor:
         if len(hidden_states):
             hidden_states = self.pre_mlp_layernorm(hidden_states)
         output, bias = self.mlp(hidden_states)

@@ -44,12 +44,14 @@ class AttentionPlan(PackedSeqParams):
         documents: the documents of ``keys`` that ``queries`` holds (``None``: all).
         kept_keys: bool ``[D, T]``, keys that others may attend to besides their own query
             (``None``: all).
+        masks: made of these by the first layer that needs one, by size of its window.
     """
 
     queries: Rows | Segments | GridSegments | None = None
     keys: Rows | Segments | GridSegments | None = None
     documents: Tensor | None = None
     kept_keys: Tensor | None = None
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class TokenLayout(PackedSeqParams):
         self.max_seqlen_q = self.max_seqlen_kv = self.roles.shape[1] * self.context_ranks
         self.decisions: dict[int, Decisions] = {}
         self._pooled: dict[str, Tensor] = {}
+        self._rotary: tuple[Tensor, Tensor] | None = None  # of a table, all layers' alike
 
     @classmethod
     def of(
@@ -172,13 +175,17 @@ class TokenLayout(PackedSeqParams):
 
     def rotary(self, table: Tensor | None) -> Tensor | None:
         """Rotary angles ``[S, B, 1, dim]`` of each token from Megatron's table ``[S, 1, 1, dim]``,
-        which holds those of this rank's part of a row."""
+        which holds those of this rank's part of a row; made once for all layers."""
         if table is None:
             return None
-        rows, length = self.roles.shape
-        if self.packed:
-            return table[self.position_ids.t(), 0]
-        return table[:length].expand(length, rows, *table.shape[2:])
+        if self._rotary is None or self._rotary[0] is not table:
+            rows, length = self.roles.shape
+            if self.packed:
+                angles = table[self.position_ids.t(), 0]
+            else:
+                angles = table[:length].expand(length, rows, *table.shape[2:])
+            self._rotary = table, angles
+        return self._rotary[1]
 
     @cached_property
     def tokens(self) -> Rows | GridSegments:

@@ -20,6 +20,7 @@ from megatron_mod.model.layer import RoutedTransformerLayer
 from megatron_mod.model.norm import RMSNorm
 from megatron_mod.model.passing import PassingLayer
 from megatron_mod.model.projection import PartColumnParallelLinear
+from megatron_mod.model.recompute import DenseTransformerLayer
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
 
@@ -65,6 +66,7 @@ def dense_layer_spec(config: TransformerConfig, implementation: str = "local") -
         attention, core = spec.submodules.self_attention.submodules, TorchCoreAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+    spec.module = DenseTransformerLayer
     spec.submodules.self_attention.module = RoutedSelfAttention
     attention.core_attention = core
     return spec

@@ -60,6 +60,7 @@ class Training:
             dtype=DTYPES[config.model.dtype],
             trained=config.train.parts,
             computed=plan.computed,
+            recompute=config.train.recompute,
         )
         trainable = Trainable(self.model)
         text = description(config, plan, parameters=trainable.count())

@@ -53,11 +53,13 @@ def build(
     routing=None,
     layout=None,
     dtype: torch.dtype = torch.float32,
+    recompute: str = "none",
 ):
     """This rank's part of a base checkpoint; all that is added to it trains."""
     base = base if isinstance(base, Base) else open_base(base)
     ranks = replace(ranks, sequence_parallel=sequence_parallel, pipeline_layout=layout)
-    return load_model(base, routing, ranks, dtype=dtype, trained=(ROUTERS, STAND_INS))
+    trained = (ROUTERS, STAND_INS)
+    return load_model(base, routing, ranks, dtype=dtype, trained=trained, recompute=recompute)
 
 
 def convert(hf: Path, save: Path) -> None:
@@ -119,6 +121,7 @@ def gradients(
         layout = topology.pop("layout", None)
         packed = topology.pop("packed", False)
         rows = topology.pop("rows", 2)
+        recompute = topology.pop("recompute", "none")
         ranks = meet(**topology)
         for number, (routing, loss, price) in enumerate(trainings):
             model = build(
@@ -127,6 +130,7 @@ def gradients(
                 sequence_parallel=sequence_parallel,
                 routing=routing,
                 layout=layout or cheapest(base, ranks, routing, samples),
+                recompute=recompute,
             )
             put_added(model, only(added, routing))
             frozen = frozen_digests(model)
@@ -170,6 +174,7 @@ def gradients(
                 distributed,
                 layout,
                 packed,
+                recompute,
                 number,
             )
             found[name] = {

@@ -47,6 +47,28 @@ def test_a_part_is_what_its_owner_says_whatever_it_is_called():
         assert trains | set(frozen_digests(model)) == set(model.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_digest_tells_of_every_bit_and_place(single_process, dtype):
+    from megatron_mod.model.trainable import COLUMNS, count_changed, frozen_digests
+
+    model = nn.ParameterDict(
+        {str(size): nn.Parameter(torch.randn(size).to(dtype)) for size in (1, 3, 512, 4099)}
+    ).requires_grad_(False)
+    before = frozen_digests(model)
+    assert count_changed(before, frozen_digests(model)) == 0
+    assert all(digest.shape == (COLUMNS,) for digest in before.values())  # no copies of weights
+    for values in model.values():
+        data = values.data.view(torch.uint8)
+        for place in {0, 1, len(data) // 2, len(data) - 2, len(data) - 1}:
+            for bit in (1, 128):
+                data[place] ^= bit
+                assert count_changed(before, frozen_digests(model)) == 1, (len(values), place)
+                data[place] ^= bit
+    words = model["4099"].data.view(torch.uint8)[: 16 * 8].view(16, 8)
+    words[[2, 9]] = words[[9, 2]]
+    assert count_changed(before, frozen_digests(model)) == 1
+
+
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory, single_process):
     return Trainer(tmp_path_factory.mktemp("trainer"))
