@@ -81,11 +81,11 @@ def fill(
                 model, micro_batches, len(micro_batches), finish=partial(_whole_rows, model)
             )
             with together():  # a disk that is full is so for all
-                rows = (row for batch in states for row in batch) if writes else ()
-                for item, row in zip((i for batch in mine for i in batch), rows, strict=False):
-                    if item in left:
-                        entry, place = needed.entries[needed.entry[item]], needed.place[item]
-                        write[entry.path](int(place), row[: needed.lengths[item]])
+                for batch, rows in zip(mine, states if writes else (), strict=False):
+                    for item, row in zip(batch, rows, strict=False):  # blank ones come last
+                        if item in left:
+                            entry, place = needed.entries[needed.entry[item]], needed.place[item]
+                            write[entry.path](int(place), row[: needed.lengths[item]])
             advance(needed.nbytes([item for b in shared for item in b if item in left]))
     del model
     gc.collect()
@@ -138,13 +138,17 @@ def like_lengths(lengths: np.ndarray, budget: int) -> Iterator[list[int]]:
 def _micro_batches(
     needed: Needed, shared: Sequence[list[int]], mine: Sequence[list[int]], plan: Plan
 ) -> list[MicroBatch]:
-    """This rank's, and blank ones where others have more."""
+    """This rank's, and blank ones where others have more; of a virtual pipeline all have as many
+    rows."""
     ranks = plan.topology
+    num_rows = max(map(len, shared)) if ranks.virtual_pipeline else 0
+    group = ranks.pipeline if ranks.virtual_pipeline else 1
 
     def made(batch: list[int]) -> MicroBatch:
-        return collate(list(map(needed.sample, batch)), multiple=row_multiple(ranks))
+        rows = [[needed.sample(item)] for item in batch]
+        rows += [[]] * (num_rows - len(rows))
+        return collate(rows, multiple=row_multiple(ranks))
 
-    group = ranks.pipeline if ranks.virtual_pipeline else 1
     count = -(-len(shared) // (ranks.data * group)) * group
     found = [made(batch) for batch in mine]
     while len(found) < count:

@@ -9,16 +9,18 @@ from tests.distributed import prefix_cases
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import DEFAULT, Trainer, metrics
 
-EXACT = 1e-5
+EXACT, LATER = 1e-5, 2e-3  # relative; after a step Adam makes much of what is near zero
 ROUTED = {"router__layers": "[2,3]", "router__layers__deepest": None, "router__stand_in_rank": 4}
 STEPS = {"train__steps": 2, "train__global_batch_size": 8, "checkpoint__interval": 0}
 TENSOR = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": "true"}
 PIPELINE = {"parallel__pipeline_model_parallel_size": 2}
 VIRTUAL = {**PIPELINE, "parallel__virtual_pipeline_model_parallel_size": 2}
 CONTEXT = {"parallel__context_parallel_size": 2}
+# In a first step that keeps everything, nothing but a penalty gives a distillation a gradient.
+PENALTY = {"router__capacity_loss_weight": 0.3, "router__capacity_warmup_fraction": 0}
 KINDS = {
     "tensor": ({"tensor": 2}, {**TENSOR, "train__loss": "both"}),
-    "pipeline": ({"pipeline": 2}, {**PIPELINE, "train__loss": "distill"}),
+    "pipeline": ({"pipeline": 2}, {**PIPELINE, **PENALTY, "train__loss": "distill"}),
     "virtual": ({"pipeline": 2, "virtual_pipeline": 2}, VIRTUAL),
     "context": ({"context": 2}, {**CONTEXT, "router__granularity": "block_sequence"}),
     "data": ({}, {"data__packing": "true", "train__trainable": "routers+stand_ins"}),
@@ -32,6 +34,7 @@ def found(tmp_path_factory, single_process):
     jobs, folders = [], {}
     for tied in (True, False):
         trainer = Trainer(root / f"tied-{tied}", tie_word_embeddings=tied)
+        trainer.write_distinct()
         for name, (degrees, changes) in KINDS.items():
             if tied and name not in ("pipeline", "data"):
                 continue
@@ -57,14 +60,16 @@ def test_loss_and_gradients_are_the_same(found, kind):
     (recompute, cache), ranks = found[kind]
     for line, wanted in zip(metrics(cache), metrics(recompute), strict=True):
         for key in ("loss", "task_loss", "grad_norm", "capacity"):
-            assert line[key] == pytest.approx(wanted[key], rel=EXACT, abs=1e-7), (line["step"], key)
+            rel = EXACT if line["step"] == 1 else LATER
+            assert line[key] == pytest.approx(wanted[key], rel=rel, abs=1e-7), (line["step"], key)
     merged = [
         [{k: g for rank in ranks for k, g in rank[how][step].items()} for step in range(2)]
         for how in (0, 1)
     ]
-    for wanted, gradients in zip(*merged, strict=True):
+    for step, (wanted, gradients) in enumerate(zip(*merged, strict=True)):
         assert gradients.keys() == wanted.keys()
         assert {layer for layer, _ in wanted} == {2, 3}
         for key, exact in wanted.items():
             difference = (gradients[key] - exact).abs().max()
-            assert difference <= EXACT * exact.abs().max() + 1e-8, key
+            rel = LATER if step else EXACT
+            assert difference <= rel * exact.abs().max() + 1e-8, (step, key)

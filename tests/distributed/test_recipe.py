@@ -3,8 +3,6 @@ same at every topology to rounding, and gone on from to the last bit."""
 
 from __future__ import annotations
 
-import json
-import random
 from pathlib import Path
 
 import pytest
@@ -32,16 +30,7 @@ SEQUENCES = {
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory, single_process):
     made = Trainer(tmp_path_factory.mktemp("trainer"), tie_word_embeddings=True)
-    # No two beginnings alike: equal scores are told apart by nothing but rounding.
-    letters = random.Random(3)
-    rows = [
-        {
-            "prompt": chr(65 + n) + "".join(letters.choices("abcdefgh", k=5 + n % 7)),
-            "completion": "".join(letters.choices("stuvwxyz", k=5 + n % 5)),
-        }
-        for n in range(24)
-    ]
-    made.text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made.write_distinct()
     return made
 
 

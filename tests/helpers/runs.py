@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 from megatron_mod.config import cli
@@ -31,6 +32,19 @@ class Trainer:
         rows = [
             {"prompt": "ab" * (1 + n % 7), "completion": "cd" * (1 + n % 5) + str(n)}
             for n in range(20)
+        ]
+        self.text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write_distinct(self) -> None:
+        """Write texts of which no two begin alike: equal scores are told apart by nothing but
+        rounding."""
+        letters = random.Random(3)
+        rows = [
+            {
+                "prompt": chr(65 + n) + "".join(letters.choices("abcdefgh", k=5 + n % 7)),
+                "completion": "".join(letters.choices("stuvwxyz", k=5 + n % 5)),
+            }
+            for n in range(24)
         ]
         self.text.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
