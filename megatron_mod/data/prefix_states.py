@@ -175,7 +175,7 @@ class SampleStates:
 
 def _digest(content: np.ndarray, sample: int) -> int:
     """Never 0; of a sample's own, so that those of another one in its place are none."""
-    return xxhash.xxh3_64_intdigest(content, seed=sample) or 1
+    return xxhash.xxh3_64_intdigest(content.data, seed=sample) or 1
 
 
 def _put(file, offset: int, content: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,32 +43,30 @@ class Needed:
     def sample(self, item: int) -> Sample:
         return self.samples[self.of[item]][int(self.row[item])]
 
-    def by_entry(self, items: Sequence[int]) -> Iterator[tuple[StatesEntry, np.ndarray]]:
+    def by_entry(self, items: np.ndarray) -> Iterator[tuple[StatesEntry, np.ndarray]]:
         """Each entry that has some of the items, and these."""
-        items = np.asarray(items, dtype=np.int64)
         for number, entry in enumerate(self.entries):
             if len(its := items[self.entry[items] == number]):
                 yield entry, its
 
-    def nbytes(self, items: Sequence[int]) -> int:
+    def nbytes(self, items: np.ndarray) -> int:
         """Bytes that the states of the items take."""
         return sum(entry.nbytes(self.place[its]) for entry, its in self.by_entry(items))
 
-    def missing(self, among: Sequence[int]) -> tuple[list[int], list[int]]:
+    def missing(self, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The items whose states are not there or damaged, and the damaged ones, ascending; all
         ranks, which share the reading."""
-        share = np.asarray(among, dtype=np.int64)[dist.get_rank() :: dist.get_world_size()]
-        absent, damaged = [], []
+        share = among[dist.get_rank() :: dist.get_world_size()]
+        absent, damaged = [among[:0]], [among[:0]]
         for entry, its in self.by_entry(share):
             noted = entry.noted(self.place[its])
-            absent += its[~noted].tolist()
+            absent.append(its[~noted])
             its = its[noted]
-            damaged += its[~entry.whole(self.place[its])].tolist()
+            damaged.append(its[~entry.whole(self.place[its])])
         everybody: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everybody, (absent, damaged))
-        absent = [item for found, _ in everybody for item in found]
-        damaged = [item for _, found in everybody for item in found]
-        return sorted(absent + damaged), sorted(damaged)
+        dist.all_gather_object(everybody, (np.concatenate(absent), np.concatenate(damaged)))
+        all_absent, all_damaged = map(np.concatenate, zip(*everybody, strict=True))
+        return np.sort(np.concatenate((all_absent, all_damaged))), np.sort(all_damaged)
 
 
 def needed_by(config: Config, plan: Plan) -> Needed:
@@ -85,20 +83,20 @@ def needed_by(config: Config, plan: Plan) -> Needed:
     for number, (samples, indices) in enumerate(read):
         first = 0
         for part in samples.parts:
-            rows = indices[(first <= indices) & (indices < first + len(part.rows))]
-            places = part.states.places(part.numbers()[rows - first])
-            paths = [entry.path for entry in entries]
-            if part.states.entry.path not in paths:
-                entries.append(part.states.entry)
-                paths.append(part.states.entry.path)
-            entry = np.full_like(rows, paths.index(part.states.entry.path))
-            table.append(np.stack((entry, places, np.full_like(rows, number), rows)))
-            first += len(part.rows)
+            states, numbers = part.states, part.numbers()
+            assert states is not None
+            if states.entry.path not in [entry.path for entry in entries]:
+                entries.append(states.entry)
+            entry = [entry.path for entry in entries].index(states.entry.path)
+            rows = indices[(first <= indices) & (indices < first + len(numbers))]
+            places = states.places(numbers[rows - first])
+            table.append(np.stack(np.broadcast_arrays(entry, places, number, rows)))
+            first += len(numbers)
     columns = np.concatenate(table, axis=1)
     _, once = np.unique(columns[:2], axis=1, return_index=True)
-    entry, place, of, row = columns[:, once]
+    of_entry, place, of, row = columns[:, once]
     lengths = np.empty_like(place)
     for number, each in enumerate(entries):
-        lengths[entry == number] = each.lengths[place[entry == number]]
-    samples = [samples.without_states() for samples, _ in read]
-    return Needed(entries, entry, place, lengths, of, row, samples)
+        lengths[of_entry == number] = each.lengths[place[of_entry == number]]
+    without = [samples.without_states() for samples, _ in read]
+    return Needed(entries, of_entry, place, lengths, of, row, without)

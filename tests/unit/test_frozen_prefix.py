@@ -369,4 +369,4 @@ def test_the_first_positions_of_an_order():
 
 def test_batches_hold_like_lengths_within_a_budget():
     lengths = np.array([3, 9, 1, 3, 20, 8])
-    assert list(like_lengths(lengths, 16)) == [[4], [1], [5, 0], [3, 2]]
+    assert [batch.tolist() for batch in like_lengths(lengths, 16)] == [[4], [1], [5, 0], [3, 2]]
