@@ -40,9 +40,6 @@ class Part:
     weight: float
     states: StatesEntry | None = None
 
-    def __len__(self) -> int:
-        return len(self.rows)  # type: ignore[arg-type]
-
     def places(self) -> np.ndarray:
         """The place in the store of each sample, int64."""
         return self.rows.with_format("numpy", columns=["place"])[:]["place"]

@@ -9,6 +9,7 @@ again: it notes, waits for the device and talks to other ranks once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -59,7 +60,7 @@ def again(function: Callable[..., T], *args: object, **kwargs: object) -> T:
     """``function``'s result, of which backward keeps the arguments and nothing else."""
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    return checkpoint(function, *args, use_reentrant=False, **kwargs)
+    return checkpoint(partial(function, **kwargs), *args, use_reentrant=False)
 
 
 class DenseTransformerLayer(TransformerLayer):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
@@ -55,13 +56,13 @@ def with_states(config: Config, plan: Plan, *, base_fingerprint: str) -> Plan:
         plan, train=opened(plan.train), validation=opened(validation) if validation else None
     )
     needed = needed_by(config, plan)
-    missing, _ = needed.missing(range(len(needed)))
-    if missing:
+    missing, _ = needed.missing(np.arange(len(needed)))
+    if len(missing):
         on_first_rank(lambda: require_writable(folder, what="train.prefix_cache"))
         with _only_filler(needed.entries, folder):
             missing, damaged = needed.missing(missing)  # another job may have been here meanwhile
             _tell(needed, damaged)
-            if missing:
+            if len(missing):
                 fill(config, plan, needed, missing, folder=folder)
     with together():
         _require_kept(needed, folder)
@@ -109,7 +110,7 @@ def _take(entries: Sequence[StatesEntry], folder: Path, held: contextlib.ExitSta
     return True
 
 
-def _tell(needed: Needed, damaged: Sequence[int]) -> None:
+def _tell(needed: Needed, damaged: np.ndarray) -> None:
     for entry, its in needed.by_entry(damaged):
         topology.print_once(
             f"warning: {entry.path}: the hidden states of {len(its)} sample(s), the first of them "
@@ -119,7 +120,7 @@ def _tell(needed: Needed, damaged: Sequence[int]) -> None:
 
 
 def _require_kept(needed: Needed, folder: Path) -> None:
-    for entry, its in needed.by_entry(range(len(needed))):
+    for entry, its in needed.by_entry(np.arange(len(needed))):
         if not entry.noted(needed.place[its]).all():
             raise ValueError(
                 f"train.prefix_cache = {folder}: rank {dist.get_rank()} does not find there what "

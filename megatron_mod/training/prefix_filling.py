@@ -25,7 +25,6 @@ from megatron_mod.config.schema import Config
 from megatron_mod.conversion.progress import byte_progress
 from megatron_mod.conversion.restore import load_model
 from megatron_mod.data.batch import MicroBatch, blank_like, collate
-from megatron_mod.data.prefix_states import StatesEntry
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.model.cost import Costs
 from megatron_mod.model.forward import Outcome, run_batches
@@ -39,9 +38,7 @@ from megatron_mod.training.plan import DTYPES, Plan, row_multiple
 IN_FLIGHT = 4  # micro-batches of each of several pipeline stages, which work at the same time
 
 
-def fill(
-    config: Config, plan: Plan, needed: Needed, missing: Sequence[int], *, folder: Path
-) -> None:
+def fill(config: Config, plan: Plan, needed: Needed, missing: np.ndarray, *, folder: Path) -> None:
     """Compute what is missing, with a model of the prefix alone; called by all ranks.
 
     What a batch is made of depends on the run alone, so that a job that goes on after a kill
@@ -62,11 +59,13 @@ def fill(
     whose = "what train.frozen_prefix = cache keeps (train.prefix_cache)"
     on_first_rank(lambda: require_room(folder, size, what=whose))
     entries = [entry for entry, _ in needed.by_entry(missing)]
-    on_first_rank(lambda: _make(entries))
+    for entry in entries:
+        on_first_rank(entry.make)
     topology.at("computing the frozen prefix")
     model, ranks = _prefix(config, plan), plan.topology
-    budget, left = config.train.micro_batch_size * config.data.max_length, set(missing)
-    batches = [b for b in like_lengths(needed.lengths, budget) if not left.isdisjoint(b)]
+    left = np.isin(np.arange(len(needed)), missing)
+    budget = config.train.micro_batch_size * config.data.max_length
+    batches = [batch for batch in like_lengths(needed.lengths, budget) if left[batch].any()]
     at_once = ranks.data * (1 if ranks.pipeline == 1 else IN_FLIGHT * ranks.pipeline)
     writes = _writes(model)
     with contextlib.ExitStack() as stack:
@@ -83,20 +82,16 @@ def fill(
             with together():  # a disk that is full is so for all
                 for batch, rows in zip(mine, states if writes else (), strict=False):
                     for item, row in zip(batch, rows, strict=False):  # blank ones come last
-                        if item in left:
+                        if left[item]:
                             entry, place = needed.entries[needed.entry[item]], needed.place[item]
                             write[entry.path](int(place), row[: needed.lengths[item]])
-            advance(needed.nbytes([item for b in shared for item in b if item in left]))
+            done = np.concatenate(shared)
+            advance(needed.nbytes(done[left[done]]))
     del model
     gc.collect()
     if device.HAS_GPU:
         torch.cuda.empty_cache()
     topology.print_once(f"computed {what} in {time.monotonic() - began:.0f} s")
-
-
-def _make(entries: Sequence[StatesEntry]) -> None:
-    for entry in entries:
-        entry.make()
 
 
 def _prefix(config: Config, plan: Plan) -> ModelChunks:
@@ -122,21 +117,18 @@ def _writes(model: ModelChunks) -> bool:
     return is_last and groups.tp.rank() == 0 and groups.cp.rank() == 0
 
 
-def like_lengths(lengths: np.ndarray, budget: int) -> Iterator[list[int]]:
+def like_lengths(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
     """All items, longest first, in batches of at most ``budget`` tokens with their padding, or of
     one that is longer."""
-    batch: list[int] = []
-    for item in np.argsort(-lengths, kind="stable").tolist():
-        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
+    order, first = np.argsort(-lengths, kind="stable"), 0
+    while first < len(order):
+        count = max(budget // int(lengths[order[first]]), 1)
+        yield order[first : first + count]
+        first += count
 
 
 def _micro_batches(
-    needed: Needed, shared: Sequence[list[int]], mine: Sequence[list[int]], plan: Plan
+    needed: Needed, shared: Sequence[np.ndarray], mine: Sequence[np.ndarray], plan: Plan
 ) -> list[MicroBatch]:
     """This rank's, and blank ones where others have more; of a virtual pipeline all have as many
     rows."""
@@ -144,7 +136,7 @@ def _micro_batches(
     num_rows = max(map(len, shared)) if ranks.virtual_pipeline else 0
     group = ranks.pipeline if ranks.virtual_pipeline else 1
 
-    def made(batch: list[int]) -> MicroBatch:
+    def made(batch: np.ndarray) -> MicroBatch:
         rows = [[needed.sample(item)] for item in batch]
         rows += [[]] * (num_rows - len(rows))
         return collate(rows, multiple=row_multiple(ranks))
