@@ -26,7 +26,7 @@ def with_gradients(config) -> list[dict]:
     """Train; the gradients of each step by layer and name."""
     steps, update = [], loop.Training._update
 
-    def noting(training, result, step):
+    def noting(training, step):
         steps.append(
             {
                 (layer, name): parameter.main_grad.clone()
@@ -35,7 +35,7 @@ def with_gradients(config) -> list[dict]:
                 if parameter.requires_grad
             }
         )
-        return update(training, result, step)
+        return update(training, step)
 
     loop.Training._update = noting
     try:

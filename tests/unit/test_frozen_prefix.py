@@ -20,7 +20,6 @@ from megatron_mod.data.batch import blank_like, collate, equal_lengths
 from megatron_mod.data.chat import Sample
 from megatron_mod.data.order import Order
 from megatron_mod.data.prefix_states import StatesEntry
-from megatron_mod.model.architecture import balanced_first_stage
 from megatron_mod.model.layout import undo_zigzag, zigzag
 from megatron_mod.training import frozen_prefix
 from megatron_mod.training.prefix_filling import like_lengths
@@ -344,20 +343,6 @@ def test_states_travel_with_their_tokens():
     whole = batch.states
     parts = torch.cat([zigzag(whole, dim=1, rank=r, ranks=2) for r in range(2)], dim=1)
     assert torch.equal(undo_zigzag(parts, dim=1, ranks=2), whole)
-
-
-@pytest.mark.parametrize(
-    ("pipeline", "computed", "first"),
-    [
-        (2, range(14, 30), 22),
-        (4, range(14, 30), 18),
-        (2, range(14), 7),
-        (3, range(15, 30), 20),
-        (8, range(30), 2),
-    ],
-)
-def test_stages_share_what_is_computed(pipeline, computed, first):
-    assert balanced_first_stage(30, pipeline, computed=computed) == first
 
 
 def test_the_first_positions_of_an_order():
