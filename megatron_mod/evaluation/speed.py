@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -14,14 +15,62 @@ from megatron_mod.parallel.device import synchronize
 
 PREFILLS = 2  # of each prompt by each model
 NEW_TOKENS = 24
+CONFIDENCE = 0.99  # of an interval
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians in seconds: ``prefill_s`` of one batch of prompts, ``decode_s`` of one step of it."""
+    """Seconds of each prefill of a batch of prompts and of each decode step of it, in the order in
+    which they were taken; ``prefill_s`` and ``decode_s`` are their medians."""
 
-    prefill_s: float
-    decode_s: float
+    prefills: Sequence[float]
+    decodes: Sequence[float]
+
+    @property
+    def prefill_s(self) -> float:
+        return statistics.median(self.prefills)
+
+    @property
+    def decode_s(self) -> float:
+        return statistics.median(self.decodes)
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster a model is than another.
+
+    Args:
+        ratio: of the medians.
+        low, high: between them lies, with ``CONFIDENCE``, the median of what a pair of calls that
+            followed each other would show; ``None``: too few pairs to say.
+        pairs: of calls.
+    """
+
+    ratio: float
+    low: float | None
+    high: float | None
+    pairs: int
+
+    @property
+    def is_measurable(self) -> bool:
+        """Whether it is told from chance."""
+        return self.low is not None and self.high is not None and not self.low <= 1 <= self.high
+
+
+def speedup(slow: Sequence[float], fast: Sequence[float]) -> Speedup:
+    """Of the second model's times over the first's, which were taken in turn.
+
+    The interval needs no distribution: of ``n`` ratios, so many lie below their median as heads
+    fall in ``n`` throws of a coin, so ratios in the order of their size enclose it (Conover,
+    Practical Nonparametric Statistics, section 3.2). A pair shares what the machine did meanwhile.
+    """
+    ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))
+    count, outside, below = len(ratios), 0, 0.0
+    while below + (more := math.comb(count, outside) / 2**count) <= (1 - CONFIDENCE) / 2:
+        below += more
+        outside += 1
+    low, high = (ratios[outside - 1], ratios[count - outside]) if outside else (None, None)
+    return Speedup(statistics.median(slow) / statistics.median(fast), low, high, count)
 
 
 @torch.no_grad()
@@ -49,10 +98,7 @@ def compare(
             outputs = _in_turn(models, inputs, turn, prefill_times)
         for turn in range(new_tokens):
             outputs = _in_turn(models, _next_tokens(outputs), turn, decode_times)
-    return [
-        Timing(statistics.median(prefill), statistics.median(decode))
-        for prefill, decode in zip(prefill_times, decode_times, strict=True)
-    ]
+    return [Timing(*times) for times in zip(prefill_times, decode_times, strict=True)]
 
 
 def _next_tokens(outputs: list) -> list[tuple[Tensor, object]]:

@@ -28,6 +28,7 @@ from megatron_mod.routing.scheme import Scheme
 
 CONTEXT = 1000  # tokens of a prompt whose prefill and decode are timed, if the model has room
 PROMPTS = 4
+PREFILLS = 5  # of each, by each model
 
 
 def build_report(
@@ -59,7 +60,8 @@ def build_report(
 
     context = min(CONTEXT, dense.config.max_position_embeddings - speed.NEW_TOKENS)
     prompts = long_prompts(tokenizer, length=context, count=PROMPTS)
-    timing = speed.compare([dense, routed], tqdm(prompts, desc="timing", unit="prompt"))
+    shown = tqdm(prompts, desc="timing", unit="prompt")
+    timing = speed.compare([dense, routed], shown, prefills=PREFILLS)
     capacity_there, counted = prompt_work(routed, work, prompts)
 
     with_dense = perplexity(HuggingFaceBackend(dense, tokenizer), rows["held_out"])
@@ -107,16 +109,24 @@ def build_report(
             "context_tokens": context,
             "capacity": capacity_there,
             "counted": counted,
-            **{
-                phase: {
-                    "dense_s": (d := getattr(timing[0], f"{phase}_s")),
-                    "routed_s": (r := getattr(timing[1], f"{phase}_s")),
-                    "speedup": d / r,
-                }
-                for phase in ("prefill", "decode")
-            },
+            **{phase: beside(*timing, phase) for phase in ("prefill", "decode")},
         },
         "export_path": str(Path(export).resolve()),
+    }
+
+
+def beside(dense: speed.Timing, routed: speed.Timing, phase: str) -> dict:
+    """The two models' median times of ``prefill`` or ``decode``, and what they say."""
+    found = speed.speedup(*(getattr(timing, f"{phase}s") for timing in (dense, routed)))
+    return {
+        "dense_s": getattr(dense, f"{phase}_s"),
+        "routed_s": getattr(routed, f"{phase}_s"),
+        "speedup": found.ratio,
+        "speedup_low": found.low,
+        "speedup_high": found.high,
+        "confidence": speed.CONFIDENCE,
+        "pairs": found.pairs,
+        "is_measurable": found.is_measurable,
     }
 
 
@@ -209,8 +219,8 @@ def table(report: dict) -> str:
             (
                 f"{phase} time",
                 f"dense {1e3 * timing[phase]['dense_s']:.0f} ms, routed"
-                f" {1e3 * timing[phase]['routed_s']:.0f} ms:"
-                f" {timing[phase]['speedup']:.2f}x at {timing['context_tokens']} tokens"
+                f" {1e3 * timing[phase]['routed_s']:.0f} ms: {in_words(timing[phase])} at"
+                f" {timing['context_tokens']} tokens"
                 f" (capacity there {timing['capacity']:.2f}{counted})",
             )
             for phase, counted in (
@@ -234,6 +244,17 @@ def _published_row(quality: dict) -> list[tuple[str, str]]:
             f" {quality['published_capacity']:.3f}, work {quality['published_work']:.3f}",
         )
     ]
+
+
+def in_words(found: dict) -> str:
+    """A speed-up with its interval; that there is none to be seen, where chance explains it."""
+    low, high, pairs = (found[key] for key in ("speedup_low", "speedup_high", "pairs"))
+    if low is None:
+        return f"no difference measurable in {pairs} pairs"
+    interval = f"{low:.2f}x to {high:.2f}x at {100 * found['confidence']:.0f} %, {pairs} pairs"
+    if not found["is_measurable"]:
+        return f"no difference measurable ({interval})"
+    return f"{found['speedup']:.2f}x ({interval})"
 
 
 def number(value: float | None) -> str:

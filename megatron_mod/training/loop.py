@@ -108,7 +108,7 @@ class Training:
             self._leave_if(self._validate_if_due(done), done)
         for step in range(done + 1, steps + 1):
             topology.at(f"step {step}")
-            asked = self._take(step)
+            asked = self.take(step)
             if step > (1 - self.config.optimizer.average_fraction) * steps:
                 self.state.average.update()
             if step == steps:
@@ -120,8 +120,8 @@ class Training:
         changed = count_changed(self.frozen, frozen_digests(self.model))
         return summary(self.config, self.plan, self.state, changed=changed)
 
-    def _take(self, step: int) -> int:
-        """One step; returns the signal that some rank got meanwhile, or 0."""
+    def take(self, step: int) -> int:
+        """One step, counted from 1; returns the signal that some rank got meanwhile, or 0."""
         config, state = self.config, self.state
         batch = self.data.step(step - 1)
         state.controller.start_step((step - 1) / config.train.steps)

@@ -80,7 +80,10 @@ SHAPE = {
     "speed": {
         "context_tokens": int, "capacity": float, "counted": float,
         **{
-            phase: {"dense_s": float, "routed_s": float, "speedup": float}
+            phase: {
+                "dense_s": float, "routed_s": float, "speedup": float, "speedup_low": float,
+                "speedup_high": float, "confidence": float, "pairs": int, "is_measurable": bool,
+            }
             for phase in ("prefill", "decode")
         },
     },
@@ -109,6 +112,8 @@ def test_quickstart_report(quickstart):
     for phase in ("prefill", "decode"):
         timing = report["speed"][phase]
         assert timing["speedup"] == pytest.approx(timing["dense_s"] / timing["routed_s"])
+        told = not timing["speedup_low"] <= 1 <= timing["speedup_high"]
+        assert timing["is_measurable"] == told
     check_static(report, out)
     removed = len(report["quality"]["static_removed_layers"])
     assert f"best static removal (greedy, {removed} layers) " in printed

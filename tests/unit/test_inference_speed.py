@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +20,7 @@ from megatron_mod.benchmark.inference_speed import (
 from megatron_mod.evaluation import speed
 from megatron_mod.evaluation.work import Work
 from megatron_mod.model.architecture import Architecture
+from megatron_mod.report import quickstart
 from megatron_mod.routing.config import RoutingConfig
 from tests.helpers import formula, tiny
 from tests.helpers.routed import save_export
@@ -185,3 +188,60 @@ def test_a_row_is_about_the_decisions_of_the_timed_calls(name, tmp_path):
         assert found["share"] == found["speedup"] / found["ideal"]
         reached = 1 - found["routed_s"] / found["dense_s"]
         assert found["saving_share"] == pytest.approx(reached / (1 - 1 / found["ideal"]))
+
+
+def times(median: float, noise: float, count: int, seed: int) -> list[float]:
+    generator = random.Random(seed)
+    return [median * math.exp(generator.gauss(0, noise)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("pairs", "place"), [(7, None), (8, 0), (12, 1), (20, 3)])
+def test_an_interval_lies_between_ratios_that_chance_allows(pairs, place):
+    """Twice the chance that so few of ``pairs`` throws of a coin show heads is at most 0.01, and
+    with one more it is not: 2 / 2**8, 2 * (1 + 12) / 2**12, 2 * (1 + 20 + 190 + 1140) / 2**20."""
+    ratios = [1 + n / 100 for n in range(1, pairs + 1)]
+    slow = [2.0 * ratio for ratio in ratios[::2] + ratios[1::2]]
+    found = speed.speedup(slow, [2.0] * pairs)
+    assert found.pairs == pairs
+    assert found.ratio == pytest.approx(1 + (pairs + 1) / 200)
+    if place is None:
+        assert (found.low, found.high, found.is_measurable) == (None, None, False)
+    else:
+        assert found.low == pytest.approx(ratios[place])
+        assert found.high == pytest.approx(ratios[-1 - place])
+        assert found.is_measurable
+
+
+def test_chance_is_not_told_as_a_speedup():
+    """Two series of one kind, with the noise that a shared machine has."""
+    told = [
+        speed.speedup(times(2.4, 0.15, 20, seed), times(2.4, 0.15, 20, 10_000 + seed))
+        for seed in range(300)
+    ]
+    assert sum(not 0.97 < found.ratio < 1.03 for found in told) > 100  # as would have been printed
+    assert sum(found.is_measurable for found in told) <= 9
+
+
+def test_a_speedup_is_told_and_what_both_feel_does_not_hide_it():
+    for seed in range(100):
+        felt = [1 + (n % 7) / 2 for n in range(20)]
+        slow = [a * b for a, b in zip(times(1.05, 0.005, 20, seed), felt, strict=True)]
+        fast = [a * b for a, b in zip(times(1.0, 0.005, 20, 10_000 + seed), felt, strict=True)]
+        found = speed.speedup(slow, fast)
+        assert found.is_measurable
+        assert 1.03 < found.low < found.high < 1.07
+
+
+def test_the_quickstart_says_when_there_is_no_difference():
+    def shown(dense: list[float], routed: list[float]) -> tuple[dict, str]:
+        timings = (speed.Timing(times, [1.0]) for times in (dense, routed))
+        found = quickstart.beside(*timings, "prefill")
+        return found, quickstart.in_words(found)
+
+    found, words = shown([1.1] * 10 + [0.9] * 10, [1.0] * 20)
+    assert not found["is_measurable"]
+    assert words == "no difference measurable (0.90x to 1.10x at 99 %, 20 pairs)"
+    found, words = shown([1.2, 1.3, 1.25, 1.25] * 5, [1.0] * 20)
+    assert found["speedup"] == found["dense_s"] / found["routed_s"] == 1.25
+    assert words == "1.25x (1.20x to 1.30x at 99 %, 20 pairs)"
+    assert shown([1.5], [1.0])[1] == "no difference measurable in 1 pairs"
