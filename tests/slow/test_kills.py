@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_mod.checkpoint.checksums import file_table
@@ -105,6 +106,39 @@ def expected_start(trainer, tmp_path_factory):
     settings = {"data__train": text, "train__steps": 2, "checkpoint__interval": 1}
     Job(trainer.arguments(folder / "run", **settings), ranks=RANKS, log=folder / "log").finish()
     return settings, metrics(folder / "run")
+
+
+def test_the_filling_of_the_prefix_cache_survives_kills(trainer, tmp_path):
+    rows = [{"prompt": "ab" * (1 + n % 7), "completion": f"cd{n}"} for n in range(3000)]
+    text, generator, states = write_lines(tmp_path / "a.jsonl", rows), random.Random(SEED), {}
+    settings = {
+        "data__train": text, "train__steps": 2, "train__global_batch_size": 1500,
+        "train__frozen_prefix": "cache",
+    }  # fmt: skip
+
+    def job(name: str, log: str) -> Job:
+        states[name] = tmp_path / f"{name}-states"
+        own = {**settings, "train__prefix_cache": states[name]}
+        return Job(trainer.arguments(tmp_path / name, **own), ranks=RANKS, log=tmp_path / log)
+
+    def kept() -> int:
+        files = states["run"].glob("*/checksums")
+        return sum(np.count_nonzero(np.fromfile(file, dtype="<u8")) for file in files)
+
+    counts = [0]
+    while len(counts) < 4:
+        killed = job("run", f"{len(counts)}.log")
+        wait_until(lambda: kept() > counts[-1] + 200, killed.process)
+        killed.kill(generator.choice([killed.process.pid, *killed.ranks()]))
+        counts.append(kept())
+    assert counts[-1] < 3000, "killed too late to show anything"
+    said = job("run", "last.log").finish()
+    assert f"computed once: {3000 - counts[-1]} samples" in said
+    job("whole", "whole.log").finish()
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole"), f"FAULTS_SEED={SEED}"
+    for name in ("states", "checksums"):
+        found, wanted = (next(states[run].glob(f"*/{name}")) for run in ("run", "whole"))
+        assert found.read_bytes() == wanted.read_bytes(), f"FAULTS_SEED={SEED}: {name}"
 
 
 @pytest.fixture(scope="module")
