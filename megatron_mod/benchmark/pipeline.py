@@ -23,7 +23,6 @@ from megatron_mod.conversion.restore import load_model
 from megatron_mod.parallel import device
 from megatron_mod.parallel.topology import Topology
 from megatron_mod.routing.capacity import CapacityController
-from megatron_mod.training.loop import DTYPES
 from megatron_mod.training.optimizer import wrap_ddp
 from megatron_mod.training.plan import make_loader, prepare
 from megatron_mod.training.step import run_schedule
@@ -55,7 +54,7 @@ class Trained:
             self.plan.routing,
             self.plan.topology,
             implementation=self.plan.implementation,
-            dtype=DTYPES[config.model.dtype],
+            dtype=getattr(torch, config.model.dtype),
         )
         self.chunks = wrap_ddp(self.model, use_distributed_optimizer=False)
         rank = self.model.groups.dp.rank()

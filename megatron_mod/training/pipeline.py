@@ -127,10 +127,21 @@ def cut(
         num_free_layers: leading layers that are not run; all of them are on the first stage.
 
     Raises:
-        ValueError: another layout is asked for.
+        ValueError: that is not so in the layout asked for, or leaves too few layers to the others.
     """
     if ranks.pipeline == 1:
         return None
+    if asked and asked[0] < num_free_layers:
+        raise ValueError(
+            f"parallel.pipeline_layout: its first stage has {asked[0]} layers, and must have the "
+            f"{num_free_layers} leading ones that are not run; give it as many, or auto."
+        )
+    if ranks.stages > (most := arch.num_layers - max(num_free_layers, 1) + 1):
+        raise ValueError(
+            f"parallel.pipeline_model_parallel_size = {ranks.pipeline}: {ranks.stages} stages need "
+            f"a layer each, but the first {num_free_layers} of this model's {arch.num_layers} are "
+            f"not run and share a stage; use {most} stages at most."
+        )
     few = samples.draw(SAMPLES, seed=config.train.seed)
     lengths, labels = zip(*((len(sample.ids), sample.num_labels) for sample in few), strict=True)
     costs = training_costs(
@@ -141,11 +152,6 @@ def cut(
         dense_passes=dense_passes,
         num_free_layers=num_free_layers,
     )
-    if asked and asked[0] < num_free_layers:
-        raise ValueError(
-            f"parallel.pipeline_layout: its first stage has {asked[0]} layers, and must have the "
-            f"{num_free_layers} leading ones that are not run; give it as many, or auto."
-        )
     layout = asked or cheapest_layout(costs, ranks.stages, in_first=num_free_layers)
     return Cut(
         layout, costs, ranks.pipeline, _micro_batches(config, ranks, sum(lengths) / len(few))
