@@ -124,24 +124,11 @@ def cut(
         samples: what is trained on.
         asked: the layout that the settings name (``asked_layout``), if they do.
         dense_passes: as in ``training_costs``.
-        num_free_layers: leading layers that are not run; all of them are on the first stage.
-
-    Raises:
-        ValueError: that is not so in the layout asked for, or leaves too few layers to the others.
+        num_free_layers: leading layers that are not run, wherever they are; on the first stage if
+            the others have enough without them.
     """
     if ranks.pipeline == 1:
         return None
-    if asked and asked[0] < num_free_layers:
-        raise ValueError(
-            f"parallel.pipeline_layout: its first stage has {asked[0]} layers, and must have the "
-            f"{num_free_layers} leading ones that are not run; give it as many, or auto."
-        )
-    if ranks.stages > (most := arch.num_layers - max(num_free_layers, 1) + 1):
-        raise ValueError(
-            f"parallel.pipeline_model_parallel_size = {ranks.pipeline}: {ranks.stages} stages need "
-            f"a layer each, but the first {num_free_layers} of this model's {arch.num_layers} are "
-            f"not run and share a stage; use {most} stages at most."
-        )
     few = samples.draw(SAMPLES, seed=config.train.seed)
     lengths, labels = zip(*((len(sample.ids), sample.num_labels) for sample in few), strict=True)
     costs = training_costs(
@@ -152,7 +139,9 @@ def cut(
         dense_passes=dense_passes,
         num_free_layers=num_free_layers,
     )
-    layout = asked or cheapest_layout(costs, ranks.stages, in_first=num_free_layers)
+    others = arch.num_layers - num_free_layers
+    in_first = num_free_layers if others >= ranks.stages - 1 else 1
+    layout = asked or cheapest_layout(costs, ranks.stages, in_first=in_first)
     return Cut(
         layout, costs, ranks.pipeline, _micro_batches(config, ranks, sum(lengths) / len(few))
     )

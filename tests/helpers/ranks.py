@@ -7,9 +7,12 @@ import pickle
 import time
 import traceback
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import torch.multiprocessing as mp
+
+_MEETINGS = count()
 
 
 def run_ranks(
@@ -65,13 +68,14 @@ def _rank(function: Callable, args: tuple, rank: int, world: int, folder: str) -
 def meet(
     *, tensor: int = 1, pipeline: int = 1, context: int = 1, virtual_pipeline: int | None = None
 ):
-    """Lay this job's ranks out (again, if they were); returns the topology."""
-    from megatron.core import parallel_state
+    """Lay this job's ranks out (again, if they were); returns the topology.
 
+    Groups of before are left: each has a thread that wakes a hundred times a second.
+    """
     from megatron_mod.parallel import topology
 
-    if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
+    topology.shutdown()
+    place = os.environ["MEET"] and f"{os.environ['MEET']}-{next(_MEETINGS)}"
     ranks = topology.plan(
         tensor=tensor,
         pipeline=pipeline,
@@ -79,5 +83,5 @@ def meet(
         virtual_pipeline=virtual_pipeline,
         world_size=int(os.environ["WORLD_SIZE"]),
     )
-    topology.initialize(ranks, init_method=os.environ["MEET"])
+    topology.initialize(ranks, init_method=place or None)
     return ranks
