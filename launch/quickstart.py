@@ -39,6 +39,10 @@ def arguments() -> argparse.Namespace:
         "--out", type=Path, default=ROOT / "runs" / "quickstart", help="folder for all results"
     )
     args = parser.parse_args()
+    if args.steps is not None and args.steps < 0:
+        parser.error(f"--steps {args.steps}: must be at least 0.")
+    if problem := NewFolder().problem(str(args.out)):
+        parser.error(f"--out {args.out}: {problem}.")
     if args.pipeline is None:
         alone = args.tensor > 1 or args.nproc == 1 or gpu_count() == 1
         args.pipeline = 1 if alone else 2
@@ -49,10 +53,6 @@ def arguments() -> argparse.Namespace:
             f"--nproc {args.nproc}: must be a multiple of --tensor {args.tensor} x "
             f"--pipeline {args.pipeline}, all of them at least 1."
         )
-    if args.steps is not None and args.steps < 0:
-        parser.error(f"--steps {args.steps}: must be at least 0.")
-    if problem := NewFolder().problem(str(args.out)):
-        parser.error(f"--out {args.out}: {problem}.")
     return args
 
 

@@ -18,7 +18,7 @@ from megatron_mod.calibration.search import Calibration
 from megatron_mod.calibration.thresholds_file import write_thresholds
 from megatron_mod.config.budget import BudgetRequest
 from megatron_mod.config.evaluation import TEXT_LENGTH
-from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
+from megatron_mod.config.model_folder import is_megatron
 from megatron_mod.evaluation.perplexity import holds_conversations, read_rows
 from megatron_mod.evaluation.rows import Row, evenly
 from megatron_mod.parallel.agree import on_first_rank
@@ -39,7 +39,7 @@ def calibrate(request: BudgetRequest, ranks: Topology) -> dict:
     before = model.backend.thresholds
     scope = request.scope or model.work.routing.scope
     timing = None
-    if isinstance(model.backend, HuggingFaceBackend) and ranks.world_size == 1:
+    if not is_megatron(request.load) and ranks.world_size == 1:
         timing = ExportTiming(model.backend.model, rows)
     tokens = sum(len(row.ids) for row in rows)
     print_once(f"{len(rows)} samples, {tokens} tokens of {request.data}; scope {scope}")

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_mod.checkpoint.manifest import MANIFEST
 from megatron_mod.config.model_folder import is_megatron
 from megatron_mod.conversion.hf_reader import read_config
-from megatron_mod.conversion.restore import restore_model
-from megatron_mod.conversion.source import open_source
 from megatron_mod.evaluation.backend import Backend
 from megatron_mod.evaluation.load import open_huggingface
-from megatron_mod.evaluation.megatron_backend import MegatronBackend
 from megatron_mod.evaluation.work import Work
-from megatron_mod.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from megatron_mod.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,11 @@ def load_routed(
     Raises:
         ValueError: also a model without routers.
     """
-    if is_megatron(load):
+    if is_megatron(load):  # an export has no use for these, which take seconds to import
+        from megatron_mod.conversion.restore import restore_model
+        from megatron_mod.conversion.source import open_source
+        from megatron_mod.evaluation.megatron_backend import MegatronBackend
+
         source = open_source(load, base=base)
         work, folder, name = Work(source.base.arch, source.routing), source.step, MANIFEST
     else:

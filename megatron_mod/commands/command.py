@@ -49,8 +49,10 @@ def mistakes_told(*, network: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ranks(options: Degrees) -> Iterator[Topology]:
+def ranks(options: Degrees, *, with_megatron: bool = True) -> Iterator[Topology]:
     """Join the ranks that ``torchrun`` started, for the block.
+
+    ``with_megatron``: whether they run Megatron-core, whose import takes seconds.
 
     Raises:
         ValueError: degrees that do not divide them.
@@ -61,5 +63,5 @@ def ranks(options: Degrees) -> Iterator[Topology]:
     from megatron_mod.parallel import topology
 
     found = topology.plan(**degrees, world_size=world_size)
-    with topology.joined(found):
+    with topology.joined(found, with_megatron=with_megatron):
         yield found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mod.commands.command import command, ranks
 from megatron_mod.config.evaluation import Request
+from megatron_mod.config.model_folder import is_megatron
 from megatron_mod.process import is_first_rank
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from megatron_mod.evaluation.tasks import find_tasks
 
             manager = find_tasks(request)
-        with ranks(request) as topology:
+        with ranks(request, with_megatron=is_megatron(request.load)) as topology:
             _evaluate(request, manager, topology)
 
 

@@ -56,7 +56,10 @@ class ReportOptions(RankOptions):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    with command(ReportOptions, arguments) as options, ranks(options) as topology:
+    with (
+        command(ReportOptions, arguments) as options,
+        ranks(options, with_megatron=not options.without_model) as topology,
+    ):
         from megatron_mod.parallel.agree import on_first_rank
         from megatron_mod.parallel.topology import print_once
         from megatron_mod.report.page import FIGURES, write_page

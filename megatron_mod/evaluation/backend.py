@@ -13,7 +13,6 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from megatron_mod.checkpoint.companions import read_json
 from megatron_mod.conversion.config_types import TOKENS, check_fields
@@ -21,6 +20,7 @@ from megatron_mod.evaluation.rows import Row, Score
 from megatron_mod.routing.scheme import Scheme
 
 T = TypeVar("T")
+GENERATION_CONFIG = "generation_config.json"
 NOT_FINITE = -1  # in a generated token's place: the logits were no numbers
 
 
@@ -259,9 +259,9 @@ def stop_tokens(tokenizer) -> frozenset[int]:
     """The tokens that end a text: the tokenizer's and those of its folder's generation settings."""
     found = {tokenizer.eos_token_id}
     folder = Path(tokenizer.name_or_path)
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        settings = read_json(folder, GENERATION_CONFIG_NAME)
-        check_fields(settings, {"eos_token_id": TOKENS}, folder / GENERATION_CONFIG_NAME)
+    if (folder / GENERATION_CONFIG).is_file():
+        settings = read_json(folder, GENERATION_CONFIG)
+        check_fields(settings, {"eos_token_id": TOKENS}, folder / GENERATION_CONFIG)
         more = settings.get("eos_token_id")
         found.update(more if isinstance(more, list) else [more])
     return frozenset(found - {None})

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from megatron_mod.config.model_folder import is_megatron
-from megatron_mod.conversion.restore import restore_model
-from megatron_mod.conversion.source import open_source
 from megatron_mod.evaluation.backend import Backend
-from megatron_mod.evaluation.huggingface import load_huggingface
-from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
-from megatron_mod.evaluation.megatron_backend import MegatronBackend
-from megatron_mod.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
+    from megatron_mod.parallel.topology import Topology
 
 
 def load_backend(
@@ -37,7 +36,11 @@ def load_backend(
     Raises:
         ValueError: nothing of the kind, or a setting that does not fit the model.
     """
-    if is_megatron(load):
+    if is_megatron(load):  # each kind imports what the other has no use for
+        from megatron_mod.conversion.restore import restore_model
+        from megatron_mod.conversion.source import open_source
+        from megatron_mod.evaluation.megatron_backend import MegatronBackend
+
         model = restore_model(open_source(load, base=base), ranks, dtype=getattr(torch, dtype))
         return MegatronBackend(*model, **settings)
     return open_huggingface(load, dtype, settings, trust_remote_code=trust_remote_code)
@@ -47,6 +50,9 @@ def open_huggingface(
     load: str | Path, dtype: str, settings: dict, *, trust_remote_code: bool = False
 ) -> HuggingFaceBackend:
     """A backend on a Hugging Face folder, whole on every rank; arguments of ``load_backend``."""
+    from megatron_mod.evaluation.huggingface import load_huggingface
+    from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
+
     model, tokenizer = load_huggingface(
         load, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
     )

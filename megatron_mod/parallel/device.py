@@ -9,6 +9,8 @@ import warnings
 
 import torch
 
+from megatron_mod.parallel import compiling
+
 HAS_GPU = torch.cuda.is_available()
 
 
@@ -25,14 +27,17 @@ def prepare() -> None:
     ):
         warnings.filterwarnings("ignore", message=harmless)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    compiling.put_off()
     if not HAS_GPU:
         from megatron_mod.parallel import cpu
 
         cpu.install()
 
 
-def select() -> None:
-    """Take this rank's device; call once Megatron-core is imported, before groups are made.
+def select(*, with_megatron: bool = True) -> None:
+    """Take this rank's device; call before groups are made.
+
+    ``with_megatron``: whether Megatron-core is going to be used.
 
     Raises:
         ValueError: more ranks on this machine than GPUs.
@@ -40,7 +45,8 @@ def select() -> None:
     if not HAS_GPU:
         from megatron_mod.parallel import cpu
 
-        cpu.patch_megatron()
+        if with_megatron:
+            cpu.patch_megatron()
         return
     local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local_rank >= count:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mod.config.ranks import check_ranks
 from megatron_mod.parallel import device
 from megatron_mod.parallel.heartbeat import Heartbeat
 from megatron_mod.process import Stopped
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 TIMEOUT = 10.0  # minutes
 _store: dist.Store | None = None
@@ -114,6 +117,7 @@ def initialize(
     init_method: str | None = None,
     minutes: float = TIMEOUT,
     setting: str = "",
+    with_megatron: bool = True,
 ) -> None:
     """Join the job and create Megatron's process groups.
 
@@ -122,11 +126,13 @@ def initialize(
 
     Args:
         minutes, setting: as in ``meet``; every group's collectives fail after so many minutes too.
+        with_megatron: whether Megatron-core is used, whose import takes seconds; without, there are
+            no groups but that of all ranks.
 
     Raises:
         ValueError: more ranks on this machine than GPUs, or ranks that do not come.
     """
-    device.select()
+    device.select(with_megatron=with_megatron)
     if not dist.is_initialized():
         if init_method is None:
             meet(minutes=minutes, setting=setting)
@@ -140,6 +146,11 @@ def initialize(
             world_size=topology.world_size,
             timeout=timedelta(minutes=minutes),
         )
+    torch.manual_seed(seed)
+    if not with_megatron:
+        return
+    from megatron.core import parallel_state, tensor_parallel
+
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor,
         pipeline_model_parallel_size=topology.pipeline,
@@ -147,12 +158,13 @@ def initialize(
         context_parallel_size=topology.context,
         distributed_timeout_minutes=minutes,
     )
-    torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def process_groups() -> ProcessGroupCollection:
     """The groups that ``initialize`` made this rank a member of."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
@@ -191,7 +203,10 @@ def shutdown() -> None:
         dist.barrier()  # torchrun would wait for one that stops here for ever
         _heartbeat.stop()
     _store = _heartbeat = None
-    parallel_state.destroy_model_parallel()
+    if "megatron.core" in sys.modules:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -8,6 +8,7 @@ from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment
 from matplotlib.figure import Figure
@@ -15,8 +16,10 @@ from matplotlib.figure import Figure
 from megatron_mod.calibration.figure import quality_against_work
 from megatron_mod.checkpoint.folders import write_durably
 from megatron_mod.report import figures
-from megatron_mod.report.measured import Measured
 from megatron_mod.report.run import Run
+
+if TYPE_CHECKING:
+    from megatron_mod.report.measured import Measured
 
 PAGE, FIGURES = "report.html", "report"
 
