@@ -10,7 +10,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from multiprocessing import connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import fmean, median
 
@@ -52,7 +53,8 @@ class Process:
     ) -> None:
         self.way = way
         context = multiprocessing.get_context("spawn")
-        self.pipes, self.processes = [], []
+        self.pipes: list[Connection] = []
+        self.processes: list[BaseProcess] = []
         (scratch / f"{way}.meet").unlink(missing_ok=True)
         for rank in range(ranks):
             ours, theirs = context.Pipe()
@@ -72,17 +74,18 @@ class Process:
 
     def _answers(self) -> list:
         """What each rank sends next; where one has failed, the end, with what its status says."""
-        answers: dict = {}
+        answers: dict[int, object] = {}
         while len(answers) < len(self.pipes):
-            waiting = [pipe for pipe in self.pipes if pipe not in answers]
-            for pipe in connection.wait(waiting):
-                try:
-                    answers[pipe] = pipe.recv()
-                except EOFError:
-                    self._fail(self.processes[self.pipes.index(pipe)])
-        return [answers[pipe] for pipe in self.pipes]
+            ready = wait([pipe for rank, pipe in enumerate(self.pipes) if rank not in answers])
+            for rank, pipe in enumerate(self.pipes):
+                if pipe in ready:
+                    try:
+                        answers[rank] = pipe.recv()
+                    except EOFError:
+                        self._fail(self.processes[rank])
+        return [answers[rank] for rank in range(len(self.pipes))]
 
-    def _fail(self, failed: multiprocessing.process.BaseProcess) -> None:
+    def _fail(self, failed: BaseProcess) -> None:
         failed.join()
         for process in self.processes:
             process.terminate()
@@ -113,29 +116,30 @@ def compare(
         folder: where to work (``None``: the temporary folder).
     """
     cores = os.cpu_count() or 1
-    dtype = setup.dtype or ("bfloat16" if device.HAS_GPU else "float32")
-    setup = replace(setup, dtype=dtype)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        processes, started, filled = {}, {}, {}
-        wanted = None
+    setup = replace(setup, dtype=setup.dtype or ("bfloat16" if device.HAS_GPU else "float32"))
+    wanted, filling = None, None
+    with tempfile.TemporaryDirectory(dir=folder) as working:
+        scratch = Path(working)
+
+        def start(way: str, *more: str) -> Process:
+            ranks = 1 if way == REFERENCE or WAYS[way].is_plain else setup.ranks
+            share = threads or max(1, cores // ranks)
+            options = [*setup.options(way, scratch), *more]
+            return Process(way, options, ranks=ranks, threads=share, scratch=scratch)
+
         if reference:
-            options = setup.options(REFERENCE, Path(scratch))
-            alone = {"threads": threads or cores, "scratch": Path(scratch)}
-            process = Process(REFERENCE, options, ranks=1, **alone)
+            process = start(REFERENCE)
             wanted = process.run(Round(0, 1))[0].gradient
             process.end()
+        processes: dict[str, Process] = {}
         for way in tqdm(ways, desc="starting", unit="way"):
-            ranks = 1 if WAYS[way].is_plain else setup.ranks
-            of = {"ranks": ranks, "threads": threads or max(1, cores // ranks)}
-            of["scratch"] = Path(scratch)
-            options = setup.options(way, Path(scratch))
-            if WAYS[way].fills_cache and not filled:  # those after it find the cache full
-                first = Process(way, options, **of)
-                filled[way] = first.seconds
+            if filling is None and WAYS[way].fills_cache:
+                first = start(way, f"--checkpoint.save={scratch / 'filling'}")
                 first.end()
-                options.append(f"--checkpoint.save={scratch}/{way}_again")
-            processes[way] = Process(way, options, **of)
-            started[way] = processes[way].seconds
+                processes[way] = start(way)  # which finds the cache full, as those after it do
+                filling = (way, first.seconds - processes[way].seconds)
+            else:
+                processes[way] = start(way)
         rounds = take_turns(processes, setup)
         for process in processes.values():
             process.end()
@@ -143,10 +147,11 @@ def compare(
     report["device"] = device.describe()
     conditions = report["conditions"]
     conditions.update(describe(setup, ways, threads=threads, cores=cores))
-    conditions["start_seconds"] = started
-    for way, seconds in filled.items():
-        tokens = sum(measured[0].tokens for measured in rounds[way])
-        conditions["prefix_filling"] = {"seconds": seconds - started[way], "tokens": tokens}
+    conditions["start_seconds"] = {way: process.seconds for way, process in processes.items()}
+    if filling:
+        way, seconds = filling
+        tokens = sum(answers[0].tokens for answers in rounds[way])
+        conditions["prefix_filling"] = {"seconds": seconds, "tokens": tokens}
     print(table(report), flush=True)
     return report
 
@@ -176,32 +181,36 @@ def summarise(
         rounds: of each way, as ``take_turns`` gives them.
         wanted: the reference's gradient; ``None``: there is none.
     """
-    found, conditions = {}, {key: {} for key in OF_WAYS}
+    found: dict[str, dict[str, float | None]] = {}
+    conditions: dict[str, dict[str, object]] = {key: {} for key in OF_WAYS}
     for way, (first, *timed, counted) in rounds.items():
         speeds = [answers[0].tokens / max(a.seconds for a in answers) for answers in timed]
         rates = [sum(a.rate for a in answers) for answers in timed]
-        flops = sum(a.flops for a in counted) / counted[0].tokens
+        flops = sum(a.flops or 0 for a in counted) / counted[0].tokens
         everything = [a for answers in (first, *timed) for a in answers]
-        peaks = [a.peak for a in everything]
-        missing = WAYS[way].no_gradient or (None if wanted else "the reference was left out")
+        peaks = [a.peak for a in everything if a.peak is not None]
+        kept = [answers[0].capacity for answers in timed if answers[0].capacity is not None]
+        ours, missing = first[0].gradient, WAYS[way].no_gradient
+        if wanted is None:
+            missing = missing or "the reference was left out"
         found[way] = {
             "tokens_per_second": median(speeds),
-            "peak_memory_gb": None if None in peaks else max(peaks) / 1e9,
+            "peak_memory_gb": max(peaks) / 1e9 if peaks else None,
             "mflop_per_token": flops / 1e6,
             "share_of_matmul_rate": median(
                 flops * speed / rate for speed, rate in zip(speeds, rates, strict=True)
             ),
-            "router_gradient_max_rel": None if missing else max_rel(first[0].gradient, wanted),
+            "router_gradient_max_rel": None if missing else max_rel(ours or [], wanted or []),
         }
         notes = {
             "router_gradient_missing": missing,
             "tokens_per_second_range": [min(speeds), max(speeds)],
             "matmul_gflops": median(rates) / 1e9,
-            "resident_gb": max((a.resident for a in everything if a.resident), default=0) / 1e9,
-            "capacity": fmean(a[0].capacity for a in timed) if timed[0][0].capacity else None,
+            "resident_gb": max(a.resident or 0 for a in everything) / 1e9 or None,
+            "capacity": fmean(kept) if kept else None,
         }
         for key, value in notes.items():
-            if value:
+            if value is not None:
                 conditions[key][way] = value
     return {"ways": found, "device": "", "conditions": conditions}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ class MaskedUpdate:
     ``m = 1 if p >= t else 0`` with ``p = sigmoid(w . norm(x))``; backward ``dL/dp = dL/dm``.
     """
 
-    def __init__(self, layer: torch.nn.Module, *, target: str, threshold: float) -> None:
-        """``target``: ``attn``, ``mlp`` or ``block``."""
+    def __init__(self, layer: Any, *, target: str, threshold: float) -> None:
+        """``layer``: of Transformers; ``target``: ``attn``, ``mlp`` or ``block``."""
         self.target, self.threshold = target, threshold
         norm = layer.input_layernorm.weight
         self.weight = torch.zeros(1, len(norm), device=norm.device, dtype=wide(norm.dtype))
@@ -74,14 +75,13 @@ class Plain:
             dtype: of frozen weights and activations.
         """
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = AutoModelForCausalLM.from_pretrained(
-            config.model.hf_path,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            local_files_only=True,
-        ).to(device)
+        folder = str(config.model.hf_path)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        )
+        self.model = model.to(device)
         shape = self.model.config
-        tokenizer = load_tokenizer(config.model.hf_path, vocab_size=shape.vocab_size)
+        tokenizer = load_tokenizer(folder, vocab_size=shape.vocab_size)
         samples, _ = load_data(config.data, tokenizer, seed=config.train.seed)
         self.loader = Loader(
             samples,
@@ -97,8 +97,8 @@ class Plain:
             self.model.requires_grad_(False)
             layers = resolve_layers(config.router.layers, num_layers=shape.num_hidden_layers)
             target = config.router.granularity.removesuffix("_token")
-            of = {"target": target, "threshold": config.router.threshold}
-            added = [MaskedUpdate(self.model.model.layers[layer], **of) for layer in layers]
+            threshold, decoder = config.router.threshold, self.model.model.layers
+            added = [MaskedUpdate(decoder[n], target=target, threshold=threshold) for n in layers]
             self.routers = [one.weight for one in added]
         if way == "published":
             self.model.enable_input_require_grads()
@@ -113,7 +113,8 @@ class Plain:
             self._loss(micro_batch.to(self.model.device), batch.num_labels).backward()
         gradient = None
         if self.routers:
-            gradient = torch.cat([weight.grad.detach().clone() for weight in self.routers])
+            found = [weight.grad for weight in self.routers]
+            gradient = torch.cat([grad for grad in found if grad is not None])
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -18,6 +18,9 @@ from megatron_mod.commands.command import mistakes_told
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
+    from megatron_mod.benchmark.training_ours import Ours
+    from megatron_mod.benchmark.training_plain import Plain
+
 RATE_SECONDS = 0.2  # for which matrix products are repeated
 
 
@@ -107,6 +110,7 @@ class Runner:
         self.dtype = getattr(torch, config.model.dtype)
         if way == REFERENCE:
             way, self.dtype = "published_stop", torch.float64
+        self.training: Plain | Ours
         if WAYS[way].is_plain:
             from megatron_mod.benchmark.training_plain import Plain
 
@@ -118,7 +122,7 @@ class Runner:
             started = time.perf_counter()
             self.training = Ours(config, stack, meet=place.scratch / f"{way}.meet")
         self.seconds = time.perf_counter() - started
-        self.mapped = [Path(config.model.hf_path), place.scratch]
+        self.mapped = [Path(str(config.model.hf_path)), place.scratch]
 
     def run(self, asked: Round) -> Measured:
         """A round: the rate of matrix products, then the steps."""

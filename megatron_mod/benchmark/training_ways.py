@@ -8,7 +8,7 @@ formula in plain Transformers in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -40,7 +40,7 @@ class Way:
 
     what: str
     is_plain: bool = False
-    settings: dict[str, object] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     no_gradient: str | None = None
 
     @property
@@ -50,7 +50,7 @@ class Way:
 
 WARM_UP = 3  # steps; routers with biases have come to their capacity by then
 REFERENCE = "reference"
-CACHE = {"train.frozen_prefix": "cache"}
+CACHE: Mapping[str, object] = {"train.frozen_prefix": "cache"}
 WAYS = {
     "published": Way(
         "plain Transformers: update times a straight-through mask, gradients from the embeddings",

@@ -24,8 +24,9 @@ def put_off() -> None:
 
 @functools.wraps(_compile)
 def _when_called(model: Callable | None = None, **options: Any) -> Callable:
-    is_function = isinstance(model, types.FunctionType)
-    if not is_function or not model.__module__.startswith("megatron.core."):
+    if not isinstance(model, types.FunctionType):
+        return _compile(model, **options)
+    if not model.__module__.startswith("megatron.core."):
         return _compile(model, **options)
     compiled: Callable | None = None
 

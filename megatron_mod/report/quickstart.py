@@ -61,7 +61,7 @@ def build_report(
     context = min(CONTEXT, dense.config.max_position_embeddings - speed.NEW_TOKENS)
     prompts = long_prompts(tokenizer, length=context, count=PROMPTS)
     shown = tqdm(prompts, desc="timing", unit="prompt")
-    timing = speed.compare([dense, routed], shown, prefills=PREFILLS)
+    timings = speed.compare([dense, routed], shown, prefills=PREFILLS)
     capacity_there, counted = prompt_work(routed, work, prompts)
 
     with_dense = perplexity(HuggingFaceBackend(dense, tokenizer), rows["held_out"])
@@ -109,15 +109,17 @@ def build_report(
             "context_tokens": context,
             "capacity": capacity_there,
             "counted": counted,
-            **{phase: beside(*timing, phase) for phase in ("prefill", "decode")},
+            **{phase: beside(timings, phase) for phase in ("prefill", "decode")},
         },
         "export_path": str(Path(export).resolve()),
     }
 
 
-def beside(dense: speed.Timing, routed: speed.Timing, phase: str) -> dict:
-    """The two models' median times of ``prefill`` or ``decode``, and what they say."""
-    found = speed.speedup(*(getattr(timing, f"{phase}s") for timing in (dense, routed)))
+def beside(timings: Sequence[speed.Timing], phase: str) -> dict:
+    """Median times of ``prefill`` or ``decode`` of the dense and the routed model, and what they
+    say."""
+    dense, routed = timings
+    found = speed.speedup(getattr(dense, f"{phase}s"), getattr(routed, f"{phase}s"))
     return {
         "dense_s": getattr(dense, f"{phase}_s"),
         "routed_s": getattr(routed, f"{phase}_s"),

@@ -234,8 +234,8 @@ def test_a_speedup_is_told_and_what_both_feel_does_not_hide_it():
 
 def test_the_quickstart_says_when_there_is_no_difference():
     def shown(dense: list[float], routed: list[float]) -> tuple[dict, str]:
-        timings = (speed.Timing(times, [1.0]) for times in (dense, routed))
-        found = quickstart.beside(*timings, "prefill")
+        timings = [speed.Timing(times, [1.0]) for times in (dense, routed)]
+        found = quickstart.beside(timings, "prefill")
         return found, quickstart.in_words(found)
 
     found, words = shown([1.1] * 10 + [0.9] * 10, [1.0] * 20)
