@@ -18,7 +18,7 @@ from megatron_mod.calibration.search import Calibration, Point
 from megatron_mod.checkpoint.folders import write_durably
 from megatron_mod.config import cli
 from megatron_mod.config.model_folder import is_megatron
-from megatron_mod.config.recipes import PUBLISHED, as_options
+from megatron_mod.config.recipes import NO_STAND_INS, PUBLISHED, as_options
 from megatron_mod.evaluation.perplexity import read_rows
 from megatron_mod.evaluation.rows import Row, evenly
 from megatron_mod.evaluation.static import METHOD, Greedy, thresholds_without
@@ -44,7 +44,7 @@ class Setup:
         samples: of each text, at most.
         max_length: tokens a sample is cut to.
         recipe: settings of every training.
-        settings: further ones, as on a training's command line.
+        settings: further ones, as on a training's command line; what is compared wins.
     """
 
     load: Path
@@ -70,9 +70,8 @@ class Setup:
                 "data.max_length": self.max_length,
                 "checkpoint.save": folder,
                 **self.recipe,
-                **changes,
             }
-            config = cli.parse([*as_options(options), *self.settings])
+            config = cli.parse([*as_options(options), *self.settings, *as_options(changes)])
             plan = prepare(config)
             with topology.joined(plan.topology, seed=config.train.seed):
                 train(config, plan)
@@ -226,7 +225,7 @@ def _remove(
     changes = {
         **UNTRAINED,
         "router.granularity": f"{target}_token",
-        "router.stand_in": "linear" if stand_ins else "none",
+        **({"router.stand_in": "linear"} if stand_ins else NO_STAND_INS),
     }
     run = setup.run(f"static_{target}_{'with' if stand_ins else 'without'}_stand_ins", **changes)
     kind = f"static {target} {'with' if stand_ins else 'without'} stand-ins"

@@ -21,6 +21,7 @@ def test_trains_measures_and_goes_on(tmp_path, single_process, monkeypatch):
         "--load", trainer.base, "--train", trainer.text, "--texts", trainer.text, text,
         "--out", tmp_path / "out", "--budgets", "attn_token:0.5", "--seeds", 0, "--layers", 2,
         "--samples", 8, "--max_length", 32, "--steps", 2,
+        "--router.stand_in_tokens", 64,
     ]  # fmt: skip
     assert run_tool(monkeypatch, "benchmark_quality", *words) == 0
     first = (tmp_path / "out" / "quality.json").read_text()
