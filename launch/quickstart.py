@@ -141,6 +141,8 @@ def main() -> None:
     overrides += ["--data.validation", data / "validation.jsonl"]
     overrides += ["--parallel.tensor_model_parallel_size", args.tensor]
     overrides += ["--parallel.pipeline_model_parallel_size", args.pipeline]
+    if arch.num_layers > 2:  # below the first routed layer there is something to keep
+        overrides += ["--train.frozen_prefix", "cache", "--train.prefix_cache", out / "prefix"]
     if args.steps is not None:
         overrides += ["--train.steps", args.steps]
     steps.say(f"3/6 Training routers (tensor {args.tensor} x pipeline {args.pipeline})")

@@ -10,8 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing import connection
 from pathlib import Path
 from statistics import fmean, median
 
@@ -48,17 +47,15 @@ class Process:
     """A way's processes, which wait while others are at work; ``seconds``: what their start took,
     imports left out."""
 
-    def __init__(
-        self, way: str, options: Sequence[str], *, ranks: int, threads: int, scratch: Path
-    ) -> None:
+    def __init__(self, way: str, options: Sequence[str], first: Place) -> None:
+        """``first``: the place of rank 0, from which the others' differ in the rank."""
         self.way = way
         context = multiprocessing.get_context("spawn")
-        self.pipes: list[Connection] = []
-        self.processes: list[BaseProcess] = []
-        (scratch / f"{way}.meet").unlink(missing_ok=True)
-        for rank in range(ranks):
+        self.pipes, self.processes = [], []
+        (first.scratch / f"{way}.meet").unlink(missing_ok=True)
+        for rank in range(first.ranks):
             ours, theirs = context.Pipe()
-            place = Place(rank, ranks, threads, scratch)
+            place = replace(first, rank=rank)
             process = context.Process(target=work, args=(way, options, place, theirs), daemon=True)
             process.start()
             theirs.close()  # so that its end is noticed
@@ -74,18 +71,19 @@ class Process:
 
     def _answers(self) -> list:
         """What each rank sends next; where one has failed, the end, with what its status says."""
-        answers: dict[int, object] = {}
+        answers: dict = {}
         while len(answers) < len(self.pipes):
-            ready = wait([pipe for rank, pipe in enumerate(self.pipes) if rank not in answers])
-            for rank, pipe in enumerate(self.pipes):
-                if pipe in ready:
-                    try:
-                        answers[rank] = pipe.recv()
-                    except EOFError:
-                        self._fail(self.processes[rank])
-        return [answers[rank] for rank in range(len(self.pipes))]
+            ready = connection.wait([pipe for pipe in self.pipes if pipe not in answers])
+            for pipe, process in zip(self.pipes, self.processes, strict=True):
+                if pipe not in ready:
+                    continue
+                try:
+                    answers[pipe] = pipe.recv()
+                except EOFError:
+                    self._fail(process)
+        return [answers[pipe] for pipe in self.pipes]
 
-    def _fail(self, failed: BaseProcess) -> None:
+    def _fail(self, failed: multiprocessing.process.BaseProcess) -> None:
         failed.join()
         for process in self.processes:
             process.terminate()
@@ -116,30 +114,30 @@ def compare(
         folder: where to work (``None``: the temporary folder).
     """
     cores = os.cpu_count() or 1
-    setup = replace(setup, dtype=setup.dtype or ("bfloat16" if device.HAS_GPU else "float32"))
-    wanted, filling = None, None
-    with tempfile.TemporaryDirectory(dir=folder) as working:
-        scratch = Path(working)
-
-        def start(way: str, *more: str) -> Process:
-            ranks = 1 if way == REFERENCE or WAYS[way].is_plain else setup.ranks
-            share = threads or max(1, cores // ranks)
-            options = [*setup.options(way, scratch), *more]
-            return Process(way, options, ranks=ranks, threads=share, scratch=scratch)
-
+    dtype = setup.dtype or ("bfloat16" if device.HAS_GPU else "float32")
+    setup = replace(setup, dtype=dtype)
+    processes: dict[str, Process] = {}
+    started: dict[str, float] = {}
+    filled: dict[str, float] = {}
+    wanted = None
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        scratch = Path(name)
         if reference:
-            process = start(REFERENCE)
+            options = setup.options(REFERENCE, scratch)
+            process = Process(REFERENCE, options, Place(0, 1, threads or cores, scratch))
             wanted = process.run(Round(0, 1))[0].gradient
             process.end()
-        processes: dict[str, Process] = {}
         for way in tqdm(ways, desc="starting", unit="way"):
-            if filling is None and WAYS[way].fills_cache:
-                first = start(way, f"--checkpoint.save={scratch / 'filling'}")
+            ranks = 1 if WAYS[way].is_plain else setup.ranks
+            place = Place(0, ranks, threads or max(1, cores // ranks), scratch)
+            options = setup.options(way, scratch)
+            if WAYS[way].fills_cache and not filled:  # those after it find the cache full
+                first = Process(way, options, place)
+                filled[way] = first.seconds
                 first.end()
-                processes[way] = start(way)  # which finds the cache full, as those after it do
-                filling = (way, first.seconds - processes[way].seconds)
-            else:
-                processes[way] = start(way)
+                options.append(f"--checkpoint.save={scratch}/{way}_again")
+            processes[way] = Process(way, options, place)
+            started[way] = processes[way].seconds
         rounds = take_turns(processes, setup)
         for process in processes.values():
             process.end()
@@ -147,11 +145,10 @@ def compare(
     report["device"] = device.describe()
     conditions = report["conditions"]
     conditions.update(describe(setup, ways, threads=threads, cores=cores))
-    conditions["start_seconds"] = {way: process.seconds for way, process in processes.items()}
-    if filling:
-        way, seconds = filling
-        tokens = sum(answers[0].tokens for answers in rounds[way])
-        conditions["prefix_filling"] = {"seconds": seconds, "tokens": tokens}
+    conditions["start_seconds"] = started
+    for way, seconds in filled.items():
+        tokens = sum(measured[0].tokens for measured in rounds[way])
+        conditions["prefix_filling"] = {"seconds": seconds - started[way], "tokens": tokens}
     print(table(report), flush=True)
     return report
 
@@ -181,36 +178,42 @@ def summarise(
         rounds: of each way, as ``take_turns`` gives them.
         wanted: the reference's gradient; ``None``: there is none.
     """
-    found: dict[str, dict[str, float | None]] = {}
-    conditions: dict[str, dict[str, object]] = {key: {} for key in OF_WAYS}
+    found: dict[str, dict] = {}
+    conditions: dict[str, dict] = {key: {} for key in OF_WAYS}
     for way, (first, *timed, counted) in rounds.items():
         speeds = [answers[0].tokens / max(a.seconds for a in answers) for answers in timed]
         rates = [sum(a.rate for a in answers) for answers in timed]
-        flops = sum(a.flops or 0 for a in counted) / counted[0].tokens
+        operations = [a.flops for a in counted if a.flops is not None]
+        assert len(operations) == len(counted)
+        flops = sum(operations) / counted[0].tokens
         everything = [a for answers in (first, *timed) for a in answers]
         peaks = [a.peak for a in everything if a.peak is not None]
-        kept = [answers[0].capacity for answers in timed if answers[0].capacity is not None]
-        ours, missing = first[0].gradient, WAYS[way].no_gradient
-        if wanted is None:
-            missing = missing or "the reference was left out"
+        kept = [a[0].capacity for a in timed if a[0].capacity is not None]
+        missing = WAYS[way].no_gradient or (None if wanted else "the reference was left out")
+        difference = None
+        if not missing:
+            gradient = first[0].gradient
+            assert gradient is not None
+            assert wanted is not None
+            difference = max_rel(gradient, wanted)
         found[way] = {
             "tokens_per_second": median(speeds),
-            "peak_memory_gb": max(peaks) / 1e9 if peaks else None,
+            "peak_memory_gb": max(peaks) / 1e9 if len(peaks) == len(everything) else None,
             "mflop_per_token": flops / 1e6,
             "share_of_matmul_rate": median(
                 flops * speed / rate for speed, rate in zip(speeds, rates, strict=True)
             ),
-            "router_gradient_max_rel": None if missing else max_rel(ours or [], wanted or []),
+            "router_gradient_max_rel": difference,
         }
         notes = {
             "router_gradient_missing": missing,
             "tokens_per_second_range": [min(speeds), max(speeds)],
             "matmul_gflops": median(rates) / 1e9,
-            "resident_gb": max(a.resident or 0 for a in everything) / 1e9 or None,
+            "resident_gb": max((a.resident for a in everything if a.resident), default=0) / 1e9,
             "capacity": fmean(kept) if kept else None,
         }
         for key, value in notes.items():
-            if value is not None:
+            if value:
                 conditions[key][way] = value
     return {"ways": found, "device": "", "conditions": conditions}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,21 +27,28 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def gradient_of(weight: Tensor) -> Tensor:
+    """A copy of what a backward pass has left."""
+    assert weight.grad is not None
+    return weight.grad.detach().clone()
+
+
 class MaskedUpdate:
     """Multiplies what a decoder layer of Transformers adds to its input, or one of its two parts,
     by a straight-through mask of each token (Router-Tuning, arXiv 2410.13184):
     ``m = 1 if p >= t else 0`` with ``p = sigmoid(w . norm(x))``; backward ``dL/dp = dL/dm``.
     """
 
-    def __init__(self, layer: Any, *, target: str, threshold: float) -> None:
-        """``layer``: of Transformers; ``target``: ``attn``, ``mlp`` or ``block``."""
+    def __init__(self, layer: torch.nn.Module, *, target: str, threshold: float) -> None:
+        """``target``: ``attn``, ``mlp`` or ``block``."""
         self.target, self.threshold = target, threshold
-        norm = layer.input_layernorm.weight
+        norm = layer.get_parameter("input_layernorm.weight")
         self.weight = torch.zeros(1, len(norm), device=norm.device, dtype=wide(norm.dtype))
         self.weight.requires_grad_()
-        layer.input_layernorm.register_forward_hook(self._decide)
-        layer.self_attn.register_forward_hook(partial(self._masked, part="attn"))
-        layer.mlp.register_forward_hook(partial(self._masked, part="mlp"))
+        layer.get_submodule("input_layernorm").register_forward_hook(self._decide)
+        attention, mlp = (layer.get_submodule(name) for name in ("self_attn", "mlp"))
+        attention.register_forward_hook(partial(self._masked, part="attn"))
+        mlp.register_forward_hook(partial(self._masked, part="mlp"))
         if target == "block":
             layer.register_forward_hook(self._block)
 
@@ -74,14 +81,17 @@ class Plain:
             way: ``published``, ``published_stop`` or ``full``.
             dtype: of frozen weights and activations.
         """
+        assert config.model.hf_path is not None
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = str(config.model.hf_path)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        self.model = AutoModelForCausalLM.from_pretrained(
+            config.model.hf_path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
         )
-        self.model = model.to(device)
+        cast(torch.nn.Module, self.model).to(device)  # Transformers' own has lost its signature
         shape = self.model.config
-        tokenizer = load_tokenizer(folder, vocab_size=shape.vocab_size)
+        tokenizer = load_tokenizer(config.model.hf_path, vocab_size=shape.vocab_size)
         samples, _ = load_data(config.data, tokenizer, seed=config.train.seed)
         self.loader = Loader(
             samples,
@@ -97,9 +107,10 @@ class Plain:
             self.model.requires_grad_(False)
             layers = resolve_layers(config.router.layers, num_layers=shape.num_hidden_layers)
             target = config.router.granularity.removesuffix("_token")
-            threshold, decoder = config.router.threshold, self.model.model.layers
-            added = [MaskedUpdate(decoder[n], target=target, threshold=threshold) for n in layers]
-            self.routers = [one.weight for one in added]
+            for number in layers:
+                layer = self.model.get_submodule(f"model.layers.{number}")
+                added = MaskedUpdate(layer, target=target, threshold=config.router.threshold)
+                self.routers.append(added.weight)
         if way == "published":
             self.model.enable_input_require_grads()
         self.trained = self.routers or list(self.model.parameters())
@@ -113,8 +124,7 @@ class Plain:
             self._loss(micro_batch.to(self.model.device), batch.num_labels).backward()
         gradient = None
         if self.routers:
-            found = [weight.grad for weight in self.routers]
-            gradient = torch.cat([grad for grad in found if grad is not None])
+            gradient = torch.cat([gradient_of(weight) for weight in self.routers])
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

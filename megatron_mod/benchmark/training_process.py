@@ -99,6 +99,8 @@ def _received(connection: Connection) -> Round | None:
 class Runner:
     """A way's training and the measurements around it; ``seconds``: what its start took."""
 
+    training: Plain | Ours
+
     def __init__(
         self, way: str, options: Sequence[str], place: Place, stack: contextlib.ExitStack
     ) -> None:
@@ -107,10 +109,10 @@ class Runner:
         from megatron_mod.config import cli
 
         config = cli.parse(list(options))
+        assert config.model.hf_path is not None
         self.dtype = getattr(torch, config.model.dtype)
         if way == REFERENCE:
             way, self.dtype = "published_stop", torch.float64
-        self.training: Plain | Ours
         if WAYS[way].is_plain:
             from megatron_mod.benchmark.training_plain import Plain
 
@@ -122,7 +124,7 @@ class Runner:
             started = time.perf_counter()
             self.training = Ours(config, stack, meet=place.scratch / f"{way}.meet")
         self.seconds = time.perf_counter() - started
-        self.mapped = [Path(str(config.model.hf_path)), place.scratch]
+        self.mapped = [Path(config.model.hf_path), place.scratch]
 
     def run(self, asked: Round) -> Measured:
         """A round: the rate of matrix products, then the steps."""

@@ -50,7 +50,7 @@ class Way:
 
 WARM_UP = 3  # steps; routers with biases have come to their capacity by then
 REFERENCE = "reference"
-CACHE: Mapping[str, object] = {"train.frozen_prefix": "cache"}
+CACHE = {"train.frozen_prefix": "cache"}
 WAYS = {
     "published": Way(
         "plain Transformers: update times a straight-through mask, gradients from the embeddings",
