@@ -44,7 +44,8 @@ class Router(nn.Module):
     def note_inputs(self, inputs: Tensor, valid: Tensor) -> None:
         """Keep what units ``[..., H]`` were decided on, those of them that are ``valid`` ``[...]``
         ones."""
-        self.noted.append((inputs.detach().flatten(0, -2), valid.flatten()))
+        # What lies between the units that are kept must not stay with them.
+        self.noted.append((inputs.detach().contiguous().flatten(0, -2), valid.flatten()))
 
     @torch.no_grad()
     def scores(self) -> Tensor:

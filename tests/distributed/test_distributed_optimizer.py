@@ -67,6 +67,7 @@ def require_close(run: Path, whole: Path) -> None:
     assert saved(run, STEPS)[1]["optimizer_steps"] == STEPS
 
 
+@pytest.mark.slow  # the other test of this kind has ranks that own nothing besides
 def test_ranks_with_several_routers_go_on_to_the_last_bit(trainer, tmp_path):
     whole, again, plain, alone = (tmp_path / name for name in ("whole", "again", "plain", "alone"))
     jobs = [

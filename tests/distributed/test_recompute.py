@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def step(case, routing, recompute: str) -> tuple[dict, dict, Counter]:
             batch,
             routing,
             controller=CapacityController(routing),
-            note_scores=True,
+            note_units=True,
         )
     gradients, noted = {}, {}
     for index, layer in model.routed_layers().items():
@@ -91,8 +92,7 @@ def step(case, routing, recompute: str) -> tuple[dict, dict, Counter]:
             if parameter.requires_grad:
                 gradients[index, name] = parameter.main_grad.clone()
         router = layer.router
-        scores = [found.nan_to_num(torch.inf) for found in router.scores]
-        noted[index] = [router.kept, router.valid, router.pull, router.read, *scores]
+        noted[index] = [router.kept, router.valid, router.pull, *chain(*router.noted)]
     return gradients, noted, kept
 
 

@@ -158,6 +158,7 @@ def catches(pid: int, number: int) -> bool:
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
+@pytest.mark.slow
 def test_one_rank_with_nothing_to_train_is_signalled_and_all_save(trainer, tmp_path):
     run = tmp_path / "run"
     settings = {

@@ -38,7 +38,7 @@ def smollm2(tmp_path_factory, single_process):
 
 @pytest.mark.parametrize(
     "topology",
-    [{}, pytest.param({"tensor": 3}, marks=pytest.mark.slow), {"pipeline": 2}],
+    [{}, *(pytest.param(d, marks=pytest.mark.slow) for d in ({"tensor": 3}, {"pipeline": 2}))],
     ids=["one_rank", "tensor_3", "pipeline_2"],
 )
 def test_megatron_logits_equal_hugging_face(smollm2, topology, tmp_path):
