@@ -42,6 +42,12 @@ class MicroBatch:
         return self.map(lambda tensor: tensor.to(device))
 
 
+def label_places(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Row and column ``[N]`` of every label of a batch, row by row."""
+    rows, columns = (batch.labels != IGNORE).nonzero(as_tuple=True)
+    return rows, columns
+
+
 def collate(rows: Sequence[Sample | Row], *, multiple: int = 1, pad_id: int = 0) -> MicroBatch:
     """Pad rows on the right to the longest, rounded up to ``multiple`` tokens.
 

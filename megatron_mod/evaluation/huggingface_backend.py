@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from megatron_mod.data.batch import label_places
 from megatron_mod.evaluation.backend import NOT_FINITE, Backend
 from megatron_mod.evaluation.rows import (
     Row,
     Score,
     collate_rows,
-    label_places,
     label_scores,
     scores,
 )
@@ -95,7 +95,8 @@ class HuggingFaceBackend(Backend):
             )
             self._count()
             logits = output.logits[places[0], places[1] - first]
-            found.append(scores(*label_scores(logits, batch.labels[places]), batch))
+            nats, wrong = label_scores(logits, batch.labels[places])
+            found.append(scores(nats, wrong, places[0], batch))
         return found
 
     def _generate(

@@ -16,7 +16,6 @@ from megatron_mod.evaluation.rows import (
     Row,
     Score,
     collate_rows,
-    label_places,
     label_scores,
     scores,
 )
@@ -150,11 +149,10 @@ def _routing_of_all_stages(model: ModelChunks) -> RoutingConfig | None:
 
 
 def _scores(outcome: Outcome) -> list[Score]:
-    places = label_places(outcome.batch)
-    parts = outcome.states(places).split(CHUNK)
-    chunks = zip(parts, outcome.batch.labels[places].split(CHUNK), strict=True)
+    chunks = zip(outcome.states().split(CHUNK), outcome.labels.split(CHUNK), strict=True)
     found = [label_scores(_logits(outcome, part), labels) for part, labels in chunks]
-    return scores(*map(torch.cat, zip(*found, strict=True)), outcome.batch)
+    nats, wrong = map(torch.cat, zip(*found, strict=True))
+    return scores(nats, wrong, outcome.places[0], outcome.batch)
 
 
 def _likeliest(outcome: Outcome) -> list[int]:

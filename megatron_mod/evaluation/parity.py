@@ -39,7 +39,9 @@ def megatron_logits(model: ModelChunks, batches: Sequence[MicroBatch]) -> list[T
 
     def whole_vocabulary(outcome: Outcome) -> Tensor:
         whole = torch.ones_like(outcome.batch.labels, dtype=torch.bool)
-        logits = outcome.model.head(outcome.states(whole)).unflatten(0, whole.shape)
+        logits = outcome.model.head(outcome.states(whole.nonzero(as_tuple=True))).unflatten(
+            0, whole.shape
+        )
         return gather_from_tensor_model_parallel_region(logits)[..., : model.unpadded_vocab_size]
 
     return run_batches(model.eval(), batches, len(batches), finish=whole_vocabulary)

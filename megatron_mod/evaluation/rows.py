@@ -83,11 +83,6 @@ def collate_rows(rows: Sequence[Row]) -> MicroBatch:
     return MicroBatch(input_ids, position_ids, labels, roles, documents)
 
 
-def label_places(batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Row and column ``[N]`` of every label of a batch, row by row."""
-    return (batch.labels != IGNORE).nonzero(as_tuple=True)
-
-
 def label_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Nats of each label ``[N]``, and whether another token is likelier, of logits
     ``[N, vocab]``."""
@@ -95,9 +90,8 @@ def label_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, logits.argmax(-1) != labels
 
 
-def scores(nats: Tensor, wrong: Tensor, batch: MicroBatch) -> list[Score]:
-    """Each row's score, from those of its labels at ``label_places``."""
-    rows, _ = label_places(batch)
+def scores(nats: Tensor, wrong: Tensor, rows: Tensor, batch: MicroBatch) -> list[Score]:
+    """Each row's score, from those of its labels; ``rows`` are the labels' (``label_places``)."""
     sums = torch.zeros(2, len(batch.labels), dtype=torch.float64, device=nats.device)
     sums.index_add_(1, rows, torch.stack((nats.double(), wrong.double())))
     return [Score(nats, wrong == 0) for nats, wrong in sums.t().tolist()]

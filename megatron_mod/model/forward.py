@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_mod.data.batch import MicroBatch, equal_lengths
+from megatron_mod.data.batch import MicroBatch, equal_lengths, label_places
 from megatron_mod.data.chat import IGNORE
 from megatron_mod.model.builder import ModelChunks, RoutedGPTModel
 from megatron_mod.model.layout import StepContext, TokenLayout, zigzag
@@ -35,35 +35,28 @@ class Outcome:
         model: the chunk with the head, which has not been asked.
         hidden_states: final ones, ``[S, B, H]`` (``[S / tp, B, H]`` with sequence parallelism).
         batch: the tokens that this context-parallel rank holds, on the device.
+        places: row and column ``[N]`` of each of its labels, row by row.
         decisions: of this stage's routed layers, by global layer index.
     """
 
     model: RoutedGPTModel
     hidden_states: Tensor
     batch: MicroBatch
+    places: tuple[Tensor, Tensor]
     decisions: Mapping[int, Decisions]
-
-    @property
-    def is_label(self) -> Tensor:
-        """bool ``[B, S]``: the tokens that have a label."""
-        return self.batch.labels != IGNORE
 
     @property
     def labels(self) -> Tensor:
         """int64 ``[N]``, row by row."""
-        return self.batch.labels[self.is_label]
+        return self.batch.labels[self.places]
 
-    def states(self, places: Tensor | tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Final hidden states ``[N, H]`` at ``places``, the labelled ones without; row by row.
+    def states(self, places: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Final hidden states ``[N, H]`` at ``places``, the labelled ones without.
 
         Tensor-parallel ranks get the same, and their gradients, each of its part of the
         vocabulary, add up.
-
-        Args:
-            places: bool ``[B, S]``, or rows and columns ``[N]``.
         """
-        places = self.is_label if places is None else places
-        rows, columns = places.nonzero(as_tuple=True) if isinstance(places, Tensor) else places
+        rows, columns = self.places if places is None else places
         hidden, group = self.hidden_states, self.model.pg_collection.tp
         # Taken from [S, B, H] as it is: a transposed gradient would have every frozen weight's
         # backward computed as S small products instead of one.
@@ -109,8 +102,9 @@ def run_batches(
     context = model.groups.cp
 
     def forward_step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, object]:
-        whole = next(data).to(device.device())
-        batch = whole.map(partial(zigzag, dim=1, rank=context.rank(), ranks=context.size()))
+        cut = partial(zigzag, dim=1, rank=context.rank(), ranks=context.size())
+        on_host = next(data).map(cut)
+        batch = on_host.to(device.device())
         layout = TokenLayout.of(batch, context_ranks=context.size(), step=step)
         output = chunk(
             batch.input_ids,
@@ -124,7 +118,9 @@ def run_batches(
             watch(layout.decisions)
 
         def end(output: Tensor, *, non_loss_data: bool = False) -> object:
-            found = finish(Outcome(model.last, output, batch, layout.decisions))
+            # Found on the host: on the device their number would have to be waited for.
+            rows, columns = (place.to(device.device()) for place in label_places(on_host))
+            found = finish(Outcome(model.last, output, batch, (rows, columns), layout.decisions))
             if non_loss_data:
                 return found
             assert isinstance(found, Tensor)

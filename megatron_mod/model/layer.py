@@ -194,7 +194,8 @@ class RoutedTransformerLayer(TransformerLayer):
         mask = self._decide(self.router(normed), layout.valid, layout)
         if every := self.router.notes_every:
             places = layout.every(every, context_rank=self.pg_collection.cp.rank())
-            self.router.note_inputs(normed[places], layout.valid[places])
+            flat = normed.flatten(0, 1), layout.valid.flatten()
+            self.router.note_inputs(*(tokens[places] for tokens in flat))
         return mask.detach().bool(), mask
 
     def _decide_sequences(self, normed: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:

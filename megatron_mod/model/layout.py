@@ -204,12 +204,15 @@ class TokenLayout(PackedSeqParams):
         return AttentionPlan(queries=self.tokens, keys=self.tokens)
 
     def every(self, stride: int, *, context_rank: int) -> slice | Tensor:
-        """Which of the ``S`` places of a context-parallel rank are every ``stride``-th of a row."""
+        """Which of a context-parallel rank's tokens, counted over ``[S, B]``, are every
+        ``stride``-th of all ranks': of every row at other places, for rows begin alike."""
         if self.context_ranks == 1:
             return slice(None, None, stride)
-        rows = torch.arange(len(self.valid) * self.context_ranks)
-        mine = zigzag(rows, dim=0, rank=context_rank, ranks=self.context_ranks)
-        return (mine % stride == 0).nonzero()[:, 0].to(self.roles.device, non_blocking=True)
+        length, rows = self.valid.shape
+        places = torch.arange(length * self.context_ranks * rows).view(-1, rows)
+        mine = zigzag(places, dim=0, rank=context_rank, ranks=self.context_ranks)
+        chosen = (mine.flatten() % stride == 0).nonzero()[:, 0]
+        return chosen.to(self.roles.device, non_blocking=True)
 
     def pool(self, values: Tensor, tokens: Tensor) -> Tensor:
         """Sum ``[D, ...]`` over each document of ``values`` ``[S, B, ...]`` at ``tokens``, which

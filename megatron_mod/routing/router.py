@@ -15,8 +15,8 @@ class Router(nn.Module):
     router keeps everything and the model is exactly the dense one.
 
     What it has decided since ``reset`` it notes on the device, unsaved: how many units it ``kept``
-    of how many ``valid`` ones; ``pull`` is what ``decision.keep_mask`` adds up. While it
-    ``notes_every`` so many units, it keeps what these were decided on.
+    of how many ``valid`` ones; ``pull`` is what ``decision.keep_mask`` adds up; and what every
+    ``notes_every``-th unit was decided on (0: of none).
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class Router(nn.Module):
         self.valid += made.valid.sum()
 
     def note_inputs(self, inputs: Tensor, valid: Tensor) -> None:
-        """Keep what units ``[..., H]`` were decided on, those of them that are ``valid`` ``[...]``
+        """Keep what units ``[N, H]`` were decided on, those of them that are ``valid`` ``[N]``
         ones."""
         # What lies between the units that are kept must not stay with them.
-        self.noted.append((inputs.detach().contiguous().flatten(0, -2), valid.flatten()))
+        self.noted.append((inputs.detach().contiguous(), valid))
 
     @torch.no_grad()
     def scores(self) -> Tensor:

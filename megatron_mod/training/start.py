@@ -30,22 +30,22 @@ def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
     found = _given(config, plan)
     if found:
         put_added(model, found)
-    epoch = range(-(-len(data.samples) // data.global_batch_size))
+    epoch, tokens, labels = _reads(config, plan, data)
     given = set(next(iter(found.values()))) if found else set()
     if routing.stand_in_rank and "stand_in.up.weight" not in given:
         topology.at("fitting the stand-ins")
-        batches = data.until(epoch, tokens=config.router.stand_in_tokens or TOKENS)
+        batches = data.until(epoch, tokens=tokens)
         explained = fit_stand_ins(model, batches)
-        tokens = sum(batch.num_tokens for batch in batches)
+        fitted = sum(batch.num_tokens for batch in batches)
         sizes = {"rank": routing.stand_in_rank, "hidden_size": model.config.hidden_size}
-        topology.print_once(describe(explained, tokens=tokens, **sizes))
+        topology.print_once(describe(explained, tokens=fitted, **sizes))
     trained = found and any(own["router.weight"].any() for own in found.values())
     if trained or not routing.bias:
         return
     costs = dict.fromkeys(routing.layers, 1.0)
     if config.router.init == "importance":
         topology.at("measuring the layers' importance")
-        costs = leave_one_out(model, data.until(epoch, labels=LABELS), routing.layers)
+        costs = leave_one_out(model, data.until(epoch, labels=labels), routing.layers)
         shown = ", ".join(f"{layer}: {cost:.3f}" for layer, cost in costs.items())
         topology.print_once(f"cost of leaving a layer out, nats a label: {shown}")
     start_apart(model, costs, border=routing.logit_border(routing.layers[0]))
@@ -53,10 +53,17 @@ def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
 
 def steps_read(config: Config, plan: Plan, data: Loader) -> int:
     """How many steps' samples ``start`` reads, at most."""
+    epoch, tokens, labels = _reads(config, plan, data)
+    return len(data.until(epoch, tokens=tokens, labels=labels))
+
+
+def _reads(config: Config, plan: Plan, data: Loader) -> tuple[range, int, int]:
+    """The steps whose samples ``start`` may read, and on how many tokens stand-ins are solved and
+    labels importance is measured, if they are."""
     epoch = range(-(-len(data.samples) // data.global_batch_size))
     tokens = (config.router.stand_in_tokens or TOKENS) if plan.routing.stand_in_rank else 0
     labels = LABELS if config.router.init == "importance" else 0
-    return len(data.until(epoch, tokens=tokens, labels=labels))
+    return epoch, tokens, labels
 
 
 def _given(config: Config, plan: Plan) -> dict | None:

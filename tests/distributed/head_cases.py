@@ -39,7 +39,7 @@ class WholeLogits:
 
     def __call__(self, outcome: Outcome, batch: StepBatch) -> Shares:
         labels = outcome.batch.labels
-        logits = _whole(outcome, outcome.states(torch.ones_like(labels, dtype=torch.bool)))
+        logits = _whole(outcome, outcome.states(torch.ones_like(labels).nonzero(as_tuple=True)))
         options = {"ignore_index": IGNORE, "reduction": "sum"}
         entropy = F.cross_entropy(logits, labels.flatten(), **options)
         teacher = _whole(outcome, self.teacher.pop(0))

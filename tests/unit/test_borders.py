@@ -8,6 +8,7 @@ import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_mod.model.layout import TokenLayout, zigzag
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.router import Router
 from megatron_mod.training.borders import move, shifts
@@ -29,7 +30,7 @@ def test_biases_follow_the_routers_as_they_are_after_a_step(single_process, scop
     for layer, router in routers.items():
         padding = torch.full((50, HIDDEN), 100.0)
         valid = torch.arange(250) < 200
-        router.note_inputs(torch.cat((inputs[layer], padding)).view(25, 10, HIDDEN), valid)
+        router.note_inputs(torch.cat((inputs[layer], padding)), valid)
     for router in routers.values():
         router.weight.data += torch.randn(1, HIDDEN)
         router.bias.data += torch.randn(1)
@@ -39,3 +40,18 @@ def test_biases_follow_the_routers_as_they_are_after_a_step(single_process, scop
         torch.testing.assert_close(kept, SHARES, atol=0.01, rtol=0)
     else:
         assert float(kept.mean()) == pytest.approx(float(SHARES.mean()), abs=0.01)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 5])
+def test_ranks_that_share_a_row_note_the_same_of_its_units(stride):
+    places = torch.arange(48).view(24, 2)
+    found = []
+    for rank in (0, 1):
+        mine = zigzag(places, dim=0, rank=rank, ranks=2)
+        roles = torch.zeros(2, len(mine), dtype=torch.uint8)
+        layout = TokenLayout(roles=roles, position_ids=mine.t() // 2, context_ranks=2)
+        found += mine.flatten()[layout.every(stride, context_rank=rank)].tolist()
+    assert sorted(found) == list(range(0, 48, stride))
+    roles = torch.zeros(2, 24, dtype=torch.uint8)
+    alone = TokenLayout(roles=roles, position_ids=places.t() // 2)
+    assert places.flatten()[alone.every(stride, context_rank=0)].tolist() == sorted(found)

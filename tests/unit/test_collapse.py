@@ -9,6 +9,7 @@ from statistics import fmean
 
 import pytest
 
+from megatron_mod.training import step
 from tests.helpers.runs import DEFAULT, Trainer, metrics
 
 
@@ -108,5 +109,12 @@ def test_however_short_the_way_is(trainer, tmp_path, changes):
 @pytest.mark.parametrize("changes", [{}, LAYER], ids=["model", "layer"])
 def test_every_step_keeps_about_its_target(trainer, tmp_path, changes, lr):
     steps, _ = train(trainer, tmp_path / "run", optimizer__lr=lr, **changes)
-    targets = [1 - 0.5 * min(step / 5, 1.0) for step in range(10)]
+    targets = [1 - 0.5 * min(number / 5, 1.0) for number in range(10)]
     assert steps == pytest.approx(targets, abs=0.12)
+
+
+def test_some_of_a_steps_units_are_enough(trainer, tmp_path, monkeypatch):
+    """Of larger batches every n-th unit's inputs are noted, without favour for places in a row."""
+    monkeypatch.setattr(step, "NOTED", 30)
+    steps, _ = train(trainer, tmp_path / "run", optimizer__lr=1e-1)
+    assert fmean(steps[5:]) == pytest.approx(0.5, abs=0.08)
