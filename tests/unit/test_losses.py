@@ -23,7 +23,7 @@ class FromLogits:
 
     def __call__(self, outcome, batch) -> Shares:
         labels = outcome.batch.labels
-        states = outcome.states(torch.ones_like(labels, dtype=torch.bool))
+        states = outcome.states(torch.ones_like(labels).nonzero(as_tuple=True))
         logits = outcome.model.head(states).float()
         loss = torch.nn.functional.cross_entropy(
             logits, labels.flatten(), ignore_index=IGNORE, reduction="sum"
