@@ -39,7 +39,7 @@ class Backend(abc.ABC):
     Every rank makes the same calls and gets all results: batches are dealt to the data-parallel
     ranks, and what they find is gathered.
 
-    A subclass sets ``layers``, the routed layers' indices, and ``thresholds``, theirs.
+    A subclass sets ``layers``, the routed layers' indices, and ``thresholds``, what they decide by.
 
     Args:
         tokenizer: the model's, fast.
@@ -118,8 +118,7 @@ class Backend(abc.ABC):
         rows = self._pooled(rows)
         batches = self._deal([len(row.ids) for row in rows])
         parts = [[rows[index] for index in batch] for batch in batches]
-        self._set_thresholds(thresholds)
-        with self._watching() as watched:
+        with self._deciding_by(thresholds) as watched:
             scores = _finite(self._collect(batches, self._score(parts), len(rows)))
         mine: dict[int, dict[int, Tensor]] = {}
         for layer, found in watched.items():
@@ -166,13 +165,12 @@ class Backend(abc.ABC):
         """Kept and counted units ``[2, num_routed]`` of this rank, such that all ranks' add up."""
 
     @abc.abstractmethod
-    def _set_thresholds(self, thresholds: Sequence[float]) -> None:
-        """Let the routed layers decide by these thresholds, one for each, on all ranks."""
-
-    @abc.abstractmethod
-    def _watching(self) -> AbstractContextManager[dict[int, list[Tensor]]]:
-        """Yields, for each routed layer that this rank holds, a list that each batch run in the
-        block adds its units' logits to, row by row ``[num_units]``."""
+    def _deciding_by(
+        self, thresholds: Sequence[float]
+    ) -> AbstractContextManager[dict[int, list[Tensor]]]:
+        """Lets the routed layers decide by these thresholds, one for each, in the block; by their
+        own again after it. Yields, for each routed layer that this rank holds, a list that each
+        batch run in the block adds its units' logits to, row by row ``[num_units]``."""
 
     @abc.abstractmethod
     def _score(self, batches: Collection[Sequence[Row]]) -> list[list[Score]]:

@@ -61,18 +61,17 @@ class HuggingFaceBackend(Backend):
             [[c[layer] for layer in self.layers] for c in (self._kept, self._units)]
         )
 
-    def _set_thresholds(self, thresholds: Sequence[float]) -> None:
-        self.thresholds = tuple(thresholds)
+    @contextmanager
+    def _deciding_by(self, thresholds: Sequence[float]) -> Iterator[dict[int, list[Tensor]]]:
+        self._borders = _WatchedBorders(self.layers, thresholds)
         if self.layers:
             self.model.set_thresholds(list(thresholds))
-
-    @contextmanager
-    def _watching(self) -> Iterator[dict[int, list[Tensor]]]:
-        self._borders = _WatchedBorders(self.layers, self.thresholds)
         try:
             yield self._borders.watched
         finally:
             self._borders = None
+            if self.layers:
+                self.model.set_thresholds(list(self.thresholds))
 
     @torch.no_grad()
     def _score(self, batches: Collection[Sequence[Row]]) -> list[list[Score]]:

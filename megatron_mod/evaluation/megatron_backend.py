@@ -64,18 +64,19 @@ class MegatronBackend(Backend):
         is_copy = self.model.groups.tp.rank() > 0
         return torch.zeros_like(self._counted) if is_copy else self._counted
 
-    def _set_thresholds(self, thresholds: Sequence[float]) -> None:
-        self.thresholds = tuple(thresholds)
-        for layer in self.model.routed_layers().values():
-            layer.routing = replace(layer.routing, threshold=self.thresholds)
-
     @contextmanager
-    def _watching(self) -> Iterator[dict[int, list[Tensor]]]:
+    def _deciding_by(self, thresholds: Sequence[float]) -> Iterator[dict[int, list[Tensor]]]:
         self._watched = {layer: [] for layer in self.model.routers()}
+        self._set_thresholds(thresholds)
         try:
             yield self._watched
         finally:
             self._watched = {}
+            self._set_thresholds(self.thresholds)
+
+    def _set_thresholds(self, thresholds: Sequence[float]) -> None:
+        for layer in self.model.routed_layers().values():
+            layer.routing = replace(layer.routing, threshold=tuple(thresholds))
 
     def _watch(self, decisions: Mapping[int, Decisions]) -> None:
         for layer, made in decisions.items():

@@ -163,6 +163,17 @@ def test_an_export_sets_the_same_thresholds_on_the_same_text(
     assert 0 < report["chosen"]["capacity"] < 1
 
 
+def test_a_model_that_was_observed_decides_as_before(case):
+    """At other thresholds, to choose among them; it goes on with its own."""
+    _, data, exports = case
+    backend = load_backend(exports["attn_token_all"], ONE, dtype="float32")
+    rows = read_rows(data, backend.tokenizer, max_length=128)
+    own, before = backend.thresholds, perplexity(backend, rows)
+    backend.observe(rows, thresholds=[0.0, 1.0, 0.0])
+    assert backend.thresholds == own
+    assert perplexity(backend, rows).perplexity == before.perplexity
+
+
 def test_static_removal_is_greedy_and_does_as_much_work(case, tmp_path):
     report = run(case, "attn_token_all", tmp_path / "new", capacity=0.1, curve=(0.7, 0.4))
     everything = (

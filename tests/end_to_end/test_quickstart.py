@@ -115,6 +115,7 @@ def test_quickstart_report(quickstart):
         told = not timing["speedup_low"] <= 1 <= timing["speedup_high"]
         assert timing["is_measurable"] == told
     check_static(report, out)
+    check_published(report, out)
     removed = len(report["quality"]["static_removed_layers"])
     assert f"best static removal (greedy, {removed} layers) " in printed
     for word in ("capacity", "perplexity", "prefill", "decode", "step 3/3"):
@@ -168,6 +169,37 @@ def check_static(report: dict, out: Path) -> None:
         assert abs(quality["work"]["routed"] - quality["work"]["static"]) <= spared / 2
     kept = report["speed"]["capacity"]
     assert (report["speed"]["counted"] > 1) == (kept < 1)
+
+
+def check_published(report: dict, out: Path) -> None:
+    """The other run's perplexity and work are those of its own decisions."""
+    hf = out.parent / "published_hf"
+    run(
+        sys.executable, "tools/convert_megatron_to_hf.py",
+        *("--load", out / "published", "--save", hf),
+    )  # fmt: skip
+    config = json.loads((hf / "config.json").read_text())
+    tensors = load_file(hf / "model.safetensors")
+    layers = config["routing"]["layers"]
+    routers = {layer: tensors[f"model.layers.{layer}.router.weight"] for layer in layers}
+    original, quality = Path(report["model"]), report["quality"]
+    dense, tokenizer = formula.load_dense(original), AutoTokenizer.from_pretrained(original)
+    work = Work.of(config)
+    nats = labels = kept = units = flops = whole = 0
+    for row in read_rows(out / "data" / "held_out.jsonl", tokenizer, max_length=256):
+        with torch.no_grad():
+            logits, made, _ = formula.forward(dense, row.ids, routers, granularity="block_token")
+        asked = torch.tensor(row.labels)
+        nats += float(torch.nn.functional.cross_entropy(logits, asked, reduction="sum"))
+        labels += row.num_labels
+        kept += sum(float(mask.sum()) for mask in made.values())
+        units += len(made) * len(row.ids)
+        flops += work.prefill(len(row.ids), {layer: mask.bool() for layer, mask in made.items()})
+        whole += work.prefill(len(row.ids), {})
+    assert 0 < kept < units, "it keeps everything or nothing, whose work any fault may have"
+    assert quality["published_capacity"] == pytest.approx(kept / units, abs=1e-3)
+    assert quality["published_perplexity"] == pytest.approx(math.exp(nats / labels), rel=1e-3)
+    assert quality["published_work"] == pytest.approx(flops / whole, rel=1e-3)
 
 
 def test_a_run_leaves_its_configuration_metrics_and_checkpoint(quickstart):
