@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from megatron_mod.data.batch import label_places
 from megatron_mod.evaluation.backend import NOT_FINITE, Backend
+from megatron_mod.evaluation.known_prefix import KnownPrefix
 from megatron_mod.evaluation.rows import (
     Row,
     Score,
@@ -52,6 +53,7 @@ class HuggingFaceBackend(Backend):
         self.model = model.eval()
         self.layers = tuple(routing["layers"]) if routing else ()
         self.thresholds = tuple(model.config.thresholds().values()) if routing else ()
+        self._prefix = KnownPrefix(model, self.layers[0]) if self.layers else None
         self._borders: _WatchedBorders | None = None
         self._kept: Counter[int] = Counter()
         self._units: Counter[int] = Counter()
@@ -81,11 +83,12 @@ class HuggingFaceBackend(Backend):
             extra = {}
             if self.pooling:
                 extra["routing_mask"] = batch.roles == TokenRole.PROMPT
-            if self._borders and self.layers:
-                extra["borders"] = self._borders
+            run = self.model
+            if self._borders and self._prefix:  # the same texts will come again
+                run, extra["borders"] = self._prefix, self._borders
             places = label_places(batch)
             first = int(places[1].min()) if len(places[1]) else 0
-            output = self.model(
+            output = run(
                 batch.input_ids,
                 attention_mask=valid_tokens(batch.roles).long(),
                 logits_to_keep=batch.input_ids.shape[1] - first,

@@ -27,8 +27,8 @@ from megatron_mod.parallel import topology
 from megatron_mod.routing.scheme import Scheme
 
 CONTEXT = 1000  # tokens of a prompt whose prefill and decode are timed, if the model has room
-PROMPTS = 4
-PREFILLS = 5  # of each, by each model
+PROMPTS = 3
+PREFILLS = 4  # of each, by each model
 
 
 def build_report(

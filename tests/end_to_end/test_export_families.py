@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+from megatron_mod.evaluation.known_prefix import KnownPrefix
 from tests.helpers import formula
 from tests.helpers.exported import Exports, pad, positions, relative
 
@@ -46,6 +47,24 @@ def test_the_formula_without_routers_is_the_dense_model(exports, family):
         for prompt in case.prompts:
             found, _, _ = formula.forward(case.dense, prompt, {}, granularity="attn_token")
             assert relative(found, case.dense(torch.tensor([prompt])).logits[0]) < 2e-5
+
+
+@families
+@torch.no_grad()
+def test_what_no_threshold_changes_is_computed_once(exports, family):
+    """Layers 2 and 3 decide otherwise each time; what enters layer 2 is run once."""
+    model = exports(family).model("block_token_all")
+    ids, mask = pad(exports(family).prompts, "right")
+    known, runs = KnownPrefix(model, 2), []
+    handle = model.model.layers[1].register_forward_hook(lambda *_: runs.append(1))
+    for thresholds in ([0.5, 0.5, 0.5], [0.5, 1.0, 0.2], [0.5, 0.1, 1.0]):
+        model.set_thresholds(thresholds)
+        found = known(ids, attention_mask=mask, use_cache=False).logits
+        wanted = model(ids, attention_mask=mask, use_cache=False).logits
+        assert torch.equal(found, wanted)
+    handle.remove()
+    model.set_thresholds(0.5)
+    assert len(runs) == 1 + 3  # the model by itself ran it each time
 
 
 SOME = ("attn_sequence", "mlp_token", "attn_token_all", "block_token_selected")
