@@ -177,7 +177,8 @@ class DataConfig:
         tokenizer: folder of a Hugging Face tokenizer or SentencePiece .model file; unset: the
             model's.
         packing: put several documents into a row of up to max_length tokens, each attended and
-            routed on its own; else one a row, rows of like length together.
+            routed on its own; else one a row, rows of like length together. `auto`: where two or
+            more fit into a row and every rank and pipeline stage still gets several rows a step.
         on_bad_record: `stop` at a record that cannot be used, or `skip` it: counted, and written
             to rejects.jsonl in checkpoint.save.
         cache: folder for tokenised data, which all jobs may share; unset: $MEGATRON_MOD_CACHE or
@@ -191,7 +192,7 @@ class DataConfig:
     max_length: int = setting(Range(least=2), default=2048)
     template: Literal["auto", "published", "tokenizer"] = "auto"
     tokenizer: str | None = None
-    packing: bool = False
+    packing: bool | Literal["auto"] = "auto"
     on_bad_record: Literal["stop", "skip"] = "stop"
     cache: str | None = None
 

@@ -61,7 +61,7 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
             f"train.prefix_cache = {t.prefix_cache}: would be ignored, because train.frozen_prefix "
             "is recompute; set that to cache, or leave the folder out."
         )
-    if d.packing and p.context_parallel_size > 1:
+    if d.packing is True and p.context_parallel_size > 1:
         raise ValueError(
             f"data.packing = true: ranks that share a row (parallel.context_parallel_size = "
             f"{p.context_parallel_size}) need rows of one document; set one of the two back."

@@ -12,8 +12,6 @@ from megatron_mod.model.pipeline import Layout, cheapest_layout, even_layout, st
 from megatron_mod.parallel.topology import Topology
 from megatron_mod.routing.config import RoutingConfig
 
-SAMPLES = 256  # that say how long documents are, and how much of them is labelled
-
 
 def asked_layout(p: ParallelConfig, arch: Architecture) -> Layout | None:
     """The layout that the settings name; ``None``: ``auto``, or there is no pipeline.
@@ -117,20 +115,22 @@ def cut(
     asked: Layout | None = None,
     dense_passes: int = 0,
     num_free_layers: int = 0,
+    packing: bool = False,
 ) -> Cut | None:
     """Where the pipeline is cut; ``None``: there is none.
 
     Args:
-        samples: what is trained on.
+        samples: some of what is trained on, which say how long documents are, and how much of them
+            is labelled.
         asked: the layout that the settings name (``asked_layout``), if they do.
         dense_passes: as in ``training_costs``.
         num_free_layers: leading layers that are not run, wherever they are; on the first stage if
             the others have enough without them.
+        packing: rows hold several documents.
     """
     if ranks.pipeline == 1:
         return None
-    few = samples.draw(SAMPLES, seed=config.train.seed)
-    lengths, labels = zip(*((len(sample.ids), sample.num_labels) for sample in few), strict=True)
+    lengths, labels = zip(*((len(one.ids), one.num_labels) for one in samples), strict=True)
     costs = training_costs(
         arch,
         routing,
@@ -142,13 +142,6 @@ def cut(
     others = arch.num_layers - num_free_layers
     in_first = num_free_layers if others >= ranks.stages - 1 else 1
     layout = asked or cheapest_layout(costs, ranks.stages, in_first=in_first)
-    return Cut(
-        layout, costs, ranks.pipeline, _micro_batches(config, ranks, sum(lengths) / len(few))
-    )
-
-
-def _micro_batches(config: Config, ranks: Topology, mean_length: float) -> int:
-    """About how many of a step each rank runs."""
-    t, d = config.train, config.data
-    documents = max(1, int(d.max_length / mean_length)) if d.packing else 1  # of a row
-    return -(-t.global_batch_size // (documents * t.micro_batch_size * ranks.data))
+    documents = max(1, config.data.max_length * len(lengths) // sum(lengths)) if packing else 1
+    rows = documents * config.train.micro_batch_size * ranks.data  # documents, of all ranks at once
+    return Cut(layout, costs, ranks.pipeline, -(-config.train.global_batch_size // rows))

@@ -24,6 +24,8 @@ from megatron_mod.training.losses import CrossEntropy, Distillation, Loss
 from megatron_mod.training.pipeline import Cut, asked_layout, cut
 from megatron_mod.training.resume import check_settings
 
+SAMPLES = 256  # that say how long documents are, and how much of them is labelled
+ROWS = 4  # a step, for every rank and stage that packed rows are shared out to
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOSSES: dict[str, Callable[[], Loss]] = {
     "task": CrossEntropy,
@@ -45,6 +47,8 @@ class Plan:
     loss: Loss
     computed: range
     """The layers that training computes; the states that enter the first of them are kept."""
+    packing: bool
+    """Whether a row holds several documents."""
     cut: Cut | None = None
 
 
@@ -96,22 +100,46 @@ def prepare(config: Config) -> Plan:
     if routing.pooling == "prompt":
         _require_prompts(train=train_data, validation=validation)
     loss = LOSSES[config.train.loss]()
+    few = train_data.draw(SAMPLES, seed=config.train.seed)
+    packing = _packs(config, plan, few)
     dense_passes = int(config.train.loss != "task")
     pipeline = cut(
         config,
         arch,
         routing,
         plan,
-        train_data,
+        few,
         asked=asked,
         dense_passes=dense_passes,
         num_free_layers=computed.start,
+        packing=packing,
     )
     if pipeline:
         plan = replace(plan, pipeline_layout=pipeline.layout)
     return Plan(
-        base, routing, plan, implementation, train_data, validation, loss, computed, pipeline
+        base=base,
+        routing=routing,
+        topology=plan,
+        implementation=implementation,
+        train=train_data,
+        validation=validation,
+        loss=loss,
+        computed=computed,
+        packing=packing,
+        cut=pipeline,
     )
+
+
+def _packs(config: Config, ranks: topology.Topology, samples: Samples) -> bool:
+    """What ``data.packing`` says; of ``auto``, whether it pays: matrix products grow where a row
+    has room for several documents, but ranks and stages wait where they share out few rows."""
+    if config.data.packing != "auto":
+        return config.data.packing
+    mean_length = sum(len(sample.ids) for sample in samples) / len(samples)
+    documents = config.data.max_length / mean_length  # of a row
+    rows, sharing = config.train.global_batch_size / documents, ranks.data * ranks.pipeline
+    enough = sharing == 1 or rows >= ROWS * sharing
+    return ranks.context == 1 and documents >= 2 and enough
 
 
 def _require_prompts(**samples: Samples | None) -> None:
@@ -149,7 +177,7 @@ def make_loader(config: Config, plan: Plan, samples: Samples, *, data_rank: int)
         data_ranks=ranks.data,
         multiple=row_multiple(ranks),
         group=ranks.pipeline if ranks.virtual_pipeline else 1,
-        row_length=config.data.max_length if config.data.packing else None,
+        row_length=config.data.max_length if plan.packing else None,
         parts=samples.weights,
     )
 
@@ -175,4 +203,5 @@ def description(config: Config, plan: Plan, *, parameters: int) -> str:
         + (f"what enters layer {kept} is read from the prefix cache\n" if kept else "")
         + f"{len(plan.train)} training and {len(plan.validation or ())} validation samples;"
         f" {config.train.steps} steps of {config.train.global_batch_size} sequences"
+        f"{', several in a row' if plan.packing else ''}"
     )

@@ -258,7 +258,7 @@ def test_a_file_that_ends_anywhere_is_one_message_at_most(tmp_path):
         ("router.layers.deepest", "x", "a mapping to whole numbers or a list of whole numbers"),
         ("data.max_train_samples", "x", "a whole number or null"),
         ("model.transformer_impl", "x", "local, transformer_engine or null"),
-        ("data.packing", "x", "true or false"),
+        ("data.packing", "x", "true or false or auto"),
         ("train.seed", "2.5", "a whole number"),
     ],
 )

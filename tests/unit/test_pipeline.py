@@ -150,6 +150,31 @@ def test_a_training_is_cut_and_says_so(trainer, monkeypatch, tmp_path, settings,
     assert plan.cut.layout == plan.topology.pipeline_layout
 
 
+@pytest.mark.parametrize(
+    ("packs", "world", "settings"),
+    [
+        (True, 1, {}),
+        (False, 1, {"data__max_length": 32}),
+        (True, 1, {"data__max_length": 32, "data__packing": "true"}),
+        (False, 1, {"data__packing": "false"}),
+        (False, 2, {}),  # of four documents there are too few rows for two ranks
+        (True, 2, {"train__global_batch_size": 64}),
+        (False, 2, {"parallel__pipeline_model_parallel_size": 2}),
+        (False, 2, {"parallel__context_parallel_size": 2, "train__global_batch_size": 64}),
+    ],
+)
+def test_rows_are_packed_where_it_pays(trainer, monkeypatch, tmp_path, packs, world, settings):
+    from megatron_mod.config import cli
+    from megatron_mod.training.plan import description, prepare
+
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    settings = {"data__max_length": 128, **settings}  # of some forty tokens is a document
+    config = cli.parse(trainer.arguments(tmp_path / "run", **settings))
+    plan = prepare(config)
+    assert plan.packing == packs
+    assert ("several in a row" in description(config, plan, parameters=1)) == packs
+
+
 def test_what_is_not_run_is_on_the_first_stage_where_it_can_be(trainer, tmp_path):
     from megatron_mod.config import cli
     from megatron_mod.parallel.topology import Topology
