@@ -138,16 +138,32 @@ def cut(
         labels=sum(labels),
         dense_passes=dense_passes,
         num_free_layers=num_free_layers,
+        recompute=config.train.recompute,
     )
-    others = arch.num_layers - num_free_layers
+    micro_batches = micro_batches_of(config, ranks, sum(lengths) / len(few))
+    return cut_of(
+        costs, ranks, micro_batches=micro_batches, asked=asked, num_free_layers=num_free_layers
+    )
+
+
+def cut_of(
+    costs: Costs,
+    ranks: Topology,
+    *,
+    micro_batches: int,
+    asked: Layout | None = None,
+    num_free_layers: int = 0,
+) -> Cut:
+    """As ``cut``, of layers and micro-batches that cost so much; without a pipeline all layers are
+    one stage."""
+    num_layers = len(costs.layers)
+    others = num_layers - num_free_layers
     in_first = num_free_layers if others >= ranks.stages - 1 else 1
     layout = asked or cheapest_layout(costs, ranks.stages, in_first=in_first)
-    return Cut(
-        layout, costs, ranks.pipeline, _micro_batches(config, ranks, sum(lengths) / len(few))
-    )
+    return Cut(layout, costs, ranks.pipeline, micro_batches)
 
 
-def _micro_batches(config: Config, ranks: Topology, mean_length: float) -> int:
+def micro_batches_of(config: Config, ranks: Topology, mean_length: float) -> int:
     """About how many of a step each rank runs."""
     t, d = config.train, config.data
     documents = max(1, int(d.max_length / mean_length)) if d.packing else 1  # of a row
