@@ -14,9 +14,9 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_mod.config.shapes import SHAPES
 from megatron_mod.conversion.export import portable_config
 from megatron_mod.conversion.hf_reader import read_config
-from megatron_mod.config.shapes import SHAPES
 from megatron_mod.evaluation import speed
 from megatron_mod.evaluation.huggingface import load_huggingface, load_model
 from megatron_mod.evaluation.prompts import long_prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from megatron_mod.commands.command import command
 from megatron_mod.config import cli, machines
+from megatron_mod.config.options import option
 from megatron_mod.config.rules import InputFile, OutputFile, setting
 
 
@@ -22,8 +24,8 @@ class EstimateRequest(machines.Machines):
             [--hf-config llama3-8b] [--section.field value ...] [--json FILE]
 
     Nothing is run but for --gpu cpu, and no GPU is needed. A training's settings override the
-    file's, as in launch/pretrain_router.py. All rows are taken to be data.max_length tokens long and
-    labelled everywhere, the most there can be.
+    file's, as in launch/pretrain_router.py. All rows are taken to be data.max_length tokens long
+    and labelled everywhere, the most there can be.
 
     Args:
         config: YAML file of a training.
@@ -39,7 +41,8 @@ class EstimateRequest(machines.Machines):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    settings, own = cli.split(arguments)
+    names = [option(field.name) for field in dataclasses.fields(EstimateRequest)]
+    own, settings = cli.split_off(arguments, (*names, "--help"))
     with command(EstimateRequest, own) as options:
         config = cli.parse(["--config", options.config, *settings])
         from megatron_mod.estimate.advice import advise

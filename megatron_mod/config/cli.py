@@ -60,22 +60,17 @@ def check_names(arguments: Sequence[str]) -> None:
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A training's settings (``--section.field value``, ``--section FILE``), and all other
-    arguments."""
-    return _divide(arguments, lambda name: "." in name or name in SECTIONS)
+    """A training's settings (``--section.field value``), and all other arguments."""
+    return _divide(arguments, lambda name: "." in name)
 
 
-def split_off(
-    arguments: Sequence[str], options: Iterable[str]
-) -> tuple[list[str], list[str]]:
+def split_off(arguments: Sequence[str], options: Iterable[str]) -> tuple[list[str], list[str]]:
     """The arguments of these options (``--batch-size`` or ``--batch_size``), and all others."""
     names = set(options)
     return _divide(arguments, lambda name: f"--{name.replace('_', '-')}" in names)
 
 
-def _divide(
-    arguments: Sequence[str], chosen: Callable[[str], bool]
-) -> tuple[list[str], list[str]]:
+def _divide(arguments: Sequence[str], chosen: Callable[[str], bool]) -> tuple[list[str], list[str]]:
     these: list[str] = []
     into = others = []
     for argument in arguments:

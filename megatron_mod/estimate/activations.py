@@ -1,9 +1,9 @@
 """What backward keeps of a micro-batch, layer by layer, and what a layer works with.
 
 Derived from the modules that a training builds (``model/layer.py``, ``local``): every tensor that
-autograd saves, but for scalars and tables that do not grow with the hidden size. Frozen weights make
-it a third of a full training's: a product with one keeps no input. Transformer Engine's norms keep
-their inputs in the model's dtype, so that with it this is the most there can be.
+autograd saves, but for numbers of single tokens. Weights are frozen, and a product with one keeps
+no input. Transformer Engine's norms keep theirs in the model's dtype, so that with it this is the
+most there can be.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def _mlp(placed: Placed) -> int:
 
 def _attention(placed: Placed, layer: int) -> int:
     """Query and output, key, and the whole projection, whose values are read in place; of several
-    context-parallel ranks the keys and values of all; a logarithm a head; and a mask, if any. Beside
-    them four rotary tables of a row."""
+    context-parallel ranks the keys and values of all; a logarithm a head; and a mask, if any.
+    Beside them four rotary tables of a row."""
     arch, e, tokens = placed.job.arch, placed.element, placed.tokens
     context = placed.job.topology.context
     queries, keys = arch.query_channels, arch.key_channels

@@ -1,5 +1,4 @@
-"""What to change where a training does not fit: settings with which the estimate says that it does.
-"""
+"""What to change where a training does not fit: settings with which, as estimated, it does."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Bytes that a rank sends, by what they are for.
 
-Of ``n`` ranks in a ring, each sends ``(n - 1) / n`` of what is gathered or scattered, and twice that
-of what is added up everywhere (Patarasuk and Yuan 2009).
+Of ``n`` ranks in a ring, each sends ``(n - 1) / n`` of what is gathered or scattered, and twice
+that of what is added up everywhere (Patarasuk and Yuan 2009).
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def of_stage(placed: Placed, stage: int) -> Counter[str]:
         times[REDUCE_SCATTER if sharded else ALL_REDUCE] += 1
     states = placed.tokens * job.arch.hidden_size * placed.element
     tensor = job.topology.tensor
-    found = Counter({kind: count * states * (tensor - 1) // tensor for kind, count in times.items()})
+    found = Counter(
+        {kind: count * states * (tensor - 1) // tensor for kind, count in times.items()}
+    )
     found[ALL_REDUCE] *= 2
     split = placed.split_tokens * job.arch.hidden_size * placed.element
     found[POINT_TO_POINT] = split * (passes * (stage < last) + (stage > 0))
@@ -61,21 +63,27 @@ def of_stage(placed: Placed, stage: int) -> Counter[str]:
 
 
 def _of_layer(placed: Placed, layer: int) -> Counter[str]:
-    """How often the hidden states are added up, gathered or scattered by tensor-parallel ranks."""
+    """How often the hidden states are added up, gathered or scattered by tensor-parallel ranks.
+
+    Both parts of a layer are entered (sequence parallelism gathers, backward adds up) and left
+    (adds up, backward with sequence parallelism gathers); what computes again does not leave the
+    MLP again, but Megatron's own checkpoint of one does.
+    """
     job = placed.job
     first, recompute = job.routing.layers[0], job.config.train.recompute
-    passes = 1 + job.dense_passes
-    attention = mlp = passes + (layer > first)
-    mlp += layer == first and not job.routing.scheme.covers_mlp
+    is_routed, passes = layer in job.routing.layers, 1 + job.dense_passes
+    entered = left = 2 * passes
     if recompute == "full" and layer >= first:
-        attention, mlp = attention + 1, mlp + 1
-    elif recompute == "selective" and mlp > passes:
-        mlp += 1
+        entered, left = entered + 2, left + 1
+    elif recompute == "selective" and layer > first and not is_routed:
+        entered, left = entered + 1, left + 1
+    ends_in_mlp = layer == first and not job.routing.scheme.covers_mlp
+    back = 2 if layer > first else int(ends_in_mlp)
     if not job.topology.sequence_parallel:
-        return Counter({ALL_REDUCE: attention + mlp})
-    if layer in job.routing.layers:  # gathers its rows, and works as if they were whole
-        return Counter({ALL_REDUCE: attention + mlp, ALL_GATHER: passes + 1})
-    return Counter({ALL_GATHER: attention + mlp, REDUCE_SCATTER: attention + mlp})
+        return Counter({ALL_REDUCE: left + back})
+    if is_routed:  # gathers its rows, and works as if they were whole
+        return Counter({ALL_REDUCE: left + back, ALL_GATHER: passes + 1})
+    return Counter({ALL_GATHER: entered + back, REDUCE_SCATTER: left + back})
 
 
 def _ring(placed: Placed, layer: int) -> int:

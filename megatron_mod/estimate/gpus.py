@@ -5,7 +5,7 @@ error correction is less than the name says; links are bytes a second each way f
 
 | kind | source |
 | --- | --- |
-| a100-40, a100-80 | NVIDIA A100 Tensor Core GPU data sheet (SXM); DGX A100: a 200 Gbit/s port a GPU |
+| a100-40, a100-80 | NVIDIA A100 Tensor Core GPU data sheet (SXM); DGX A100: 200 Gbit/s a GPU |
 | h100, h200 | NVIDIA H100 and H200 Tensor Core GPU data sheets (SXM); DGX H100: 400 Gbit/s a GPU |
 | l4 | NVIDIA L4 Tensor Core GPU data sheet, peaks without sparsity |
 | a10 | NVIDIA A10 Tensor Core GPU data sheet, peaks without sparsity |

@@ -15,10 +15,9 @@ NAMES = {  # part of a device's name -> kind, the first that fits
     "A100-SXM4-40": "a100-40", "A100-PCIE-40": "a100-40", "A100": "a100-80", "H200": "h200",
     "H100": "h100", "L4": "l4", "A10": "a10", "3090": "3090", "4090": "4090",
 }  # fmt: skip
-LIBRARIES = 0.6 * GB  # what a process holds once torch and Megatron are loaded; tools/benchmark
-REACHED = 0.9  # of a plain product's rate, by a training on a CPU; tools/benchmark/RESULTS.md
+REACHED = 0.9  # of a plain product's rate, by a training; measured, tools/benchmark/RESULTS.md
+PROCESS = 0.95 * GB  # that a rank holds beside its tensors; as REACHED
 LINK = 1.0 * GB  # between processes of a machine by gloo, assumed
-LOOSE = 0.15  # of what comes and goes, kept by the allocator of the C library; tools/benchmark
 
 
 def cpu(placed: Placed, *, ranks: int) -> Kind:
@@ -35,9 +34,9 @@ def cpu(placed: Placed, *, ranks: int) -> Kind:
         near=LINK,
         far=LINK,
         efficiency=REACHED,
-        context=LIBRARIES,
+        context=PROCESS,
         group=0.0,
-        scattered=LOOSE,
+        scattered=0.0,
     )
 
 

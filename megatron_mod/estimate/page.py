@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_mod.estimate import communication, parameters
 from megatron_mod.estimate.advice import Change
 from megatron_mod.estimate.estimate import Estimate
+from megatron_mod.estimate.gpus import CPU, KINDS
 
 GIB = 2**30
 
@@ -70,6 +71,9 @@ def _memory(found: Estimate) -> str:
             f"{gib(cache['host_per_rank'])} of host memory a rank of the first stage"
         )
     lines.append("  it fits" if found.fits else "  IT DOES NOT FIT")
+    if found.machines.kind.name != CPU:
+        others = [kind.name for kind in KINDS.values() if held.total <= kind.memory]
+        lines.append(f"  kinds with room for it: {', '.join(others) or 'none'}")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_mod.config.schema import Config
@@ -28,17 +29,22 @@ def shape_of(config: Config, hf_config: str | None) -> Architecture:
     if not Path(place).exists():
         if named is None:
             raise ValueError(
-                f"{place}: no such folder (model.checkpoint or model.hf_path); add --hf-config with "
-                f"the model's config.json, a Hugging Face folder, or one of {', '.join(SHAPES)}."
+                f"{place}: no such folder (model.checkpoint or model.hf_path); add --hf-config "
+                f"with its config.json, a Hugging Face folder, or one of {', '.join(SHAPES)}."
             )
         return named
     found = open_base(place, hf_path=config.model.hf_path).arch
-    if named not in (None, found):
+    if named is not None and _sizes(named) != _sizes(found):
         raise ValueError(
             f"--hf-config {hf_config}: is not the shape of the model in {place}, which is here; "
             "leave it out."
         )
     return found
+
+
+def _sizes(arch: Architecture) -> dict[str, object]:
+    """All but the constants of formulas."""
+    return {name: value for name, value in asdict(arch).items() if not isinstance(value, float)}
 
 
 def _named(hf_config: str) -> Architecture:

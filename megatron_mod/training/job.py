@@ -20,7 +20,7 @@ class Job:
     Args:
         topology: without a pipeline layout, which may depend on the data.
         computed: the layers that training computes.
-        asked_layout: the pipeline layout that the settings name; ``None``: ``auto``, or no pipeline.
+        asked_layout: the pipeline layout that the settings name; ``None``: ``auto``, or none.
         dense_passes: forward passes of the dense model, for the loss.
     """
 
