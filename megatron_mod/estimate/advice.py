@@ -17,6 +17,10 @@ TENSOR, PIPELINE = (
     "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
 )  # fmt: skip
 
+_NO_STAND_INS: dict[str, object] = {
+    "router.stand_in": "none", "router.stand_in_rank": None, "router.stand_in_tokens": None,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Change:
@@ -33,19 +37,17 @@ class Change:
 
 def advise(first: Estimate) -> Change | None:
     """The fewest settings that make a training fit, and of as few the quickest; more nodes only
-    where no settings do, shorter samples only where no nodes do. ``None``: none were found."""
-    shorter: dict[str, object] = {}
-    config = first.placed.job.config
-    for length in (config.data.max_length, config.data.max_length // 2):
-        if length < config.data.max_length:
-            shorter = {"data.max_length": length}
+    where no settings do, and what changes what is learned only where no nodes do. ``None``: none
+    were found."""
+    half = first.placed.job.config.data.max_length // 2
+    for given_up in ({}, {"data.max_length": max(half, 2)}, _NO_STAND_INS):
         for factor in MORE_NODES:
             nodes = factor * first.machines.nodes
-            for count in range(0 if factor > 1 or shorter else 1, MOST_CHANGES + 1):
+            for count in range(MOST_CHANGES + 1):
                 found = [
                     change
                     for settings in _sets(first, count, nodes=nodes)
-                    if (change := _tried(first, {**shorter, **settings}, nodes=nodes))
+                    if (change := _tried(first, {**given_up, **settings}, nodes=nodes))
                 ]
                 if found:
                     return min(found, key=lambda change: change.found.step.seconds)
@@ -113,4 +115,6 @@ def changed(config: Config, settings: Mapping[str, object]) -> Config:
 
 
 def _text(value: object) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -21,6 +21,7 @@ from megatron_mod.estimate.estimate import estimate
 from megatron_mod.estimate.page import advice, page
 from megatron_mod.estimate.resolve import kind_of, shape_of
 from megatron_mod.model.architecture import Architecture
+from megatron_mod.parallel import device
 from megatron_mod.training.resume import check_settings
 
 KNOWN = "h100"  # where no kind of GPU is named, and none is here
@@ -135,16 +136,16 @@ def _needed(config: Config, world_size: int) -> str:
 def _print_estimate(
     config: Config, arch: Architecture, machines: Machines, *, world_size: int, per_node: int
 ) -> None:
-    own = here.gpu() if machines.gpu is None else None
+    is_here = machines.gpu is None and device.HAS_GPU
     kind = kind_of(machines.gpu or KNOWN, per_node=per_node)
     found = estimate(
         config,
         arch,
         nodes=world_size // per_node,
         per_node=per_node,
-        kind_of=(lambda placed: own) if own else kind,
+        kind_of=here.gpu if is_here else kind,
     )
-    if own is None and machines.gpu is None:
+    if machines.gpu is None and not is_here:
         print(f"there is no GPU here; for an {KNOWN} (--gpu names another kind):\n")
     print(page(found))
     if not found.fits:

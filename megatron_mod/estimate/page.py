@@ -28,7 +28,10 @@ def needed(found: Estimate) -> str:
 def advice(change: Change | None) -> str:
     """What to change, in a few lines."""
     if change is None:
-        return "No settings were found with which it fits; route fewer layers of a smaller model."
+        return (
+            "No settings were found with which it fits, on up to 16 times as many nodes, with half "
+            "of data.max_length or without stand-ins; take a smaller model, or larger GPUs."
+        )
     where = "" if change.nodes == 1 else f" on {change.nodes} nodes"
     found = change.found
     return (

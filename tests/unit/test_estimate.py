@@ -19,11 +19,10 @@ from megatron_mod.commands.benchmark_inference import InferenceBenchmark
 from megatron_mod.config.machines import Gpu
 from megatron_mod.config.shapes import SHAPES
 from megatron_mod.conversion.families import family_of
-from megatron_mod.estimate import activations, communication, memory, parameters
+from megatron_mod.estimate import activations, communication, here, memory, parameters
 from megatron_mod.estimate.advice import advise, changed
-from megatron_mod.estimate.estimate import Machines, estimate
+from megatron_mod.estimate.estimate import estimate
 from megatron_mod.estimate.gpus import CPU, KINDS
-from megatron_mod.estimate.placed import Placed
 from megatron_mod.estimate.schedule import most_kept
 from megatron_mod.estimate.time import of_step
 from tests.helpers.memory import Live, kept_by_layer
@@ -35,19 +34,16 @@ KEPT = 0.02  # relative, of what a model's layers keep for backward
 PEAK = (0.93, 1.17)  # estimated over real, of all that a step makes
 WIDE = {"model__dtype": "float32"}
 STAND_INS = {"train__trainable": "routers+stand_ins"}
-CASES = [
-    {},
-    WIDE,
-    {"train__recompute": "full"},
-    {"train__recompute": "full", **WIDE},
-    {"train__recompute": "selective", "router__granularity": "mlp_token"},
-    {"train__recompute": "selective", "router__granularity": "block_sequence", **WIDE},
-    {"router__granularity": "mlp_token", **STAND_INS},
-    {"router__granularity": "block_token", "router__stand_in": "none",
-     "router__stand_in_rank": None, **WIDE},
-    {"router__keys_values": "selected", "train__loss": "both"},
+CASES = [  # settings, and what of the shape is another
+    ({}, {}),
+    ({"train__recompute": "full", **WIDE}, {"window_size": 9}),
+    ({"train__recompute": "full", "router__granularity": "mlp_token"}, {}),
+    ({"train__recompute": "selective", "router__granularity": "mlp_token", **STAND_INS}, {}),
+    ({"router__granularity": "block_sequence", "router__stand_in": "none",
+      "router__stand_in_rank": None, **WIDE}, {"qk_norm": True}),
+    ({"router__keys_values": "selected", "train__loss": "both"},
+     {"qk_norm": True, "qkv_bias": True, "tied_embeddings": True}),
 ]  # fmt: skip
-SHAPED = [{"window_size": 9}, {"qk_norm": True}, {"qkv_bias": True, "tied_embeddings": True}]
 
 
 @pytest.fixture
@@ -60,9 +56,7 @@ def estimated(single_process):
     meet()
 
 
-@pytest.mark.parametrize(
-    ("settings", "shape"), [*((s, {}) for s in CASES), *(({}, s) for s in SHAPED)]
-)
+@pytest.mark.parametrize(("settings", "shape"), CASES)
 def test_parameters_what_backward_keeps_and_the_most_there_is(estimated, settings, shape):
     placed = estimated.place(replace(estimated.ARCH, **shape), **settings)
     model, step = estimated.training_of(placed)
@@ -103,8 +97,10 @@ class Sent(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("sharded", ["false", "true"])
+@pytest.mark.parametrize(
+    ("recompute", "sharded"),
+    [("none", "true"), ("selective", "false"), ("selective", "true"), ("full", "true")],
+)
 def test_tensor_parallel_ranks(estimated, recompute, sharded):
     granularity = "mlp_token" if recompute == "selective" else "attn_token"
     placed = estimated.place(
@@ -133,9 +129,8 @@ def test_tensor_parallel_ranks(estimated, recompute, sharded):
         assert whole == pytest.approx(sent.bytes[kind], rel=0.02, abs=1), kind
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_context_parallel_ranks(estimated, recompute):
-    context = {"parallel__context_parallel_size": 2, "train__recompute": recompute}
+def test_context_parallel_ranks(estimated):
+    context = {"parallel__context_parallel_size": 2, "train__recompute": "selective"}
     placed = estimated.place(world_size=2, **context)
     estimated.pretend(placed)
     model, step = estimated.training_of(placed)
@@ -265,7 +260,6 @@ def ask(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("path", "options"),
     [
-        ("llama3/8b_attn_token.yaml", ["--gpus-per-node", 2, "--gpu", "l4"]),
         ("llama3/8b_attn_token_80gb.yaml", ["--gpus-per-node", 1, "--gpu", "4090"]),
         ("llama3/8b_block_token.yaml", ["--hf-config", "llama3-70b", "--gpu", "a100-40",
                                         "--gpus-per-node", 4]),
@@ -334,6 +328,23 @@ def test_the_processor_s_rate_is_measured(ask):
     status, said, _, found = ask("smollm2/135m_attn_token.yaml", *options)
     assert (status, found["gpu"]) == (0, "cpu")
     assert "context ring" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "kind"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 39.5, "a100-40"), ("NVIDIA A100-SXM4-80GB", 79.2, "a100-80"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100"), ("NVIDIA GeForce RTX 4090", 23.6, "4090"),
+        ("NVIDIA L40S", 44.4, None),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_is_here_is_known_by_its_name(estimated, monkeypatch, name, gib, kind):
+    monkeypatch.setattr(here.device, "describe", lambda: name)
+    monkeypatch.setattr(here.device, "memory", lambda: int(gib * 2**30))
+    monkeypatch.setattr(here, "matmul_rate", lambda *_, **__: 7.0)
+    found = here.gpu(estimated.place())
+    assert (found.name, found.memory) == (name, int(gib * 2**30))
+    assert found.bfloat16 == (KINDS[kind].bfloat16 if kind else 7.0)
 
 
 # --dry-run of a training
@@ -407,11 +418,3 @@ def test_what_the_training_would_refuse_is_refused(dry_run, options, changes, me
     status, _, error = dry_run(*options, **changes)
     assert status == 2
     assert message in error
-
-
-def test_placed_cuts_as_a_training_of_such_rows_would(estimated):
-    placed = estimated.place(world_size=2, parallel__pipeline_model_parallel_size=2)
-    assert isinstance(placed, Placed)
-    assert sum(placed.cut.layout) == 4
-    assert placed.cut.step_cost(placed.cut.layout) <= placed.cut.step_cost(placed.cut.even)
-    assert Machines(2, 4, KINDS["l4"]).world_size == 8
