@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_mod.benchmark.inference_speed import SHAPES, Pair, machine
+from megatron_mod.benchmark.inference_speed import Pair, machine
+from megatron_mod.config.shapes import SHAPES
 from megatron_mod.conversion.hf_reader import read_config
 from megatron_mod.parallel import device
 

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_mod.config.shapes import SHAPES
 from megatron_mod.conversion.export import portable_config
 from megatron_mod.conversion.hf_reader import read_config
 from megatron_mod.evaluation import speed
@@ -25,19 +26,6 @@ from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig, resolve_layers
 from megatron_mod.routing.scheme import Scheme
 
-# Llamas to be filled with random weights; their deeper half is routed.
-SHAPES = {
-    "llama3-8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-        "max_position_embeddings": 8192, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
-    },
-    "tiny": {
-        "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128,
-        "max_position_embeddings": 256, "rope_theta": 10000.0, "rms_norm_eps": 1e-5,
-    },
-}  # fmt: skip
 Decisions = Mapping[int, Tensor]  # layer -> bool, [B] of sequences or [B, tokens of the call]
 
 
@@ -84,8 +72,10 @@ class Pair:
     def of_shape(
         cls, name: str, granularity: str, *, keys_values: str | None = None, dtype: torch.dtype
     ) -> Pair:
-        """Random weights, which both models share, made on the device; random ids as prompts."""
+        """A Llama of random weights, which both models share, made on the device; random ids as
+        prompts."""
         shape = portable_config(SHAPES[name])
+        assert shape.pop("model_type") == "llama"  # each of the two has its own
         layers = shape["num_hidden_layers"]
         chosen = resolve_layers({"deepest": layers // 2}, num_layers=layers)
         routing = RoutingConfig(

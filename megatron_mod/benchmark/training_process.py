@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from megatron_mod.benchmark.training_ours import Ours
     from megatron_mod.benchmark.training_plain import Plain
 
-RATE_SECONDS = 0.2  # for which matrix products are repeated
-
 
 @dataclass(frozen=True)
 class Round:
@@ -128,6 +126,8 @@ class Runner:
 
     def run(self, asked: Round) -> Measured:
         """A round: the rate of matrix products, then the steps."""
+        from megatron_mod.estimate.matmul import synchronize
+
         rate = self.rate()
         can_tell = forget_peak()
         taken, flops = [], None
@@ -156,23 +156,12 @@ class Runner:
     def rate(self) -> float:
         """Operations a second of the MLP's first product with as many tokens as a micro-batch has
         positions, ``[N, H] x [H, F]``."""
-        import torch
+        from megatron_mod.estimate.matmul import matmul_rate
 
         batches = self.training.loader.step(0).micro_batches
         tokens = round(fmean(batch.input_ids.numel() for batch in batches))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         hidden, ffn = self.training.shape
-        of = {"dtype": self.dtype, "device": device}
-        left, right = torch.randn(tokens, hidden, **of), torch.randn(hidden, ffn, **of)
-        left @ right
-        count = 0
-        synchronize()
-        started = time.perf_counter()
-        while (seconds := time.perf_counter() - started) < RATE_SECONDS:
-            left @ right
-            synchronize()
-            count += 1
-        return count * 2 * tokens * hidden * ffn / seconds
+        return matmul_rate(tokens, hidden, ffn, dtype=self.dtype)
 
 
 @contextlib.contextmanager
@@ -188,14 +177,6 @@ def without_attention(counter: FlopCounterMode) -> int:
     """What was counted, but for fused attention, which only some devices count."""
     found = counter.get_flop_counts()["Global"]
     return sum(flops for operator, flops in found.items() if "attention" not in str(operator))
-
-
-def synchronize() -> None:
-    """Wait for the device."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def forget_peak() -> bool:

@@ -48,7 +48,7 @@ class InferenceBenchmark(Options):
 
     dense: str | None = setting(HuggingFaceFolder(), default=None)
     routed: str | None = setting(HuggingFaceFolder(), default=None)
-    shapes: Literal["llama3-8b", "tiny"] | None = None
+    shapes: Literal["llama3-8b", "llama3-70b", "llama3-405b", "smollm2-135m", "tiny"] | None = None
     granularity: (
         Literal[
             "attn_sequence",

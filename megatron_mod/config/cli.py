@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,23 @@ def check_names(arguments: Sequence[str]) -> None:
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """A training's settings (``--section.field value``), and all other arguments."""
-    settings: list[str] = []
+    return _divide(arguments, lambda name: "." in name)
+
+
+def split_off(arguments: Sequence[str], options: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The arguments of these options (``--batch-size`` or ``--batch_size``), and all others."""
+    names = set(options)
+    return _divide(arguments, lambda name: f"--{name.replace('_', '-')}" in names)
+
+
+def _divide(arguments: Sequence[str], chosen: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    these: list[str] = []
     into = others = []
     for argument in arguments:
         if argument.startswith("--"):
-            into = settings if "." in argument.partition("=")[0] else others
+            into = these if chosen(argument[2:].partition("=")[0]) else others
         into.append(argument)
-    return settings, others
+    return these, others
 
 
 def to_yaml(config: Config) -> str:

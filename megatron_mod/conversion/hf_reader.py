@@ -34,8 +34,17 @@ def read_config(folder: str | Path) -> dict:
         raise ValueError(f"{folder}: the folder is empty; give a local Hugging Face model folder.")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: has no config.json, so it is no Hugging Face model folder.")
-    config = read_json(folder, "config.json")
-    check_types(config, folder / "config.json")
+    return read_config_file(folder / "config.json")
+
+
+def read_config_file(path: Path) -> dict:
+    """A ``config.json``, whatever its name.
+
+    Raises:
+        ValueError: a broken file, or a field of the wrong type.
+    """
+    config = read_json(path.parent, path.name)
+    check_types(config, path)
     return config
 
 

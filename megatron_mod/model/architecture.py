@@ -51,6 +51,11 @@ class Architecture:
         return 3 * self.hidden_size * self.ffn_hidden_size
 
 
+def padded_vocab_size(vocab_size: int, *, tensor: int) -> int:
+    """The smallest vocabulary of at least ``vocab_size`` that ``tensor`` ranks can share."""
+    return -(-vocab_size // tensor) * tensor
+
+
 def check_parallel(
     arch: Architecture,
     *,

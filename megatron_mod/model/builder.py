@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_mod.model.architecture import Architecture
+from megatron_mod.model.architecture import Architecture, padded_vocab_size
 from megatron_mod.model.cost import forward_costs
 from megatron_mod.model.layer import RoutedTransformerLayer
 from megatron_mod.model.pipeline import cheapest_layout, megatron_layout
@@ -230,11 +230,6 @@ def transformer_config(
         persist_layer_norm=False,
         **SETTINGS[recompute],
     )
-
-
-def padded_vocab_size(vocab_size: int, *, tensor: int) -> int:
-    """The smallest vocabulary of at least ``vocab_size`` that ``tensor`` ranks can share."""
-    return -(-vocab_size // tensor) * tensor
 
 
 def build_model(

@@ -66,6 +66,7 @@ def training_costs(
     labels: int,
     dense_passes: int = 0,
     num_free_layers: int = 0,
+    recompute: str = "none",
 ) -> Costs:
     """Of training on documents of these lengths in tokens, ``labels`` of them labelled together.
 
@@ -77,6 +78,7 @@ def training_costs(
     Args:
         dense_passes: forward passes of the dense model beside it, as a distillation needs.
         num_free_layers: leading layers that are not run at all.
+        recompute: what backward computes again (see ``model/recompute.py``).
     """
     dense, first = _products(arch, lengths), routing.layers[0]
     capacity = dict(zip(routing.layers, routing.capacity, strict=True))
@@ -95,6 +97,10 @@ def training_costs(
             total += own.backward + more
         elif layer == first and not routing.scheme.covers_mlp:
             total += own.mlp
+        if layer >= first and recompute == "full":
+            total += own.forward
+        elif recompute == "selective" and (layer > first or not routing.scheme.covers_mlp):
+            total += own.mlp * (layer >= first)
         found.append(round(total))
     return Costs(tuple(found), _head(arch, labels) * (2 + dense_passes))
 

@@ -6,8 +6,9 @@ chunk, of which rank ``r`` of ``n`` holds ``r``, ``n + r``, ...
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron_mod.model.cost import Costs
 
@@ -20,6 +21,7 @@ def even_layout(num_layers: int, stages: int) -> Layout:
     return tuple(each + (stage < left) for stage in range(stages))
 
 
+@functools.lru_cache(maxsize=256)
 def cheapest_layout(costs: Costs, stages: int, *, in_first: int = 1) -> Layout:
     """The layout whose slowest stage costs least; of several such the most even one.
 
@@ -67,15 +69,20 @@ def _search(
 
 
 def step_cost(costs: Costs, layout: Layout, *, ranks: int, micro_batches: int) -> float:
-    """Operations of a step that follow one another, if each micro-batch costs ``costs``: the first
-    fills the pipeline, and every later one waits for the slowest stage.
+    """Operations of a step that follow one another, if each micro-batch costs ``costs``; see
+    ``step_length``."""
+    return step_length(costs.of(layout), ranks=ranks, micro_batches=micro_batches)
+
+
+def step_length(stages: Sequence[float], *, ranks: int, micro_batches: int) -> float:
+    """What of a step follows one another, in the unit of ``stages``, what a micro-batch costs each:
+    the first fills the pipeline, and every later one waits for the slowest stage.
 
     Args:
-        ranks: that share the layers; each has ``len(layout) / ranks`` stages.
+        ranks: that share the stages; each has ``len(stages) / ranks`` of them.
         micro_batches: of a step, on each rank.
     """
-    chunks = len(layout) // ranks
-    stages = costs.of(layout)
+    chunks = len(stages) // ranks
     return (micro_batches * chunks - 1) * max(stages) + sum(stages) / chunks
 
 

@@ -75,6 +75,18 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def memory() -> int:
+    """Bytes of memory that tensors here can have: the GPU's, or the machine's."""
+    if HAS_GPU:
+        return torch.cuda.get_device_properties(device()).total_memory
+    return machine_memory()
+
+
+def machine_memory() -> int:
+    """Bytes of the machine's own memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def describe() -> str:
     """The device in words, for reports."""
     if HAS_GPU:

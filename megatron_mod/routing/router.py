@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from megatron_mod.routing.decision import Decisions
 
+NOTED = 8192  # units of a layer and a global batch, about, whose inputs a training keeps
+
 
 class Router(nn.Module):
     """``H -> 1``, in fp32 whatever the model's dtype, zero at the start.

@@ -138,10 +138,33 @@ def cut(
         labels=sum(labels),
         dense_passes=dense_passes,
         num_free_layers=num_free_layers,
+        recompute=config.train.recompute,
     )
-    others = arch.num_layers - num_free_layers
+    documents = max(1, config.data.max_length * len(lengths) // sum(lengths)) if packing else 1
+    micro_batches = micro_batches_of(config, ranks, documents=documents)
+    return cut_of(
+        costs, ranks, micro_batches=micro_batches, asked=asked, num_free_layers=num_free_layers
+    )
+
+
+def cut_of(
+    costs: Costs,
+    ranks: Topology,
+    *,
+    micro_batches: int,
+    asked: Layout | None = None,
+    num_free_layers: int = 0,
+) -> Cut:
+    """As ``cut``, of layers and micro-batches that cost so much; without a pipeline all layers are
+    one stage."""
+    num_layers = len(costs.layers)
+    others = num_layers - num_free_layers
     in_first = num_free_layers if others >= ranks.stages - 1 else 1
     layout = asked or cheapest_layout(costs, ranks.stages, in_first=in_first)
-    documents = max(1, config.data.max_length * len(lengths) // sum(lengths)) if packing else 1
+    return Cut(layout, costs, ranks.pipeline, micro_batches)
+
+
+def micro_batches_of(config: Config, ranks: Topology, *, documents: int = 1) -> int:
+    """About how many of a step each rank runs, with so many documents in a row."""
     rows = documents * config.train.micro_batch_size * ranks.data  # documents, of all ranks at once
-    return Cut(layout, costs, ranks.pipeline, -(-config.train.global_batch_size // rows))
+    return -(-config.train.global_batch_size // rows)

@@ -11,17 +11,16 @@ from functools import partial
 import torch
 
 from megatron_mod.config.schema import Config
-from megatron_mod.config.validate import check_batches
 from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.dataset import Samples, load_data
 from megatron_mod.data.loader import Loader
 from megatron_mod.data.tokenizer import load_tokenizer
-from megatron_mod.model.architecture import check_parallel
 from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.training.job import arrange
 from megatron_mod.training.losses import CrossEntropy, Distillation, Loss
-from megatron_mod.training.pipeline import Cut, asked_layout, cut
+from megatron_mod.training.pipeline import Cut, cut
 from megatron_mod.training.resume import check_settings
 
 SAMPLES = 256  # that say how long documents are, and how much of them is labelled
@@ -60,39 +59,12 @@ def prepare(config: Config) -> Plan:
     """
     if int(os.environ.get("RANK", 0)):  # what is said about the data is said once
         logging.getLogger("megatron_mod").setLevel(logging.ERROR)
-    p = config.parallel
     implementation = choose_implementation(config.model.transformer_impl)
     base = open_base(config.model.checkpoint or config.model.hf_path, hf_path=config.model.hf_path)
     arch = base.arch
     check_settings(config)
-    routing = config.router.resolve(num_layers=arch.num_layers, hidden_size=arch.hidden_size)
-    computed = _computed(config, routing, num_layers=arch.num_layers)
-    plan = topology.plan(
-        tensor=p.tensor_model_parallel_size,
-        pipeline=p.pipeline_model_parallel_size,
-        context=p.context_parallel_size,
-        virtual_pipeline=p.virtual_pipeline_model_parallel_size,
-        world_size=topology.environment_world_size(),
-        sequence_parallel=p.sequence_parallel,
-    )
-    check_parallel(
-        arch,
-        tensor=plan.tensor,
-        pipeline=plan.pipeline,
-        virtual_pipeline=plan.virtual_pipeline,
-    )
-    asked = asked_layout(p, arch)
-    check_batches(
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        data_ranks=plan.data,
-        pipeline=plan.pipeline if plan.virtual_pipeline else 1,
-    )
-    if config.data.max_length > arch.max_sequence_length:
-        raise ValueError(
-            f"data.max_length = {config.data.max_length}: the model reads at most "
-            f"{arch.max_sequence_length} tokens (max_position_embeddings)."
-        )
+    job = arrange(config, arch, world_size=topology.environment_world_size())
+    routing, plan, computed = job.routing, job.topology, job.computed
     tokenizer = load_tokenizer(
         config.data.tokenizer or base.huggingface, vocab_size=arch.vocab_size
     )
@@ -102,15 +74,14 @@ def prepare(config: Config) -> Plan:
     loss = LOSSES[config.train.loss]()
     few = train_data.draw(SAMPLES, seed=config.train.seed)
     packing = _packs(config, plan, few)
-    dense_passes = int(config.train.loss != "task")
     pipeline = cut(
         config,
         arch,
         routing,
         plan,
         few,
-        asked=asked,
-        dense_passes=dense_passes,
+        asked=job.asked_layout,
+        dense_passes=job.dense_passes,
         num_free_layers=computed.start,
         packing=packing,
     )
@@ -149,20 +120,6 @@ def _require_prompts(**samples: Samples | None) -> None:
                 f"router.pooling = prompt: data.{field} has texts, which have no prompts for a "
                 "sequence's decision to see; set router.pooling to all, or give conversations only."
             )
-
-
-def _computed(config: Config, routing: RoutingConfig, *, num_layers: int) -> range:
-    """Without the layers before the first routed one, if what they compute is kept."""
-    if config.train.frozen_prefix == "recompute":
-        return range(num_layers)
-    first = min(routing.layers)
-    if first == 0:
-        raise ValueError(
-            f"train.frozen_prefix = cache: layer 0 is routed (router.layers = "
-            f"{config.router.layers}), so there is nothing before the first routed layer to keep; "
-            "set it to recompute, or route deeper layers."
-        )
-    return range(first, num_layers)
 
 
 def make_loader(config: Config, plan: Plan, samples: Samples, *, data_rank: int) -> Loader:

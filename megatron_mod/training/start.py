@@ -10,11 +10,11 @@ from megatron_mod.data.loader import Loader
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.parallel import topology
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.stand_in import TOKENS
 from megatron_mod.training.importance import leave_one_out, start_apart
 from megatron_mod.training.plan import Plan
 from megatron_mod.training.stand_ins import describe, fit_stand_ins
 
-TOKENS = 16384  # that stand-ins are solved on, where nothing is said
 LABELS = 600  # on which a layer's importance is measured
 
 

@@ -16,9 +16,8 @@ from megatron_mod.model.layout import StepContext
 from megatron_mod.parallel import device
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.router import NOTED
 from megatron_mod.training.losses import CrossEntropy, Loss, Shares
-
-NOTED = 8192  # units of a layer and a global batch, about, whose inputs are kept
 
 
 @dataclass(frozen=True)

@@ -276,16 +276,6 @@ def test_folders_that_cannot_be_written_are_refused_at_the_start_only(parse, tmp
     check_outputs(parse("--checkpoint.save", str(tmp_path / "run")))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=str)
-def test_shipped_configurations_parse(path):
-    config = cli.parse([
-        "--config", str(path), "--model.checkpoint", "base", "--checkpoint.save", "run",
-        "--data.train", "train.jsonl",
-        *(["--data.validation", "v.jsonl"] if "validation_interval" in path.read_text() else []),
-    ])  # fmt: skip
-    assert config.router.resolve(num_layers=30, hidden_size=576).layers
-
-
 SMOL = Architecture(
     num_layers=30, hidden_size=576, ffn_hidden_size=1536, num_attention_heads=9,
     num_query_groups=3, kv_channels=64, vocab_size=49152, max_sequence_length=8192,

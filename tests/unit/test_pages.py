@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from dataclasses import MISSING
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_mod.commands.train import DryRun
 from megatron_mod.config.cli import FIELDS, SECTIONS, parse
 from tests.unit.test_commands import SCHEMAS, SCRIPTS
 
@@ -49,7 +51,11 @@ def test_commands_have_the_options_that_are_shown(page):
         name = COMMANDS[words[place]]
         given = [w.partition("=")[0][2:] for w in words[place + 1 :] if w.startswith("--")]
         if name == "train":
-            known = {"config", *FIELDS}
+            known = {
+                "config",
+                *FIELDS,
+                *(f.name.replace("_", "-") for f in dataclasses.fields(DryRun)),
+            }
         else:
             schema = SCHEMAS[name]
             fields = schema.__dataclass_fields__

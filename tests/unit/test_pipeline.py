@@ -209,6 +209,22 @@ def test_training_costs_what_torch_counts(single_process, granularity, layers):
     assert counted - router <= sum(costs.layers) + scores <= counted + router
 
 
+@pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "block_sequence"])
+def test_so_does_computing_again(single_process, granularity):
+    """Of each kind what ``train.recompute`` adds, scores by the pairs that torch computes."""
+    routing = RoutingConfig(granularity, (1, 3), (0.5, 0.5))
+    costs = {
+        kind: training_costs(ARCH, routing, [LENGTH], labels=0, recompute=kind).layers
+        for kind in ("none", "selective", "full")
+    }
+    seen = LENGTH * (LENGTH + 1) // 2
+    unseen = 4 * 32 * (LENGTH * LENGTH - seen)
+    more = count(routing, "selective") - count(routing)
+    assert more == sum(costs["selective"]) - sum(costs["none"])
+    more = count(routing, "full") - count(routing)
+    assert more == sum(costs["full"]) - sum(costs["none"]) + unseen * (ARCH.num_layers - 1)
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_sparse_training_costs_what_is_kept(single_process, granularity):
     """All that a fully skipped layer computes is what its scheme does not cover."""
@@ -228,7 +244,7 @@ def test_sparse_training_costs_what_is_kept(single_process, granularity):
     assert abs(sum(costs.layers) - keys + scores - count(skipped)) <= router
 
 
-def count(routing: RoutingConfig) -> int:
+def count(routing: RoutingConfig, recompute: str = "none") -> int:
     """Operations of the layers, forward and backward, that torch counts for one document."""
     from megatron_mod.data.batch import collate
     from megatron_mod.data.chat import Sample
@@ -236,7 +252,8 @@ def count(routing: RoutingConfig) -> int:
     from megatron_mod.model.layout import TokenLayout
 
     torch.manual_seed(3)
-    model = build_model(ARCH, transformer_config(ARCH, dtype=torch.float32), routing)
+    config = transformer_config(ARCH, dtype=torch.float32, recompute=recompute)
+    model = build_model(ARCH, config, routing)
     for parameter in model.parameters():
         parameter.data.normal_(0.0, 0.2)
     sample = Sample(list(range(LENGTH)), [True] * LENGTH, "made:0")

@@ -1,0 +1,1 @@
+"""What a training will need of machines, computed before there are any."""

@@ -1,0 +1,141 @@
+"""What backward keeps of a micro-batch, layer by layer, and what a layer works with.
+
+Derived from the modules that a training builds (``model/layer.py``, ``local``): every tensor that
+autograd saves, but for numbers of single tokens. Weights are frozen, and a product with one keeps
+no input. Transformer Engine's norms keep theirs in the model's dtype, so that with it this is the
+most there can be.
+"""
+
+from __future__ import annotations
+
+from megatron_mod.estimate.placed import Placed
+from megatron_mod.model.head import CHUNK
+
+
+def kept(placed: Placed, layer: int) -> int:
+    """Bytes of one layer: nothing below the first router, where no gradient goes."""
+    return _kept(placed, layer, placed.job.config.train.recompute)
+
+
+def _kept(placed: Placed, layer: int, recompute: str) -> int:
+    job, e = placed.job, placed.element
+    first = job.routing.layers[0]
+    if layer < first:
+        return 0
+    if layer not in job.routing.layers:
+        states = placed.split_tokens * job.arch.hidden_size * e
+        if recompute == "full":
+            return states
+        rest = states if recompute == "selective" else _mlp(placed)
+        return 2 * _norm(placed, placed.split_tokens) + _attention(placed, layer) + rest
+    return _routed(placed, layer, recompute, goes_on=layer > first)
+
+
+def _routed(placed: Placed, layer: int, recompute: str, *, goes_on: bool) -> int:
+    """Of a routed layer, which has whole rows; ``goes_on``: a gradient goes to its input."""
+    job, e, tokens = placed.job, placed.element, placed.tokens
+    states = tokens * job.arch.hidden_size * e
+    norm = _norm(placed, tokens)
+    router = norm  # its input in fp32, and a logit
+    is_wide = e == 4  # then a norm's or router's copy in fp32 is the tensor itself
+    if recompute == "full":
+        stream = 0 if is_wide and goes_on else states
+        return router + norm * goes_on + stream + (0 if is_wide else states)
+    found = router + states + _stand_in(placed, is_wide=is_wide)  # what the mask multiplies
+    if goes_on:
+        found += norm + _attention(placed, layer)
+        if job.routing.scheme.target == "mlp" and job.routing.stand_in_rank and not is_wide:
+            found += norm  # the stand-in's own
+    if goes_on or not job.routing.scheme.covers_mlp:
+        found += states if recompute == "selective" else norm + _mlp(placed)
+    return found
+
+
+def _stand_in(placed: Placed, *, is_wide: bool) -> int:
+    """Its inputs, if it trains; else its weights alone are needed."""
+    routing, tokens = placed.job.routing, placed.tokens
+    if "stand_ins" not in placed.job.config.train.parts:
+        return 0
+    shared = is_wide and routing.scheme.target != "mlp"
+    width = (routing.stand_in_rank or 0) + (0 if shared else placed.job.arch.hidden_size)
+    return tokens * width * placed.element
+
+
+def _norm(placed: Placed, tokens: int) -> int:
+    """An RMSNorm's input and root, in fp32."""
+    return 4 * tokens * (placed.job.arch.hidden_size + 1)
+
+
+def _mlp(placed: Placed) -> int:
+    """Gate and up (one tensor), the activated gate, and up once more (``+ glu_linear_offset``)."""
+    return 4 * placed.tokens * placed.job.arch.ffn_hidden_size * placed.element // _tensor(placed)
+
+
+def _attention(placed: Placed, layer: int) -> int:
+    """Query and output, key, and the whole projection, whose values are read in place; of several
+    context-parallel ranks the keys and values of all; a logarithm a head; and a mask, if any.
+    Beside them four rotary tables of a row."""
+    arch, e, tokens = placed.job.arch, placed.element, placed.tokens
+    context = placed.job.topology.context
+    queries, keys = arch.query_channels, arch.key_channels
+    width = 3 * queries + 3 * keys if context == 1 else 2 * queries + 2 * keys * context
+    found = tokens * (width * e + 4 * arch.num_attention_heads)
+    if arch.qk_norm:  # in fp32 keys are read in place
+        found += 4 * tokens * (queries + (keys if e < 4 else 0))
+        found += 4 * tokens * (arch.num_attention_heads + arch.num_query_groups)
+    mask = tokens * placed.length * e if _is_masked(placed, layer) else 0
+    tables = 4 * placed.length // context * arch.kv_channels * e
+    return found // _tensor(placed) + mask + tables
+
+
+def _is_masked(placed: Placed, layer: int) -> bool:
+    """Whether torch's attention is given a mask, which it keeps as numbers."""
+    job, window = placed.job, placed.job.arch.window_size
+    selects = layer in job.routing.layers and job.routing.keys_values == "selected"
+    reaches_beyond = window is not None and window < placed.length
+    return job.topology.context > 1 or reaches_beyond or selects
+
+
+def _tensor(placed: Placed) -> int:
+    return placed.job.topology.tensor
+
+
+def of_stage(placed: Placed, stage: int) -> int:
+    """Bytes that a micro-batch keeps in one stage: its layers', what comes in and what goes out."""
+    job, last = placed.job, len(placed.stages) - 1
+    states = placed.split_tokens * job.arch.hidden_size * placed.element
+    found = sum(kept(placed, layer) for layer in placed.stages[stage])
+    found += states * (stage > 0 or job.computed.start > 0) + states * (stage < last)
+    if stage == last:  # labelled states, and the head's gradient to them
+        labelled = 2 * placed.tokens * job.arch.hidden_size * placed.element
+        found += _norm(placed, placed.split_tokens) + labelled
+    return found
+
+
+def working(placed: Placed, rank: int) -> int:
+    """Bytes that come and go within a layer, beside what is kept.
+
+    Of an MLP forward: gate and up, the two that become their product, and it. Backward, when all is
+    kept: the gradients of these three, and what is computed again.
+    """
+    layers = placed.layers_of(rank)
+    if not layers:
+        return 0
+    product = placed.tokens * placed.job.arch.ffn_hidden_size * placed.element // _tensor(placed)
+    all_kept = sum(kept(placed, layer) for layer in layers)
+    again = max(_kept(placed, layer, "none") - kept(placed, layer) for layer in layers)
+    return max(5 * product - all_kept, 3 * product + again if all_kept else 0)
+
+
+def head(placed: Placed, rank: int) -> int:
+    """Bytes of the logits that exist at a time, on the last stage.
+
+    Logits in the model's dtype, and in fp32, overwritten until they are the gradient; of a
+    distillation those of two models, their logarithms, and what becomes of these.
+    """
+    if not placed.has_head(rank):
+        return 0
+    width = 4 if placed.element == 4 else placed.element + 4
+    tokens = min(CHUNK, placed.tokens)
+    vocabulary = -(-placed.job.arch.vocab_size // _tensor(placed))
+    return tokens * vocabulary * (30 if placed.job.dense_passes else width)

@@ -1,0 +1,92 @@
+"""Kinds of GPUs, as their makers' data sheets have them; importing this loads nothing.
+
+Peaks are of dense matrix products that add up in fp32; memory is what the driver shows, which with
+error correction is less than the name says; links are bytes a second each way for one GPU.
+
+| kind | source |
+| --- | --- |
+| a100-40, a100-80 | NVIDIA A100 Tensor Core GPU data sheet (SXM); DGX A100: 200 Gbit/s a GPU |
+| h100, h200 | NVIDIA H100 and H200 Tensor Core GPU data sheets (SXM); DGX H100: 400 Gbit/s a GPU |
+| l4 | NVIDIA L4 Tensor Core GPU data sheet, peaks without sparsity |
+| a10 | NVIDIA A10 Tensor Core GPU data sheet, peaks without sparsity |
+| 3090 | NVIDIA Ampere GA102 GPU Architecture white paper |
+| 4090 | NVIDIA Ada GPU Architecture white paper |
+
+The last four sit on PCIe 4.0 x16; between nodes that hold them 100 Gbit/s for eight is assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB, GB, TFLOPS = 2**20, 10**9, 10**12
+
+# Assumed, until measured on a GPU.
+EFFICIENCY = 0.5  # Megatron-LM's README: 41 to 48 % of an H100's peak, communication included
+CONTEXT = 0.8 * GB  # CUDA's own, and the matrix library's working space
+GROUP = 0.2 * GB  # NCCL's buffers of a process group
+SCATTERED = 0.05  # of what comes and goes, between the allocator's blocks
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A device that runs one rank.
+
+    Args:
+        bfloat16, float32: operations a second.
+        memory: bytes.
+        bandwidth: of the memory, bytes a second.
+        near, far: bytes a second to a device of the same node, and of another.
+        efficiency: share of the peak that the products of a training reach.
+        context, group, scattered: what is taken beside tensors: at all, for each process group, and
+            as a share of what comes and goes.
+    """
+
+    name: str
+    bfloat16: float
+    float32: float
+    memory: int
+    bandwidth: float
+    near: float
+    far: float
+    efficiency: float = EFFICIENCY
+    context: float = CONTEXT
+    group: float = GROUP
+    scattered: float = SCATTERED
+
+    def rate(self, dtype: str) -> float:
+        """Operations a second that a training reaches."""
+        return self.efficiency * (self.bfloat16 if dtype == "bfloat16" else self.float32)
+
+    def overhead(self, passing: int, *, groups: int) -> int:
+        """Bytes beside the tensors, of which ``passing`` come and go."""
+        return round(self.context + self.group * groups + self.scattered * passing)
+
+
+def _kind(name, bfloat16, float32, memory, bandwidth, near, far) -> Kind:
+    return Kind(
+        name,
+        bfloat16 * TFLOPS,
+        float32 * TFLOPS,
+        memory * MIB,
+        bandwidth * GB,
+        near * GB,
+        far * GB,
+    )
+
+
+# name, TFLOP/s in bf16 and fp32, memory in MiB, GB/s of memory, of NVLink or PCIe, between nodes
+KINDS = {
+    kind.name: kind
+    for kind in (
+        _kind("a100-40", 312, 19.5, 40960, 1555, 300, 25),
+        _kind("a100-80", 312, 19.5, 81920, 2039, 300, 25),
+        _kind("h100", 989, 67, 81559, 3350, 450, 50),
+        _kind("h200", 989, 67, 143771, 4800, 450, 50),
+        _kind("l4", 121, 30.3, 23034, 300, 32, 1.5),
+        _kind("a10", 125, 31.2, 23028, 600, 32, 1.5),
+        _kind("3090", 71, 35.6, 24576, 936, 32, 1.5),
+        _kind("4090", 165, 82.6, 24564, 1008, 32, 1.5),
+    )
+}
+CPU = "cpu"

@@ -1,0 +1,64 @@
+"""From what a user names to the model's shape and the kind of device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_mod.config.schema import Config
+from megatron_mod.config.shapes import SHAPES
+from megatron_mod.conversion.families import family_of
+from megatron_mod.conversion.hf_reader import read_config, read_config_file
+from megatron_mod.conversion.source import open_base
+from megatron_mod.estimate import here
+from megatron_mod.estimate.gpus import CPU, KINDS, Kind
+from megatron_mod.estimate.placed import Placed
+from megatron_mod.model.architecture import Architecture
+
+
+def shape_of(config: Config, hf_config: str | None) -> Architecture:
+    """Of the training's own model, or where it is not here of ``hf_config``.
+
+    Raises:
+        ValueError: there is neither, both and they differ, or a model that is not supported.
+    """
+    place = config.model.checkpoint or config.model.hf_path
+    assert place is not None, "a configuration without a model"
+    named = None if hf_config is None else _named(hf_config)
+    if not Path(place).exists():
+        if named is None:
+            raise ValueError(
+                f"{place}: no such folder (model.checkpoint or model.hf_path); add --hf-config "
+                f"with its config.json, a Hugging Face folder, or one of {', '.join(SHAPES)}."
+            )
+        return named
+    found = open_base(place, hf_path=config.model.hf_path).arch
+    if named is not None and _sizes(named) != _sizes(found):
+        raise ValueError(
+            f"--hf-config {hf_config}: is not the shape of the model in {place}, which is here; "
+            "leave it out."
+        )
+    return found
+
+
+def _sizes(arch: Architecture) -> dict[str, object]:
+    """All but the constants of formulas."""
+    return {name: value for name, value in asdict(arch).items() if not isinstance(value, float)}
+
+
+def _named(hf_config: str) -> Architecture:
+    path = Path(hf_config)
+    if hf_config in SHAPES:
+        values = SHAPES[hf_config]
+    else:
+        values = read_config(path) if path.is_dir() else read_config_file(path)
+    return family_of(values).architecture_of(values)
+
+
+def kind_of(name: str, *, per_node: int) -> Callable[[Placed], Kind]:
+    """The kind of device of this name; this machine's processor is measured when it is known with
+    what."""
+    if name == CPU:
+        return lambda placed: here.cpu(placed, ranks=per_node)
+    return lambda placed: KINDS[name]

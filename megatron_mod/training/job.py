@@ -1,0 +1,86 @@
+"""What of a training follows from its settings, the model's shape and the number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mod.config.schema import Config
+from megatron_mod.config.validate import check_batches
+from megatron_mod.model.architecture import Architecture, check_parallel
+from megatron_mod.model.pipeline import Layout
+from megatron_mod.parallel import topology
+from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.training.pipeline import asked_layout
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training of which neither model nor data have been looked at.
+
+    Args:
+        topology: without a pipeline layout, which may depend on the data.
+        computed: the layers that training computes.
+        asked_layout: the pipeline layout that the settings name; ``None``: ``auto``, or none.
+        dense_passes: forward passes of the dense model, for the loss.
+    """
+
+    config: Config
+    arch: Architecture
+    routing: RoutingConfig
+    topology: topology.Topology
+    computed: range
+    asked_layout: Layout | None
+    dense_passes: int
+
+
+def arrange(config: Config, arch: Architecture, *, world_size: int) -> Job:
+    """Check the settings against the model's shape and the number of ranks.
+
+    Raises:
+        ValueError: naming the field, its value, the constraint and the remedy.
+    """
+    p = config.parallel
+    routing = config.router.resolve(num_layers=arch.num_layers, hidden_size=arch.hidden_size)
+    computed = _computed(config, routing, num_layers=arch.num_layers)
+    ranks = topology.plan(
+        tensor=p.tensor_model_parallel_size,
+        pipeline=p.pipeline_model_parallel_size,
+        context=p.context_parallel_size,
+        virtual_pipeline=p.virtual_pipeline_model_parallel_size,
+        world_size=world_size,
+        sequence_parallel=p.sequence_parallel,
+    )
+    check_parallel(
+        arch,
+        tensor=ranks.tensor,
+        pipeline=ranks.pipeline,
+        virtual_pipeline=ranks.virtual_pipeline,
+    )
+    layout = asked_layout(p, arch)
+    check_batches(
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_ranks=ranks.data,
+        pipeline=ranks.pipeline if ranks.virtual_pipeline else 1,
+    )
+    if config.data.max_length > arch.max_sequence_length:
+        raise ValueError(
+            f"data.max_length = {config.data.max_length}: the model reads at most "
+            f"{arch.max_sequence_length} tokens (max_position_embeddings)."
+        )
+    dense_passes = int(config.train.loss != "task")
+    return Job(config, arch, routing, ranks, computed, layout, dense_passes)
+
+
+def _computed(config: Config, routing: RoutingConfig, *, num_layers: int) -> range:
+    """Without the layers before the first routed one, if what they compute is kept."""
+    if config.train.frozen_prefix == "recompute":
+        return range(num_layers)
+    first = min(routing.layers)
+    if first == 0:
+        raise ValueError(
+            f"train.frozen_prefix = cache: layer 0 is routed (router.layers = "
+            f"{config.router.layers}), so there is nothing before the first routed layer to keep; "
+            "set it to recompute, or route deeper layers."
+        )
+    return range(first, num_layers)
