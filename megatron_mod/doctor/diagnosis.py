@@ -42,7 +42,10 @@ def diagnose() -> dict:
                 "see which of the environment's settings are meant for another machine, and "
                 "whether the host's own name can be resolved",
             )
-    _check_apex(found["versions"], findings)
+    if reason := probed.get("apex"):
+        version = found["versions"]["apex"]["version"] or "of unknown version"
+        remedy = f"pip uninstall apex ({NVIDIA_APEX})"
+        findings.warn(f"apex {version} is not used: {reason}", remedy)
     return {"can_train": not findings.problems, "folder": str(ROOT), **found, **vars(findings)}
 
 
@@ -104,16 +107,4 @@ def _check_gpus(seen: dict, torch: dict, findings: Findings) -> None:
         findings.warn(
             f"{gpus}: torch is built for CUDA {torch['cuda']}, the driver is {seen['driver']}",
             "install a newer driver, or a torch that is built for an older CUDA",
-        )
-
-
-def _check_apex(found: dict, findings: Findings) -> None:
-    try:
-        from megatron_mod.parallel.optional import why_not_apex
-    except ImportError:
-        return
-    if reason := why_not_apex():
-        version = found["apex"]["version"] or "of unknown version"
-        findings.warn(
-            f"apex {version} is not used: {reason}", f"pip uninstall apex ({NVIDIA_APEX})"
         )

@@ -44,6 +44,13 @@ def _transformers() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
+def _apex() -> str | None:
+    """What is wrong with it."""
+    from megatron_mod.parallel.optional import why_not_apex
+
+    return why_not_apex()
+
+
 def _megatron() -> None:
     importlib.import_module("megatron_mod.parallel")  # readies torch
     importlib.import_module("megatron.core.models.gpt")
@@ -89,6 +96,7 @@ def _uses() -> dict[str, dict]:
 STEPS: dict[str, Callable[[], object]] = {
     "torch": _torch,
     "transformers": _transformers,
+    "apex": _apex,
     "megatron.core": _megatron,
     ENGINE: _transformer_engine,
     "megatron_mod": _trainer,

@@ -15,6 +15,7 @@ from types import ModuleType
 
 GUARDED = ("apex", "transformer_engine")
 ENGINE = "transformer_engine.pytorch"
+OPTIMIZERS = f"{ENGINE}.optimizers"
 
 
 def why_not_apex() -> str | None:
@@ -36,9 +37,16 @@ def guard(*, has_gpu: bool) -> None:
     Without a GPU that is all of apex, and Transformer Engine's optimizers: its layers can be built.
     """
     if not has_gpu or why_not_apex():
-        sys.modules.setdefault("apex", None)  # type: ignore[arg-type]  # the import system's way
+        _hide("apex")
+    if ENGINE in sys.modules and not has_gpu:
+        _hide(OPTIMIZERS)
     if not any(isinstance(finder, _Guard) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Guard(has_gpu=has_gpu))
+
+
+def _hide(name: str) -> None:
+    """Have imports of a module fail from now on, as the import system provides for."""
+    sys.modules[name] = None  # type: ignore[assignment]
 
 
 class _Guard(MetaPathFinder):
@@ -65,7 +73,7 @@ class _Guard(MetaPathFinder):
             except Exception as error:
                 raise ImportError(f"{type(error).__name__}: {error}", name=name) from error
             if name == ENGINE and not self.has_gpu:
-                sys.modules[f"{ENGINE}.optimizers"] = None  # type: ignore[assignment]
+                _hide(OPTIMIZERS)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

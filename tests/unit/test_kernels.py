@@ -71,12 +71,15 @@ def test_a_package_that_cannot_work_fails_as_one_that_is_not_there(afresh):
     assert imports("transformer_engine") == "OSError: libnccl.so.2: cannot open"
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["imported_before", "imported_later"])
 @pytest.mark.parametrize("has_gpu", [True, False])
-def test_what_needs_a_gpu_is_there_with_one(afresh, has_gpu):
-    optimizers = "transformer_engine.pytorch.optimizers"
+def test_what_needs_a_gpu_is_there_with_one(afresh, has_gpu, before):
+    optimizers = optional.OPTIMIZERS
     for name in ("apex", "apex.optimizers", "amp_C", "transformer_engine", optimizers):
         package(afresh, name)
     package(afresh, "transformer_engine.pytorch", f"from {optimizers} import __name__ as used")
+    if before:
+        importlib.import_module("transformer_engine.pytorch")
     optional.guard(has_gpu=has_gpu)
     assert imports("transformer_engine.pytorch") is True  # which has its optimizers
     for name in ("apex.optimizers", optimizers):
