@@ -35,6 +35,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
+        "packaging",  # the doctor compares versions with it
         "psutil",  # megatron-core 0.19 needs it to save and does not say so
         "transformers>=4.57,<6",
         "safetensors>=0.5",

@@ -25,6 +25,7 @@ from megatron_mod.data.order import Order
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.evaluation.perplexity import holds_conversations, read_rows
 from megatron_mod.model.architecture import check_parallel
+from megatron_mod.model.specs import choose_implementation
 from megatron_mod.model.trainable import Trainable
 from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.parallel.topology import Topology, print_once
@@ -58,7 +59,14 @@ def make_stand_ins(request: StandInRequest, ranks: Topology) -> dict[int, float]
         samples = _samples(request, base)
         tokens = sum(len(sample.ids) for sample in samples)
 
-        model = load_model(base, routing, ranks, dtype=getattr(torch, request.dtype))
+        implementation = choose_implementation()  # as a training does
+        model = load_model(
+            base,
+            routing,
+            ranks,
+            implementation=implementation,
+            dtype=getattr(torch, request.dtype),
+        )
         trainable = Trainable(model)
         size = ROOM + 2 * trainable.nbytes()
         on_first_rank(lambda: require_room(folder, size, what="what is fitted"))
@@ -80,7 +88,12 @@ def make_stand_ins(request: StandInRequest, ranks: Topology) -> dict[int, float]
             )
         )
         about = {"data": request.data, "tokens": tokens, "explained": explained}
-        manifest = {"routing": routing.to_dict(), "stand_ins": about, **reference}
+        manifest = {
+            "routing": routing.to_dict(),
+            "implementation": implementation,
+            "stand_ins": about,
+            **reference,
+        }
         try:
             _write(folder, trainable, manifest)
             on_first_rank(stack.close)

@@ -28,7 +28,8 @@ class Options:
     A field ``batch_size`` is the option ``--batch-size``, which may also be written
     ``--batch_size``; a ``bool`` is a flag, a tuple takes several values. Metadata of a field
     (``rules.setting``): ``aliases``, further names of the option; ``positional``, what the usage
-    calls a value without a name; ``may_be_empty``, for a tuple.
+    calls a value without a name; ``may_be_empty``, for a tuple; ``alone``, the value of an option
+    that is named without one.
 
     Raises:
         ValueError: a value that its field's rule refuses.
@@ -116,6 +117,8 @@ class _Entry:
             parser.add_argument(*self.names, action="store_true", help=text)
             return
         many = {"nargs": "*" if self.metadata.get("may_be_empty") else "+"} if self.is_list else {}
+        if "alone" in self.metadata:
+            many = {"nargs": "?", "const": self.metadata["alone"]}
         if self.is_required:
             many["required"] = True
         else:

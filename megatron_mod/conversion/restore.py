@@ -17,10 +17,10 @@ from megatron_mod.conversion.source import Base, Source
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.architecture import check_parallel
 from megatron_mod.model.builder import ModelChunks, build_model, transformer_config
-from megatron_mod.model.specs import choose_implementation
+from megatron_mod.model.specs import choose_implementation, why_not_transformer_engine
 from megatron_mod.model.trainable import AVERAGE, ROUTERS, Trainable
 from megatron_mod.parallel.agree import together
-from megatron_mod.parallel.topology import Topology
+from megatron_mod.parallel.topology import Topology, print_once
 from megatron_mod.routing.config import RoutingConfig
 
 
@@ -29,7 +29,7 @@ def load_model(
     routing: RoutingConfig | None,
     ranks: Topology,
     *,
-    implementation: str = "local",
+    implementation: str,
     dtype: torch.dtype = torch.float32,
     trained: Sequence[str] = (ROUTERS,),
     computed: range | None = None,
@@ -74,13 +74,13 @@ def restore_model(
     and the tokenizer.
 
     Args:
-        implementation: ``None``: what the training ran, where it can work, and ``local`` otherwise.
+        implementation: ``None``: what the training ran, where it can work, and ``local`` otherwise,
+            which is said; what a training would run here, of a base.
 
     Raises:
         ValueError: a topology that does not fit it.
     """
     base = source.base
-    manifest = read_manifest(source.step) if source.step else {}
     check_parallel(
         base.arch,
         tensor=ranks.tensor,
@@ -88,13 +88,23 @@ def restore_model(
         virtual_pipeline=ranks.virtual_pipeline,
         names=OPTIONS,
     )
-    if implementation is None:
-        ran = manifest.get("implementation", "local")
-        implementation = "local" if ran == "local" else choose_implementation()
+    implementation = implementation or _implementation(source)
     model = load_model(base, source.routing, ranks, implementation=implementation, dtype=dtype)
     if source.routing:
         load_trained(model, source.step)
     return model, load_tokenizer(base.huggingface, vocab_size=base.arch.vocab_size)
+
+
+def _implementation(source: Source) -> str:
+    """What the training ran, where it can work; what a training would run, where none is noted."""
+    ran = read_manifest(source.step).get("implementation") if source.step else None
+    if ran == "transformer_engine" and (reason := why_not_transformer_engine()):
+        print_once(
+            f"{source.step}: trained with Transformer Engine, which cannot work here ({reason}); "
+            "its layers run as local, which is equal to rounding."
+        )
+        return "local"
+    return ran or choose_implementation()
 
 
 def load_trained(model: ModelChunks, step: Path) -> None:

@@ -58,6 +58,9 @@ def compare(
     """``max_relative_difference`` of a base checkpoint or a training run on some real English, the
     start of Python's language reference, and what rounding explains; called by all ranks.
 
+    The layers are ``local``, whatever the training ran: Transformer Engine multiplies fp32 in TF32,
+    whose rounding is above what tells two models apart.
+
     ``base``: where the base of a training run is now, if not where it was.
     """
     source = open_source(load, base=base if is_run(load) else None)

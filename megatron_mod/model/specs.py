@@ -35,20 +35,24 @@ def choose_implementation(wanted: str | None = None) -> str:
     """
     if wanted == "local":
         return wanted
-    reason = "there is no GPU"
-    if device.HAS_GPU:
-        try:
-            import megatron_mod.model.transformer_engine  # noqa: F401
-
-            return "transformer_engine"
-        except ImportError as error:
-            reason = f"it does not import: {error}"
-    if wanted is not None:
+    reason = why_not_transformer_engine()
+    if reason and wanted is not None:
         raise ValueError(
             f"model.transformer_impl = {wanted!r}: Transformer Engine cannot work here, {reason}; "
             "use local, or leave it out."
         )
-    return "local"
+    return "local" if reason else "transformer_engine"
+
+
+def why_not_transformer_engine() -> str | None:
+    """Why Transformer Engine's layers cannot work here; ``None``: they can."""
+    if not device.HAS_GPU:
+        return "there is no GPU"
+    try:
+        import megatron_mod.model.transformer_engine  # noqa: F401
+    except ImportError as error:
+        return f"it does not import: {error}"
+    return None
 
 
 def dense_layer_spec(config: TransformerConfig, implementation: str = "local") -> ModuleSpec:

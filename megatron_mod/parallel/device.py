@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from megatron_mod.parallel import compiling
+from megatron_mod.parallel import compiling, optional
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -28,6 +28,7 @@ def prepare() -> None:
         warnings.filterwarnings("ignore", message=harmless)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     compiling.put_off()
+    optional.guard(has_gpu=HAS_GPU)
     if not HAS_GPU:
         from megatron_mod.parallel import cpu
 

@@ -19,6 +19,7 @@ from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training.job import arrange
+from megatron_mod.training.kernels import kernels
 from megatron_mod.training.losses import CrossEntropy, Distillation, Loss
 from megatron_mod.training.pipeline import Cut, cut
 from megatron_mod.training.resume import check_settings
@@ -156,6 +157,7 @@ def description(config: Config, plan: Plan, *, parameters: int) -> str:
         f" training {len(routing.layers)} {config.train.trainable.replace('_', '-')}"
         f" ({parameters} parameters, float32), {routing.granularity} on layers"
         f" {list(routing.layers)}\n"
+        f"{', '.join(f'{part}: {code}' for part, code in kernels(plan.implementation).items())}\n"
         + (f"{plan.cut}\n" if plan.cut else "")
         + (f"what enters layer {kept} is read from the prefix cache\n" if kept else "")
         + f"{len(plan.train)} training and {len(plan.validation or ())} validation samples;"

@@ -144,7 +144,12 @@ class RunCheckpoints:
                 "train.steps to go on with it."
             )
         else:
-            how = "" if same else " (on another topology: equal to rounding)"
+            before, now = (m.get("implementation") for m in (manifest, self._manifest))
+            changed = [
+                *(() if same else ("on another topology",)),
+                *(() if before in (now, None) else (f"on {now} layers instead of {before}",)),
+            ]
+            how = f" ({' and '.join(changed)}: equal to rounding)" if changed else ""
             print_once(f"Going on after step {step} of {self.config.train.steps}{how}")
         return step
 

@@ -59,7 +59,15 @@ def build(
     base = base if isinstance(base, Base) else open_base(base)
     ranks = replace(ranks, sequence_parallel=sequence_parallel, pipeline_layout=layout)
     trained = (ROUTERS, STAND_INS)
-    return load_model(base, routing, ranks, dtype=dtype, trained=trained, recompute=recompute)
+    return load_model(
+        base,
+        routing,
+        ranks,
+        implementation="local",
+        dtype=dtype,
+        trained=trained,
+        recompute=recompute,
+    )
 
 
 def convert(hf: Path, save: Path) -> None:

@@ -106,7 +106,7 @@ def routed(base, granularity: str, *, dtype=torch.float32, **changes):
 
     settings = {"stand_in_rank": RANK, "bias": True, "capacity_loss_weight": "auto", **changes}
     routing = RoutingConfig(granularity, LAYERS, (0.5, 0.5), **settings)
-    return load_model(open_base(base), routing, ONE_RANK, dtype=dtype)
+    return load_model(open_base(base), routing, ONE_RANK, implementation="local", dtype=dtype)
 
 
 def seen(model, samples: list[Sample], target: str) -> dict[int, tuple]:
