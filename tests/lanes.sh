@@ -84,7 +84,11 @@ run_lane() {
             export MEGATRON_MOD_TORCH=${MEGATRON_MOD_TORCH:-torch==$torch_of_engine}
             ;;
     esac
-    [ -x "$folder/venv/bin/python" ] || "$python" -m venv "$folder/venv"
+    if [ ! -x "$folder/venv/bin/python" ]; then
+        "$python" -m venv "$folder/venv"
+        # The pip that an old Python brings finds no way through so many constraints.
+        "$folder/venv/bin/python" -m pip install --quiet --upgrade pip
+    fi
     . "$folder/venv/bin/activate"
     export PIP_CONSTRAINT="${PIP_CONSTRAINT:+$PIP_CONSTRAINT }$PWD/$folder/constraints.txt"
     . launch/environment.sh test
