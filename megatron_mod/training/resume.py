@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Everything else says what is computed. The base may have moved: its fingerprint is compared.
 _MAY_CHANGE = {
-    "model.checkpoint", "model.hf_path", "model.routers", "data.validation",
+    "model.checkpoint", "model.hf_path", "model.routers", "data.validation", "data.packing",
     "train.steps", "train.micro_batch_size", "train.validation_interval", "train.max_skipped_steps",
     "train.timeout", "train.frozen_prefix", "train.prefix_cache", "train.recompute",
 }  # fmt: skip
