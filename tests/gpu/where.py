@@ -11,12 +11,11 @@ from megatron_mod.parallel import device
 from tests.helpers.engine_on_cpu import engine_error, engine_on_cpu
 
 HAS_GPU = device.HAS_GPU
-ALL = "MEGATRON_MOD_GPU_TESTS_ON_CPU"  # 1: run on the CPU all that can
+ON_CPU = "MEGATRON_MOD_GPU_TESTS_ON_CPU"  # 1: run on the CPU all that can
+ALL = HAS_GPU or os.environ.get(ON_CPU) == "1"
 
 only_cuda = pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")
-long_on_cpu = pytest.mark.skipif(
-    not HAS_GPU and os.environ.get(ALL) != "1", reason=f"no CUDA device ({ALL}=1: on the CPU)"
-)
+long_on_cpu = pytest.mark.skipif(not ALL, reason=f"no CUDA device ({ON_CPU}=1: on the CPU)")
 
 
 @contextlib.contextmanager
