@@ -59,14 +59,9 @@ def make_stand_ins(request: StandInRequest, ranks: Topology) -> dict[int, float]
         samples = _samples(request, base)
         tokens = sum(len(sample.ids) for sample in samples)
 
-        implementation = choose_implementation()  # as a training does
-        model = load_model(
-            base,
-            routing,
-            ranks,
-            implementation=implementation,
-            dtype=getattr(torch, request.dtype),
-        )
+        dtype = getattr(torch, request.dtype)
+        implementation = choose_implementation(dtype=dtype)  # as a training does
+        model = load_model(base, routing, ranks, implementation=implementation, dtype=dtype)
         trainable = Trainable(model)
         size = ROOM + 2 * trainable.nbytes()
         on_first_rank(lambda: require_room(folder, size, what="what is fitted"))

@@ -43,7 +43,8 @@ class ModelConfig:
             Router-Tuning code; unset: those beside the checkpoint, if any, else untrained ones.
         dtype: what the frozen weights and activations are held in; routers stay in float32.
         transformer_impl: the layers' modules: `transformer_engine` (GPUs only) or `local`,
-            Megatron's own with torch's attention; unset: Transformer Engine where it works.
+            Megatron's own with torch's attention; unset: Transformer Engine where it works, but
+            `local` in float32, which Transformer Engine multiplies as TF32.
     """
 
     checkpoint: str | None = None
@@ -255,6 +256,9 @@ class TrainConfig:
         recompute: activations that backward computes again, for memory: `none`; `selective`, those
             of the MLPs, which are more than half; `full`, all but what enters a layer. Nothing is
             kept, nor computed again, below the first router.
+        deterministic: on a GPU, let equal steps give equal results to the last bit, so that a run
+            that goes on is the run in one go; costs some time in attention's backward pass. A CPU
+            does so anyway.
     """
 
     steps: int = setting(AT_LEAST_0)
@@ -269,6 +273,7 @@ class TrainConfig:
     frozen_prefix: Literal["recompute", "cache"] = "recompute"
     prefix_cache: str | None = None
     recompute: Literal["none", "selective", "full"] = "none"
+    deterministic: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -88,14 +88,14 @@ def restore_model(
         virtual_pipeline=ranks.virtual_pipeline,
         names=OPTIONS,
     )
-    implementation = implementation or _implementation(source)
+    implementation = implementation or _implementation(source, dtype)
     model = load_model(base, source.routing, ranks, implementation=implementation, dtype=dtype)
     if source.routing:
         load_trained(model, source.step)
     return model, load_tokenizer(base.huggingface, vocab_size=base.arch.vocab_size)
 
 
-def _implementation(source: Source) -> str:
+def _implementation(source: Source, dtype: torch.dtype) -> str:
     """What the training ran, where it can work; what a training would run, where none is noted."""
     ran = read_manifest(source.step).get("implementation") if source.step else None
     if ran == "transformer_engine" and (reason := why_not_transformer_engine()):
@@ -104,7 +104,7 @@ def _implementation(source: Source) -> str:
             "its layers run as local, which is equal to rounding."
         )
         return "local"
-    return ran or choose_implementation()
+    return ran or choose_implementation(dtype=dtype)
 
 
 def load_trained(model: ModelChunks, step: Path) -> None:

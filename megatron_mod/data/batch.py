@@ -39,7 +39,15 @@ class MicroBatch:
         return MicroBatch(*map(function, tensors), self.documents, states)
 
     def to(self, device: torch.device) -> MicroBatch:
-        return self.map(lambda tensor: tensor.to(device))
+        """As ``on_device`` of each tensor."""
+        return self.map(lambda tensor: on_device(tensor, device))
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there, without waiting: a plain copy to a GPU begins when all its work is done."""
+    if device.type == "cpu" or not tensor.is_cpu:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def label_places(batch: MicroBatch) -> tuple[Tensor, Tensor]:

@@ -311,6 +311,11 @@ class RoutedModel(RoutingControls):
         """Raise ``ValueError`` for what would silently be wrong, with the reason."""
         if torch.compiler.is_compiling():
             refuse_compiling()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "a CUDA graph is being captured: what is computed depends on the routers' "
+                "decisions, which no graph repeats; run the model as it is."
+            )
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
                 f"attention_mask has {attention_mask.dim()} dims: routers must know which tokens "

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_mod.data.batch import MicroBatch, equal_lengths, label_places
+from megatron_mod.data.batch import MicroBatch, equal_lengths, label_places, on_device
 from megatron_mod.data.chat import IGNORE
 from megatron_mod.model.builder import ModelChunks, RoutedGPTModel
 from megatron_mod.model.layout import StepContext, TokenLayout, zigzag
@@ -119,7 +119,7 @@ def run_batches(
 
         def end(output: Tensor, *, non_loss_data: bool = False) -> object:
             # Found on the host: on the device their number would have to be waited for.
-            rows, columns = (place.to(device.device()) for place in label_places(on_host))
+            rows, columns = (on_device(place, device.device()) for place in label_places(on_host))
             found = finish(Outcome(model.last, output, batch, (rows, columns), layout.decisions))
             if non_loss_data:
                 return found

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_mod.model import recompute
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
 from megatron_mod.model.trainable import ROUTERS, STAND_INS
+from megatron_mod.parallel import device
 from megatron_mod.routing.config import AUTO, RoutingConfig
 from megatron_mod.routing.decision import Decisions, keep_mask
 from megatron_mod.routing.router import Router
@@ -30,6 +31,8 @@ from megatron_mod.routing.selection import (
     select,
 )
 from megatron_mod.routing.stand_in import StandIn
+
+_NO_GRAPH = "what a routed layer computes depends on its router's decisions, which no graph repeats"
 
 
 class RoutedTransformerLayer(TransformerLayer):
@@ -54,6 +57,10 @@ class RoutedTransformerLayer(TransformerLayer):
                 f"hidden_dropout = {config.hidden_dropout}: a routed layer adds its update without "
                 "dropout; set hidden_dropout to 0."
             )
+        if config.cuda_graph_impl != "none":
+            raise ValueError(
+                f"cuda_graph_impl = {config.cuda_graph_impl!r}: {_NO_GRAPH}; set it to 'none'."
+            )
         self.gathers_rows = config.sequence_parallel
         if self.gathers_rows:
             config = copy.copy(config)
@@ -62,11 +69,11 @@ class RoutedTransformerLayer(TransformerLayer):
         self.recomputes = recompute.whole_layers(config)
         self.recomputes_mlp = recompute.feed_forwards(config)
         self.routing = routing
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.router = Router(config.hidden_size, bias=routing.bias, device=device)
+        place = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.router = Router(config.hidden_size, bias=routing.bias, device=place)
         self.stand_in = None
         if rank := routing.stand_in_rank:
-            self.stand_in = StandIn(config.hidden_size, rank, device=device)
+            self.stand_in = StandIn(config.hidden_size, rank, device=place)
 
     def forward(
         self,
@@ -80,8 +87,13 @@ class RoutedTransformerLayer(TransformerLayer):
         """``[S, B, H]`` (``[S / tp, B, H]`` with sequence parallelism) to the same shape.
 
         Raises:
-            ValueError: an attention mask or packed parameters that are not a ``TokenLayout``.
+            ValueError: an attention mask or packed parameters that are not a ``TokenLayout``, or
+                a CUDA graph is being captured.
         """
+        if device.is_capturing():
+            raise ValueError(
+                f"a CUDA graph is being captured: {_NO_GRAPH}; run the layer as it is."
+            )
         if attention_mask is not None or not isinstance(
             packed_seq_params, (TokenLayout, type(None))
         ):

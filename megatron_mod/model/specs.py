@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -27,14 +28,20 @@ from megatron_mod.routing.config import RoutingConfig
 IMPLEMENTATIONS = ("local", "transformer_engine")
 
 
-def choose_implementation(wanted: str | None = None) -> str:
+def choose_implementation(wanted: str | None = None, *, dtype: torch.dtype = torch.bfloat16) -> str:
     """The layers' back end: ``wanted``, or Transformer Engine where it works, else ``local``.
+
+    In float32 it is ``local`` unless the other is wanted: Transformer Engine's products are TF32
+    then, with ten bits of mantissa, and its attention is its slow one.
+
+    Args:
+        dtype: of the weights.
 
     Raises:
         ValueError: Transformer Engine is wanted and cannot work here.
     """
-    if wanted == "local":
-        return wanted
+    if wanted == "local" or (wanted is None and dtype == torch.float32):
+        return "local"
     reason = why_not_transformer_engine()
     if reason and wanted is not None:
         raise ValueError(

@@ -37,7 +37,8 @@ class TECoreAttention(TEDotProductAttention):
     """Transformer Engine's attention over rows and over streams of chosen tokens.
 
     What its kernels cannot express goes to torch's attention: queries of fewer tokens than
-    keys, keys left out by a mask, streams in fp32 or shared by context-parallel ranks.
+    keys, keys left out by a mask, streams in fp32 or shared by context-parallel ranks, and rows
+    that these share in fp32 or with a window.
     """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **kwargs) -> None:
@@ -61,9 +62,9 @@ class TECoreAttention(TEDotProductAttention):
         plan = packed_seq_params
         if isinstance(plan, TokenLayout):
             plan = plan.attention
-        if plan is None or self._is_rows(plan):
+        if self._is_rows(plan, query):
             return super().forward(query, key, value, None, attn_mask_type, **kwargs)
-        if not self._is_stream(plan, query):
+        if plan is None or not self._is_stream(plan, query):
             return self.torch_attention(query, key, value, packed_seq_params=plan)
         grid = plan.queries if isinstance(plan.queries, GridSegments) else None
         if grid is not None:
@@ -78,19 +79,26 @@ class TECoreAttention(TEDotProductAttention):
         context = context.reshape(query.shape[0], 1, -1)
         return grid.selection.put(context, grid.shape) if grid else context
 
-    def _is_rows(self, plan: AttentionPlan) -> bool:
-        return (
-            isinstance(plan.queries, Rows) and plan.queries is plan.keys and plan.kept_keys is None
-        )
+    def _is_rows(self, plan: AttentionPlan | None, query: Tensor) -> bool:
+        if plan is not None and not (isinstance(plan.queries, Rows) and _sees_all(plan)):
+            return False
+        return not self._shares_rows or self._is_flash(query)
 
     def _is_stream(self, plan: AttentionPlan, query: Tensor) -> bool:
-        return (
-            plan.queries is plan.keys
-            and plan.kept_keys is None
-            and self.config.window_size is None
-            and query.dtype in (torch.float16, torch.bfloat16)
-            and self.torch_attention.context_group.size() == 1
-        )
+        return _sees_all(plan) and self._is_flash(query) and not self._shares_rows
+
+    def _is_flash(self, query: Tensor) -> bool:
+        """Whether it is for its fused kernels; its plain attention takes rows of one rank only."""
+        return query.dtype in (torch.float16, torch.bfloat16) and self.config.window_size is None
+
+    @property
+    def _shares_rows(self) -> bool:
+        return self.torch_attention.context_group.size() > 1
+
+
+def _sees_all(plan: AttentionPlan) -> bool:
+    """Whether every query is a key too, and may see all keys before it."""
+    return plan.queries is plan.keys and plan.kept_keys is None
 
 
 def _packed(segments: Segments) -> PackedSeqParams:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -24,6 +26,7 @@ def prepare() -> None:
         "`load_state_dict` is deprecated.*",
         "`torch.distributed.* is deprecated.*",
         ".*absl.logging is not installed.*",
+        ".*using the device under current context.*",  # which select has set
     ):
         warnings.filterwarnings("ignore", message=harmless)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
@@ -68,6 +71,33 @@ def device() -> torch.device:
 def collective_backend() -> str:
     """The ``torch.distributed`` back end for this device."""
     return "nccl" if HAS_GPU else "gloo"
+
+
+def is_capturing() -> bool:
+    """Whether what the device is told now becomes part of a CUDA graph."""
+    return HAS_GPU and torch.cuda.is_current_stream_capturing()
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool = True) -> Iterator[None]:
+    """Have equal inputs give equal results, to the last bit, for the block, where that is ``wanted``:
+    on a GPU the backward pass of attention adds up in any order otherwise. A CPU does so anyway.
+
+    Models are built in the block too: Transformer Engine's attention asks once.
+    """
+    if not (wanted and HAS_GPU):
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch with it
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def synchronize() -> None:

@@ -37,7 +37,7 @@ def train(config: Config, plan: Plan) -> dict:
     Returns the summary, which is also ``summary.json`` of the run.
     """
     folder = RunFolder(config.checkpoint)
-    with folder.held():
+    with folder.held(), device.deterministic(config.train.deterministic):
         run = RunCheckpoints(config, folder, plan)
         found = Training(config, plan, run).to_the_end()
         on_first_rank(lambda: write_json(folder.path / SUMMARY, found))

@@ -60,7 +60,8 @@ def prepare(config: Config) -> Plan:
     """
     if int(os.environ.get("RANK", 0)):  # what is said about the data is said once
         logging.getLogger("megatron_mod").setLevel(logging.ERROR)
-    implementation = choose_implementation(config.model.transformer_impl)
+    wanted, dtype = config.model.transformer_impl, DTYPES[config.model.dtype]
+    implementation = choose_implementation(wanted, dtype=dtype)
     base = open_base(config.model.checkpoint or config.model.hf_path, hf_path=config.model.hf_path)
     arch = base.arch
     check_settings(config)

@@ -28,6 +28,7 @@ _MAY_CHANGE = {
     "model.checkpoint", "model.hf_path", "model.routers", "data.validation", "data.packing",
     "train.steps", "train.micro_batch_size", "train.validation_interval", "train.max_skipped_steps",
     "train.timeout", "train.frozen_prefix", "train.prefix_cache", "train.recompute",
+    "train.deterministic",
 }  # fmt: skip
 # What a run did that was started before there were these settings.
 _BEFORE = {

@@ -17,10 +17,15 @@ from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.batch import collate
 from megatron_mod.data.chat import Sample
 from megatron_mod.data.loader import Loader, StepBatch
-from megatron_mod.evaluation.parity import max_relative_difference, prompt_batch
+from megatron_mod.evaluation.parity import (
+    max_relative_difference,
+    megatron_logits,
+    prompt_batch,
+)
 from megatron_mod.model.cost import training_costs
 from megatron_mod.model.pipeline import cheapest_layout
 from megatron_mod.model.trainable import ROUTERS, STAND_INS, count_changed, frozen_digests
+from megatron_mod.parallel import device
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training.optimizer import wrap_ddp
@@ -33,11 +38,12 @@ ROUTED = (1, 2)
 
 class Asked(NamedTuple):
     """A training whose loss and gradients are to be found; ``price`` is that of the steps before,
-    of each routed layer."""
+    of each routed layer; ``added`` what these have, if not what all trainings do."""
 
     routing: RoutingConfig
     loss: str = "task"
     price: tuple[float, ...] | None = None
+    added: Added | None = None
 
 
 def routing_config(**changes: object) -> RoutingConfig:
@@ -52,22 +58,14 @@ def build(
     sequence_parallel: bool = False,
     routing=None,
     layout=None,
-    dtype: torch.dtype = torch.float32,
-    recompute: str = "none",
+    **options: object,
 ):
-    """This rank's part of a base checkpoint; all that is added to it trains."""
+    """This rank's part of a base checkpoint; all that is added to it trains. ``options``: more of
+    ``load_model``."""
     base = base if isinstance(base, Base) else open_base(base)
     ranks = replace(ranks, sequence_parallel=sequence_parallel, pipeline_layout=layout)
-    trained = (ROUTERS, STAND_INS)
-    return load_model(
-        base,
-        routing,
-        ranks,
-        implementation="local",
-        dtype=dtype,
-        trained=trained,
-        recompute=recompute,
-    )
+    options = {"implementation": "local", **options}
+    return load_model(base, routing, ranks, trained=(ROUTERS, STAND_INS), **options)
 
 
 def convert(hf: Path, save: Path) -> None:
@@ -120,7 +118,11 @@ def gradients(
     trainings: list[Asked],
 ) -> dict:
     """Loss, penalty, capacity, price and gradients of one global batch in each topology, and the
-    loss of an evaluation, which really skips."""
+    loss of an evaluation, which really skips.
+
+    A topology may say more of how the model is built and run: ``logits`` asks for those of the
+    evaluation, each sample's ``[tokens, vocab]``; ``precision`` is that of float32 products.
+    """
     found = {}
     for topology in topologies:
         topology = dict(topology)
@@ -130,8 +132,13 @@ def gradients(
         packed = topology.pop("packed", False)
         rows = topology.pop("rows", 2)
         recompute = topology.pop("recompute", "none")
+        implementation = topology.pop("implementation", "local")
+        dtype = topology.pop("dtype", torch.float32)
+        precision = topology.pop("precision", "highest")
+        wants_logits = topology.pop("logits", False)
+        torch.set_float32_matmul_precision(precision)
         ranks = meet(**topology)
-        for number, (routing, loss, price) in enumerate(trainings):
+        for number, (routing, loss, price, own) in enumerate(trainings):
             model = build(
                 base,
                 ranks,
@@ -139,14 +146,17 @@ def gradients(
                 routing=routing,
                 layout=layout or cheapest(base, ranks, routing, samples),
                 recompute=recompute,
+                implementation=implementation,
+                dtype=dtype,
             )
-            put_added(model, only(added, routing))
+            put_added(model, only(own or added, routing))
             frozen = frozen_digests(model)
             chunks = wrap_ddp(model, use_distributed_optimizer=distributed)
             for chunk in chunks:
                 chunk.zero_grad_buffer()
-            controller = CapacityController(routing)
-            controller.price = None if price is None else torch.tensor(price)
+            controller = CapacityController(routing, device=device.device())
+            if price is not None:
+                controller.price = torch.tensor(price, device=device.device())
             batch = _loader(samples, ranks, sequence_parallel, rows=rows).step(0)
             if packed:
                 batch = pack(samples)
@@ -168,7 +178,7 @@ def gradients(
             if distributed:
                 gather_gradients(chunks)
             grads = {
-                (layer, name): parameter.main_grad.clone()
+                (layer, name): parameter.main_grad.cpu().clone()
                 for layer, module in model.routed_layers().items()
                 for name, parameter in module.named_parameters()
                 if parameter.requires_grad
@@ -176,6 +186,7 @@ def gradients(
             model.eval()
             with torch.no_grad():
                 evaluated = run_schedule(chunks, model, batch, routing, controller=None)
+                logits = _logits(model, samples) if wants_logits else None
             name = (
                 *sorted(topology.items()),
                 sequence_parallel,
@@ -183,9 +194,13 @@ def gradients(
                 layout,
                 packed,
                 recompute,
+                implementation,
+                dtype,
+                precision,
                 number,
             )
             found[name] = {
+                "logits": logits,
                 "loss": float(total),
                 "price": found_price,
                 "step_task_loss": float(result.task_loss),
@@ -195,7 +210,14 @@ def gradients(
                 "gradients": grads,
                 "frozen_changed": count_changed(frozen, frozen_digests(model)),
             }
+    torch.set_float32_matmul_precision("highest")
     return found
+
+
+def _logits(model, samples: list[Sample]) -> list[torch.Tensor]:
+    """Of each sample ``[tokens, vocab]``, on the last pipeline stage."""
+    rows = (row for logits in megatron_logits(model, [collate(samples)]) for row in logits.cpu())
+    return [row[: len(sample.ids)] for row, sample in zip(rows, samples, strict=False)]
 
 
 def cheapest(base: Path, ranks, routing: RoutingConfig, samples: list[Sample]):

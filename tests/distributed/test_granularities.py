@@ -115,15 +115,18 @@ PIPELINE = {"pipeline": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 
 
-def expected_of(case, training: RoutingConfig | cases.Asked) -> dict:
+def expected_of(
+    case, training: RoutingConfig | cases.Asked, *, dtype: torch.dtype = torch.float32
+) -> dict:
+    """What the formula says, computed in ``dtype``."""
     from transformers import AutoModelForCausalLM
 
     hf, _, samples, tensors = case
-    routing, loss_name, price = asked(training)
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).requires_grad_(False)
+    routing, loss_name, price, own = asked(training)
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype).requires_grad_(False)
     added = {
-        layer: {name: tensor.clone().requires_grad_() for name, tensor in own.items()}
-        for layer, own in cases.only(tensors, routing).items()
+        layer: {name: tensor.to(dtype, copy=True).requires_grad_() for name, tensor in own.items()}
+        for layer, own in cases.only(own or tensors, routing).items()
     }
     rules = {k: v for k, v in vars(routing).items() if k in Scheme.__dataclass_fields__}
     found = batch_loss(
@@ -154,6 +157,7 @@ def expected_of(case, training: RoutingConfig | cases.Asked) -> dict:
         loss = loss + routing.capacity_loss_weight * on * (capacity[layer] - target)
     (loss + cost).backward()
     return {
+        "logits": [logits.detach() for logits in found.logits],
         "price": found_price,
         "task_loss": float(found.task_loss.detach()),
         "loss": float(loss.detach()),

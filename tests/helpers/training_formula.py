@@ -115,20 +115,23 @@ def forward(
 
 class BatchLoss(NamedTuple):
     """Per label of a whole batch: what is minimised and the cross entropy; each layer's capacity
-    (all with their graphs), the number of units of a layer, and the smallest margin."""
+    (all with their graphs), the number of units of a layer, the smallest margin, and each sample's
+    logits ``[T, vocab]``."""
 
     loss: Tensor
     task_loss: Tensor
     capacity: dict[int, Tensor]
     num_units: int
     margin: float
+    logits: list[Tensor]
 
 
 def batch_loss(model, samples: Sequence, added: Added, scheme: Scheme) -> BatchLoss:
     nll, divergence, count, margin = 0.0, 0.0, 0, math.inf
-    masks = {layer: [] for layer in scheme.layers}
+    masks, all_logits = {layer: [] for layer in scheme.layers}, []
     for sample in samples:
         logits, made, closest = forward(model, sample.ids, sample.prompt_length, added, scheme)
+        all_logits.append(logits)
         targets = [i for i, label in enumerate(sample.labelled) if label and i]
         expected = torch.tensor([sample.ids[i] for i in targets])
         before = [i - 1 for i in targets]
@@ -149,4 +152,5 @@ def batch_loss(model, samples: Sequence, added: Added, scheme: Scheme) -> BatchL
         {layer: m.mean() for layer, m in made.items()},
         len(made[scheme.layers[0]]),
         margin,
+        all_logits,
     )
