@@ -91,7 +91,9 @@ class RoutedTransformerLayer(TransformerLayer):
                 a CUDA graph is being captured.
         """
         if device.is_capturing():
-            raise ValueError(f"a CUDA graph is being captured: {_NO_GRAPH}; run the layer as it is.")
+            raise ValueError(
+                f"a CUDA graph is being captured: {_NO_GRAPH}; run the layer as it is."
+            )
         if attention_mask is not None or not isinstance(
             packed_seq_params, (TokenLayout, type(None))
         ):

@@ -28,9 +28,7 @@ from megatron_mod.routing.config import RoutingConfig
 IMPLEMENTATIONS = ("local", "transformer_engine")
 
 
-def choose_implementation(
-    wanted: str | None = None, *, dtype: torch.dtype = torch.bfloat16
-) -> str:
+def choose_implementation(wanted: str | None = None, *, dtype: torch.dtype = torch.bfloat16) -> str:
     """The layers' back end: ``wanted``, or Transformer Engine where it works, else ``local``.
 
     In float32 it is ``local`` unless the other is wanted: Transformer Engine's products are TF32

@@ -1,4 +1,4 @@
-"""Routers whose decisions no rounding changes: their logits lie far from the border, on either side."""
+"""Routers whose decisions no rounding changes: their logits lie far from the border."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ def parted(hf, samples: Sequence[Sample], routing: RoutingConfig, seed: int) -> 
     return added
 
 
-def wanted(
-    samples: Sequence[Sample], generator: torch.Generator, *, per_sequence: bool
-) -> Tensor:
+def wanted(samples: Sequence[Sample], generator: torch.Generator, *, per_sequence: bool) -> Tensor:
     """Which tokens are to be kept, bool, sample after sample."""
     if not per_sequence:
         count = sum(len(sample.ids) for sample in samples)

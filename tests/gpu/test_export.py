@@ -1,5 +1,5 @@
-"""The export on the device: every attention, both dtypes, beside the formula; what cannot be right is
-refused."""
+"""The export on the device: every attention, both dtypes, beside the formula; what cannot be right
+is refused."""
 
 from __future__ import annotations
 
@@ -133,7 +133,10 @@ def test_cuda_graphs_are_refused_and_the_model_still_works(exported, granularity
     ids = exported.ids[:1].to(device.device())
     with torch.no_grad():
         before = model(ids).logits
-        with pytest.raises(ValueError, match="CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with (
+            pytest.raises(ValueError, match="CUDA graph"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
             model(ids)
         assert torch.equal(model(ids).logits, before)
     assert wanted.isfinite().all()
