@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from multiprocessing import connection
 from pathlib import Path
@@ -117,6 +117,7 @@ def compare(
     dtype = setup.dtype or ("bfloat16" if device.HAS_GPU else "float32")
     setup = replace(setup, dtype=dtype)
     processes: dict[str, Process] = {}
+    counting: dict[str, Process] = {}
     started: dict[str, float] = {}
     filled: dict[str, float] = {}
     wanted = None
@@ -138,8 +139,15 @@ def compare(
                 options.append(f"--checkpoint.save={scratch}/{way}_again")
             processes[way] = Process(way, options, place)
             started[way] = processes[way].seconds
-        rounds = take_turns(processes, setup)
-        for process in processes.values():
+            if not WAYS[way].is_plain and not counts_what_runs(dtype):
+                local = [
+                    "--model.transformer_impl=local",
+                    f"--checkpoint.save={scratch}/{way}_counted",
+                ]
+                counting[way] = Process(way, [*options, *local], place)
+                counting[way].run(Round(0, WARM_UP))
+        rounds = take_turns(processes, setup, counting=counting)
+        for process in (*processes.values(), *counting.values()):
             process.end()
     report = summarise(rounds, wanted)
     report["device"] = device.describe()
@@ -153,9 +161,27 @@ def compare(
     return report
 
 
-def take_turns(processes: dict[str, Process], setup: Setup) -> dict[str, list[list[Measured]]]:
+def counts_what_runs(dtype: str) -> bool:
+    """Whether torch sees the products that ours computes: not those of Transformer Engine."""
+    if not device.HAS_GPU:
+        return True
+    from megatron_mod.model.specs import choose_implementation
+
+    return choose_implementation(dtype=getattr(torch, dtype)) == "local"
+
+
+def take_turns(
+    processes: Mapping[str, Process],
+    setup: Setup,
+    *,
+    counting: Mapping[str, Process] | None = None,
+) -> dict[str, list[list[Measured]]]:
     """All rounds of each way, and of each round all ranks' answers: the first steps, the timed
-    rounds, and the counted one. Who is first changes every round."""
+    rounds, and the counted one. Who is first changes every round.
+
+    ``counting``: those of the ways whose counted round others run.
+    """
+    counting = counting or {}
     asked = [Round(0, WARM_UP)]
     for number in range(setup.rounds + 1):
         first = WARM_UP + number * setup.steps
@@ -164,7 +190,8 @@ def take_turns(processes: dict[str, Process], setup: Setup) -> dict[str, list[li
     with tqdm(total=len(asked) * len(processes), desc="rounds", unit="round") as progress:
         for number, each in enumerate(asked):
             for way in list(processes) if number % 2 else reversed(list(processes)):
-                found[way].append(processes[way].run(each))
+                process = counting.get(way, processes[way]) if each.counts else processes[way]
+                found[way].append(process.run(each))
                 progress.update()
     return found
 

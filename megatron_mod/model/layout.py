@@ -77,6 +77,9 @@ class StepContext:
     watch_units: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
 
 
+NOTHING_ASKED = StepContext()
+
+
 @dataclass
 class TokenLayout(PackedSeqParams):
     """A micro-batch's roles and documents, as this context-parallel rank holds them, what the step
@@ -100,7 +103,7 @@ class TokenLayout(PackedSeqParams):
     position_ids: Tensor | None = None
     documents: Sequence[Sequence[int]] = ()
     context_ranks: int = 1
-    step: StepContext = field(default_factory=StepContext)
+    step: StepContext = NOTHING_ASKED
 
     def __post_init__(self) -> None:
         if self.packed and self.context_ranks > 1:
@@ -125,7 +128,7 @@ class TokenLayout(PackedSeqParams):
             position_ids=batch.position_ids,
             documents=batch.documents,
             context_ranks=context_ranks,
-            step=step or StepContext(),
+            step=step or NOTHING_ASKED,
         )
 
     @classmethod

@@ -8,6 +8,7 @@ import os
 import platform
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -80,8 +81,8 @@ def is_capturing() -> bool:
 
 @contextlib.contextmanager
 def deterministic(wanted: bool = True) -> Iterator[None]:
-    """Have equal inputs give equal results, to the last bit, for the block, where that is ``wanted``:
-    on a GPU the backward pass of attention adds up in any order otherwise. A CPU does so anyway.
+    """Have equal inputs give equal results, to the last bit, for the block, where ``wanted``: on a
+    GPU the backward pass of attention adds up in any order otherwise. A CPU does so anyway.
 
     Models are built in the block too: Transformer Engine's attention asks once.
     """
@@ -91,13 +92,14 @@ def deterministic(wanted: bool = True) -> Iterator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch with it
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    memory.fill_uninitialized_memory = False  # nothing reads it
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        memory.fill_uninitialized_memory = fills
 
 
 def synchronize() -> None:

@@ -1,4 +1,4 @@
-"""Routers whose decisions no rounding changes: their logits lie far from the border, on either side."""
+"""Routers whose decisions no rounding changes: their logits lie far from the border."""
 
 from __future__ import annotations
 

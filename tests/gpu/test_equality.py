@@ -1,8 +1,8 @@
 """Logits, loss and gradients of local layers and of Transformer Engine's beside the formula.
 
-The formula computes in float64 on the weights as they are, which bfloat16 holds exactly. How far the
-local layers are from it in a dtype is what rounding does; Transformer Engine's may not be further off
-than some times that.
+The formula computes in float64 on the weights as they are, which bfloat16 holds exactly. How far
+the local layers are from it in a dtype is what rounding does; Transformer Engine's may not be
+further off than some times that.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.scheme import GRANULARITIES
 from tests.distributed import cases
 from tests.distributed.test_granularities import expected_of, make_case
@@ -56,7 +55,12 @@ def trainings_of(family: str) -> list[cases.Asked]:
             asked.append((cases.routing_config(**routing, training_compute=compute), "task"))
     added = [
         (cases.routing_config(granularity="attn_token", **MORE), "both"),
-        (cases.routing_config(granularity="mlp_sequence", training_compute="sparse", **MORE), "distill"),
+        (
+            cases.routing_config(
+                granularity="mlp_sequence", training_compute="sparse", **MORE
+            ),
+            "distill",
+        ),
         (cases.routing_config(granularity="block_token", keys_values="selected", **MORE), "both"),
     ]  # fmt: skip
     if family == "llama":
@@ -156,7 +160,8 @@ def test_local_layers_in_float32_are_the_formula(case_of, packed):
 
 def test_local_layers_in_bfloat16_are_as_near_as_rounding_lets_them(case_of):
     case = case_of("llama")
-    for found, wanted in zip(measured(case, ("local", BF16), packed=False), case.expected, strict=True):  # fmt: skip
+    pairs = zip(measured(case, ("local", BF16), packed=False), case.expected, strict=True)
+    for found, wanted in pairs:
         assert found["capacity"] == pytest.approx(wanted["capacity"])
         # Some dozens of roundings to 8 bits of mantissa follow one another.
         assert max(distances(found, wanted).values()) <= 32 * torch.finfo(BF16).eps

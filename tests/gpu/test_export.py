@@ -1,5 +1,5 @@
-"""The export on the device: every attention, both dtypes, beside the formula; what cannot be right is
-refused."""
+"""The export on the device: every attention, both dtypes, beside the formula; what cannot be right
+is refused."""
 
 from __future__ import annotations
 

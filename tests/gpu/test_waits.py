@@ -1,5 +1,5 @@
-"""The host waits for the device once in each layer that skips, for its number of tokens, and in dense
-training nowhere; a step waits at its end."""
+"""The host waits for the device once in each layer that skips, for its number of tokens, and in
+dense training nowhere; a step waits at its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where tests of GPUs run. Their bodies are the same on a CPU, where few of them run unless asked."""
+"""Where tests of GPUs run: their bodies are the same on a CPU, where few run unless asked."""
 
 from __future__ import annotations
 

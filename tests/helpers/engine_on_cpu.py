@@ -1,10 +1,11 @@
-"""Transformer Engine's modules computed by torch, where there is no GPU: what is around them can then
-be run. Their names, arguments and shapes are its own."""
+"""Transformer Engine's modules computed by torch, where there is no GPU: what is around them can
+then be run. Their names, arguments and shapes are its own."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from itertools import pairwise
 from unittest import mock
 
 import torch
@@ -32,7 +33,7 @@ def engine_on_cpu() -> Iterator[None]:
     made = Base.__init__
 
     def make(self, *args: object, **kwargs: object) -> None:
-        with mock.patch("torch.cuda.is_available", lambda: True):  # it asks, and needs no more
+        with mock.patch("torch.cuda.is_available", return_value=True):  # needs no more
             made(self, *args, **kwargs)
 
     forwards = {
@@ -131,8 +132,8 @@ def _attention(
     ends = cu_seqlens_q.tolist()
     assert ends[0] == 0
     assert ends[-1] == len(query)
-    lengths = [stop - start for start, stop in zip(ends[:-1], ends[1:], strict=True)]
-    assert 0 < min(lengths)
+    lengths = [stop - start for start, stop in pairwise(ends)]
+    assert min(lengths) > 0
     assert max(lengths) == max_seqlen_q == max_seqlen_kv
     parts = zip(*(t.split(lengths) for t in (query, key, value)), strict=True)
     return torch.cat([_causal(*part) for part in parts]).flatten(1)

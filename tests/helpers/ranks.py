@@ -1,4 +1,4 @@
-"""Runs a function on several gloo (or nccl) ranks from an ordinary pytest test."""
+"""Runs a function on several ranks from an ordinary pytest test; they share the GPUs there are."""
 
 from __future__ import annotations
 
@@ -57,6 +57,10 @@ def _rank(function: Callable, args: tuple, rank: int, world: int, folder: str) -
     import torch
 
     torch.set_num_threads(1)
+    from tests.helpers import shared_device
+
+    if shared_device.is_needed(world):
+        shared_device.share()
     try:
         result = function(*args)
         Path(folder, f"result-{rank}.pkl").write_bytes(pickle.dumps(result))

@@ -111,6 +111,8 @@ def test_what_would_be_ignored_is_refused(own_model):
 
     with pytest.raises(ValueError, match="hidden_dropout = 0.1"):
         own_model(hidden_dropout=0.1)
+    with pytest.raises(ValueError, match="cuda_graph_impl = 'transformer_engine'"):
+        own_model(cuda_graph_impl="transformer_engine")
     with pytest.raises(ValueError, match="names layer 3, but num_layers is 3; use 0 to 2"):
         own_model(RoutingConfig("attn_token", (1, 3), (0.5, 0.5)))
     with pytest.raises(ValueError, match="normalization = 'LayerNorm'"):

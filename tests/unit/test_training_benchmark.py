@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mod.benchmark.training import max_rel, summarise
+from megatron_mod.benchmark.training import max_rel, summarise, take_turns
 from megatron_mod.benchmark.training_ours import Ours
 from megatron_mod.benchmark.training_plain import Plain
 from megatron_mod.benchmark.training_process import (
@@ -49,6 +49,21 @@ def setup(trainer: Trainer, granularity: str = "block_token", **changes: object)
 def plain(trainer: Trainer, way: str, scratch: Path, granularity: str, dtype: torch.dtype):
     options = setup(trainer, granularity).options(way, scratch)
     return Plain(way.replace(REFERENCE, "published_stop"), cli.parse(options), dtype=dtype)
+
+
+def test_what_torch_cannot_count_is_counted_by_others():
+    class Answers:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def run(self, asked: object) -> str:
+            return self.name
+
+    ways = {way: Answers(way) for way in ("published_stop", "recompute")}
+    asked = Setup("", "", "block_token", 2, 1, 1, 4, 2, 64, 1, 2, "bfloat16", ())
+    found = take_turns(ways, asked, counting={"recompute": Answers("local")})
+    assert found["published_stop"] == ["published_stop"] * 4
+    assert found["recompute"] == ["recompute"] * 3 + ["local"]
 
 
 @pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "block_token"])

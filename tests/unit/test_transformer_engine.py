@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +63,18 @@ def test_checkpoint_keys_are_those_of_the_local_layers(engine, single_process, m
         )
     assert keys[0] == keys[1]
     assert "decoder.layers.1.router.weight" in keys[0]
+
+
+def test_float32_is_for_local_layers_unless_the_other_is_asked_for(monkeypatch):
+    """Transformer Engine would multiply as TF32."""
+    from megatron_mod.model import specs
+
+    monkeypatch.setattr(specs.device, "HAS_GPU", True)
+    monkeypatch.setitem(sys.modules, "megatron_mod.model.transformer_engine", SimpleNamespace())
+    assert specs.choose_implementation() == "transformer_engine"
+    assert specs.choose_implementation(dtype=torch.float32) == "local"
+    asked = specs.choose_implementation("transformer_engine", dtype=torch.float32)
+    assert asked == "transformer_engine"
 
 
 def test_without_a_gpu_it_is_refused_by_name(monkeypatch):
