@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from megatron_mod.parallel.topology import ONE_RANK
 from tests.helpers.runs import Trainer
@@ -47,7 +48,7 @@ def test_the_back_end_is_what_training_ran(
         del recorded["implementation"]
     monkeypatch.setattr(restore, "read_manifest", lambda step: recorded)
     built = note_what_is_built(monkeypatch, possible=possible)
-    restore.restore_model(source, ONE_RANK, implementation=asked)
+    restore.restore_model(source, ONE_RANK, implementation=asked, dtype=torch.bfloat16)
     assert built == [runs]
     said = capsys.readouterr().out
     if ran == "transformer_engine" and not possible:
@@ -78,9 +79,10 @@ def note_what_is_built(monkeypatch: pytest.MonkeyPatch, *, possible: bool) -> li
     return built
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("possible", [True, False])
 def test_a_base_and_stand_ins_run_what_a_training_would(
-    trained, monkeypatch, tmp_path_factory, possible
+    trained, monkeypatch, tmp_path_factory, possible, dtype
 ):
     from megatron_mod.calibration.stand_ins import make_stand_ins
     from megatron_mod.checkpoint.manifest import read_manifest
@@ -94,13 +96,18 @@ def test_a_base_and_stand_ins_run_what_a_training_would(
     text.write_text("abcd efgh " * 40)
     built = note_what_is_built(monkeypatch, possible=possible)
     request = StandInRequest(
-        load=str(source.base.path), data=str(text), save=str(folder / "made"), layers="[1]", rank=2
+        load=str(source.base.path),
+        data=str(text),
+        save=str(folder / "made"),
+        layers="[1]",
+        rank=2,
+        dtype=dtype,
     )
     make_stand_ins(request, ONE_RANK)
-    chosen = "transformer_engine" if possible else "local"
+    chosen = "transformer_engine" if possible and dtype == "bfloat16" else "local"
     assert read_manifest(folder / "made")["implementation"] == chosen
-    restore.restore_model(open_source(source.base.path), ONE_RANK)
-    restore.restore_model(open_source(folder / "made"), ONE_RANK)
+    for load in (source.base.path, folder / "made"):
+        restore.restore_model(open_source(load), ONE_RANK, dtype=getattr(torch, dtype))
     assert built == [chosen] * 3
 
 
