@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from megatron_mod.config.model_folder import is_run
 from megatron_mod.conversion.hf_reader import HFReader, read_config
 from megatron_mod.conversion.restore import restore_model
-from megatron_mod.conversion.source import Base, open_source
+from megatron_mod.conversion.routers import HF_KEY
+from megatron_mod.conversion.source import Source, open_source
 from megatron_mod.conversion.weights import hf_weights
 from megatron_mod.data.batch import MicroBatch
 from megatron_mod.data.python_docs import topic_text
@@ -64,7 +66,7 @@ def compare(
     ``base``: where the base of a training run is now, if not where it was.
     """
     source = open_source(load, base=base if is_run(load) else None)
-    tolerance = default_tolerance(source.base, hf_path)
+    tolerance = default_tolerance(source, hf_path)
     model, tokenizer = restore_model(source, ranks, implementation="local")
     words = topic_text().split()
     rows = tokenizer([" ".join(words[:count]) for count in PROMPT_WORDS])["input_ids"]
@@ -120,11 +122,14 @@ ROUNDING = 1e-4  # of fp32, in models of any depth; those of equal weights are n
 ROUNDED_STEPS = 8  # of a dtype's epsilon: what rounding weights to it does to logits
 
 
-def default_tolerance(base: Base, hf_path: str | Path) -> float:
-    """The largest relative difference two copies of a model may have, whose weights may have been
-    rounded to another dtype in between."""
-    with hf_weights(base) as weights, HFReader(hf_path) as reader:
-        names = reader.names()
-        pairs = [(w.like.dtype, reader.like(w.name).dtype) for w in weights if w.name in names]
+def default_tolerance(source: Source, hf_path: str | Path) -> float:
+    """The largest relative difference two copies of a model may have, whose weights, those a
+    training added among them, may have been rounded to another dtype in between."""
+    with hf_weights(source.base) as weights, HFReader(hf_path) as reader:
+        ours = {weight.name: weight.like.dtype for weight in weights}
+        if source.routing is not None:
+            for layer, name in product(source.routing.layers, source.routing.added_shapes(1)):
+                ours[HF_KEY.format(layer, name)] = torch.float32
+        pairs = [(ours[name], reader.like(name).dtype) for name in ours.keys() & reader.names()]
     rounded = [max(torch.finfo(d).eps for d in pair) for pair in pairs if pair[0] != pair[1]]
     return max(ROUNDING, ROUNDED_STEPS * max(rounded, default=0.0))

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from megatron_mod.conversion import convert
+from megatron_mod.conversion.routers import write_step
+from megatron_mod.conversion.source import open_base
+from megatron_mod.routing.config import RoutingConfig
 from tests.helpers import tiny
 from tests.helpers.broken import edit_tensors
 from tests.helpers.tools import run_tool
@@ -57,6 +60,25 @@ def test_another_model_fails_and_is_still_reported(folders, monkeypatch, capsys,
 def test_rounding_to_another_dtype_passes_and_can_be_refused(folders, monkeypatch):
     assert compare(monkeypatch, folders, "half", "one") == 0
     assert compare(monkeypatch, folders, "half", "one", "--tolerance", "1e-4") == 1
+
+
+def test_what_a_training_added_may_be_rounded_too(folders, monkeypatch):
+    """An export in bfloat16 holds stand-ins in it, whose fp32 weights a run keeps."""
+    draw = torch.Generator().manual_seed(7)
+    added = {
+        "router.weight": torch.zeros(1, 32),
+        "router.bias": torch.tensor([-1.0]),  # all is skipped
+        "stand_in.down.weight": 0.1 * torch.randn(2, 32, generator=draw),
+        "stand_in.up.weight": torch.randn(32, 2, generator=draw),
+        "stand_in.up.bias": torch.randn(32, generator=draw),
+    }
+    routing = RoutingConfig("attn_token", (1,), capacity=(0.5,), bias=True, stand_in_rank=2)
+    base = folders / "half"
+    where = {"base": str(base), "fingerprint": open_base(base).fingerprint()}
+    write_step(folders / "routed", routing, {1: added}, **where)
+    convert.megatron_to_hf(folders / "routed", folders / "export")
+    assert compare(monkeypatch, folders, "routed", "export") == 0
+    assert compare(monkeypatch, folders, "routed", "export", "--tolerance", "1e-4") == 1
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf"])

@@ -11,7 +11,7 @@ from megatron_mod.data.python_docs import write_splits
 from tests.helpers import tiny
 
 SHAPE = {
-    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 16,
+    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 64,
     "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 2048,
     "tie_word_embeddings": True, "initializer_range": 0.05, "vocab_size": tiny.VOCAB,
 }  # fmt: skip
