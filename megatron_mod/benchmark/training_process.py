@@ -106,6 +106,7 @@ class Runner:
 
         from megatron_mod.config import cli
 
+        torch.set_num_threads(place.threads)  # where torch was imported before the variable was set
         config = cli.parse(list(options))
         assert config.model.hf_path is not None
         self.dtype = getattr(torch, config.model.dtype)
