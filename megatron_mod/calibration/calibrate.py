@@ -36,7 +36,6 @@ def calibrate(request: BudgetRequest, ranks: Topology) -> dict:
     settings = {name: getattr(request, name) for name in ("max_length", "batch_size", "pooling")}
     model = load_routed(request.load, ranks, dtype=request.dtype, base=request.base, **settings)
     rows = calibration_rows(request, model)
-    before = model.backend.thresholds
     scope = request.scope or model.work.routing.scope
     timing = None
     if not is_megatron(request.load) and ranks.world_size == 1:
@@ -61,7 +60,10 @@ def calibrate(request: BudgetRequest, ranks: Topology) -> dict:
         for capacity in request.curve:
             shown.append(curve.at(calibration.at_capacity(capacity, tolerance=NEAR)))
             say(line(shown[-1]))
-        for name, point in (("as it was", calibration.at(before)), ("chosen", chosen)):
+        for name, point in (
+            ("as it was", calibration.at(model.backend.thresholds)),
+            ("chosen", chosen),
+        ):
             shown.append(curve.at(point))
             say(line(shown[-1], name))
     *points, was, met = (point.to_dict() for point in shown)

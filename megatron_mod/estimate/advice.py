@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations, product
 
+from megatron_mod.config.recipes import NO_STAND_INS
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_values
 from megatron_mod.estimate.estimate import Estimate, estimate
@@ -17,9 +18,7 @@ TENSOR, PIPELINE = (
     "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
 )  # fmt: skip
 
-_NO_STAND_INS: dict[str, object] = {
-    "router.stand_in": "none", "router.stand_in_rank": None, "router.stand_in_tokens": None,
-}  # fmt: skip
+_NO_STAND_INS = {n: None if value == "null" else value for n, value in NO_STAND_INS.items()}
 
 
 @dataclass(frozen=True)

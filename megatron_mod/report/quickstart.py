@@ -66,13 +66,12 @@ def build_report(
 
     with_dense = perplexity(HuggingFaceBackend(dense, tokenizer), rows["held_out"])
     backend = HuggingFaceBackend(routed, tokenizer, pooling=routing["pooling"])
-    thresholds = backend.thresholds
-    with tqdm(desc="passes over the text", unit="") as passes:  # these move the thresholds
+    with tqdm(desc="passes over the text", unit="") as passes:
         calibration = Calibration(
             backend, rows["held_out"], work, scope=routing["scope"], after_pass=passes.update
         )
         curve = Curve(calibration, ranking=rows["ranking"])
-        found = curve.at(calibration.at(thresholds))
+        found = curve.at(calibration.at(backend.thresholds))
     parities = {entry["hf_path"]: entry["max_rel"] for entry in json.loads(read(parity))}
     summary = json.loads(read(Path(run) / "summary.json"))
     return {

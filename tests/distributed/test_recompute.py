@@ -19,6 +19,7 @@ from tests.distributed.test_granularities import (
     make_case,
 )
 from tests.helpers import tiny
+from tests.helpers.memory import kept_by_layer
 from tests.helpers.ranks import meet
 from tests.helpers.runs import DEFAULT, Trainer, metrics
 
@@ -61,23 +62,8 @@ def step(case, routing, recompute: str) -> tuple[dict, dict, Counter]:
     chunks = wrap_ddp(model, use_distributed_optimizer=False)
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: Counter = Counter()
-    here: list[int] = []
-    seen: dict[int, torch.Tensor] = {}  # which keeps their places from being used again
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if here and place not in own and place not in seen:
-            seen[place] = tensor
-            kept[here[-1]] += tensor.untyped_storage().nbytes()
-        return tensor
-
-    for index, layer in enumerate(model[0].decoder.layers):
-        layer.register_forward_pre_hook(lambda *_, index=index: here.append(index))
-        layer.register_forward_hook(lambda *_: here.clear())
     batch = cases._loader(samples, ranks, False, rows=8).step(0)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_by_layer(model[0].decoder.layers) as kept:
         run_schedule(
             chunks,
             model,
