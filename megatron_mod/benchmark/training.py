@@ -128,7 +128,9 @@ def compare(
             process = Process(REFERENCE, options, Place(0, 1, threads or cores, scratch))
             wanted = process.run(Round(0, 1))[0].gradient
             process.end()
-        for way in tqdm(ways, desc="starting", unit="way"):
+        for way in ways:
+            # A line, no bar: the processes show bars of their own, and a mistake they found.
+            print(f"starting {way}", file=sys.stderr, flush=True)
             ranks = 1 if WAYS[way].is_plain else setup.ranks
             place = Place(0, ranks, threads or max(1, cores // ranks), scratch)
             options = setup.options(way, scratch)

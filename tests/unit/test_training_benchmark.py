@@ -147,9 +147,9 @@ def test_a_mistake_in_a_way_ends_with_its_one_message(trainer, tmp_path, monkeyp
     data.write_text('{"nothing": "of use"}\n')
     words = ["--hf-path", trainer.hf, "--data", data, "--ways", "full", "--max-length", 64]
     assert run_tool(monkeypatch, "benchmark_training", *words, "--without-reference") == 2
-    said = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
-    assert len(said) == 1
-    assert said[0].startswith(f"error: {data}:1: needs 'messages'")
+    *_, before, last = capfd.readouterr().err.splitlines()
+    assert "error" not in before
+    assert last.startswith(f"error: {data}:1: needs 'messages'")
 
 
 def measured(**changes: object) -> Measured:
