@@ -35,8 +35,9 @@ class Loader:
     """Deals samples to steps, micro-batches and data-parallel ranks.
 
     The global batch of a step is a function of seed and step alone (``Order``), and batches run
-    across epoch borders. It is cut into rows and micro-batches as a whole: rank ``r`` of ``n``
-    takes micro-batches ``r, r + n, ...``, so that their composition does not depend on ``n``.
+    across epoch borders. It is cut into rows and micro-batches as a whole, whose composition thus
+    does not depend on the number of ranks ``n``; they are dealt in rounds of ``n``, there and back,
+    so that the ranks' shares of short and long rows are alike.
 
     Args:
         samples: what is trained on.
@@ -114,9 +115,16 @@ class Loader:
         while len(micro_batches) % (self.data_ranks * self.group):
             micro_batches.append(blank_like(micro_batches[0]))
         return StepBatch(
-            micro_batches=micro_batches[self.data_rank :: self.data_ranks],
+            micro_batches=self._share(micro_batches),
             num_sequences=len(documents),
             num_tokens=sum(len(sample.ids) for sample in documents),
             num_labels=sum(sample.num_labels for sample in documents),
             num_positions=sum(batch.input_ids.numel() for batch in micro_batches),
         )
+
+    def _share(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """This rank's: of the rounds, which go by length, the odd ones run backwards."""
+        ranks = self.data_ranks
+        there, back = self.data_rank, ranks - 1 - self.data_rank
+        rounds = range(len(micro_batches) // ranks)
+        return [micro_batches[n * ranks + (back if n % 2 else there)] for n in rounds]

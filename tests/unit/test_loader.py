@@ -107,14 +107,24 @@ def test_the_global_batch_is_the_same_for_any_number_of_data_ranks(row_length):
         ]
         assert len({len(share.micro_batches) for share in shares}) == 1
         assert sorted(documents(shares)) == sorted(documents([whole]))
-        dealt = [shares[i % ranks].micro_batches[i // ranks].documents
-                 for i in range(len(micro_batches))]  # fmt: skip
-        assert dealt == micro_batches
+        dealt = [m.documents for share in shares for m in share.micro_batches]
+        assert sorted(dealt) == sorted(micro_batches)
         counts = {(s.num_sequences, s.num_tokens, s.num_labels) for s in shares}
         assert counts == {(whole.num_sequences, whole.num_tokens, whole.num_labels)}
         assert {s.num_positions for s in shares} == {
             sum(m.input_ids.numel() for s in shares for m in s.micro_batches)
         }
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_no_rank_gets_the_long_rows(ranks):
+    samples = made(list(range(3, 35)))  # 16 pairs of rows, each longer by 2 than the one before
+    shares = [
+        loader(samples, global_batch_size=32, data_rank=r, data_ranks=ranks).step(0)
+        for r in range(ranks)
+    ]
+    positions = [sum(m.input_ids.numel() for m in share.micro_batches) for share in shares]
+    assert len(set(positions)) == 1
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
