@@ -36,8 +36,9 @@ class Loader:
 
     The global batch of a step is a function of seed and step alone (``Order``), and batches run
     across epoch borders. It is cut into rows and micro-batches as a whole, whose composition thus
-    does not depend on the number of ranks ``n``; they are dealt in rounds of ``n``, there and back,
-    so that the ranks' shares of short and long rows are alike.
+    does not depend on the number of ranks ``n``. They are dealt in rounds of ``n``, there and back,
+    so that the ranks' shares of short and long rows are alike; a rank begins and ends with short
+    ones, for which the stages of a pipeline wait.
 
     Args:
         samples: what is trained on.
@@ -123,8 +124,12 @@ class Loader:
         )
 
     def _share(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """This rank's: of the rounds, which go by length, the odd ones run backwards."""
+        """This rank's, of each round one; rounds go by length, and each runs against the last."""
         ranks = self.data_ranks
         there, back = self.data_rank, ranks - 1 - self.data_rank
         rounds = range(len(micro_batches) // ranks)
-        return [micro_batches[n * ranks + (back if n % 2 else there)] for n in rounds]
+        rising, falling = rounds[::2], rounds[1::2][::-1]
+        return [
+            *(micro_batches[number * ranks + there] for number in rising),
+            *(micro_batches[number * ranks + back] for number in falling),
+        ]

@@ -125,6 +125,12 @@ def test_no_rank_gets_the_long_rows(ranks):
     ]
     positions = [sum(m.input_ids.numel() for m in share.micro_batches) for share in shares]
     assert len(set(positions)) == 1
+    for share in shares:
+        lengths = [m.input_ids.shape[1] for m in share.micro_batches]
+        longest = lengths.index(max(lengths))
+        assert lengths[:longest] == sorted(lengths[:longest])
+        assert lengths[longest:] == sorted(lengths[longest:], reverse=True)
+        assert 0 < longest < len(lengths) - 1
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
