@@ -52,6 +52,7 @@ def make_folder(folder: Path, *, size: float) -> None:
     found = likes(layers)
     largest = max(like.numel() for like in found.values())
     random = torch.randint(-(2**15), 2**15, (2 * largest,), dtype=torch.int16)
+    random &= ~0x4000  # the exponent's highest bit: smaller than 2, so no infinity and no NaN
     writer = HFWriter(folder)
     for index, (name, like) in enumerate(found.items()):
 
