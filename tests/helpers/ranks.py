@@ -10,9 +10,13 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
+import torch
 import torch.multiprocessing as mp
 
 _MEETINGS = count()
+# What ranks need is imported once, in a process that they are forked from; not where there is a
+# GPU, which a process must not have asked for when it forks.
+_PRELOADED = ["tests.distributed.cases", "tests.distributed.resume_cases"]
 
 
 def run_ranks(
@@ -25,9 +29,13 @@ def run_ranks(
     finish in time are killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = mp.get_context("spawn")
+    context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(_PRELOADED)
     processes = [
-        context.Process(target=_rank, args=(function, args, rank, world, str(folder)))
+        context.Process(
+            target=_rank, args=(function, args, rank, world, str(folder), dict(os.environ))
+        )
         for rank in range(world)
     ]
     for process in processes:
@@ -50,12 +58,14 @@ def run_ranks(
     return [pickle.loads((folder / f"result-{r}.pkl").read_bytes()) for r in range(world)]
 
 
-def _rank(function: Callable, args: tuple, rank: int, world: int, folder: str) -> None:
+def _rank(
+    function: Callable, args: tuple, rank: int, world: int, folder: str, environment: dict
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["MEET"] = f"file://{folder}/store"
-    import torch
-
     torch.set_num_threads(1)
     from tests.helpers import shared_device
 
