@@ -22,11 +22,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SECONDS_TO_SPEAK = 5
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_PARENT = os.getppid()
+_PARENT, _IMPORTED = os.getppid(), time.monotonic()
 
 
 class Stopped(Exception):
-    """A signal has ended the work early; it can be gone on with. All ranks raise it together."""
+    """A signal, or a limit that was set, has ended the work early; it can be gone on with. All
+    ranks raise it together."""
 
 
 def is_first_rank() -> bool:
@@ -198,6 +199,18 @@ def end_with_torchrun(number: signal.Signals = signal.SIGKILL) -> None:
 def torchrun_is_gone() -> bool:
     """Whether the torchrun that started this rank has ended."""
     return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _PARENT
+
+
+def seconds_of_job() -> float:
+    """Since torchrun, or without it this process, was started; where the kernel does not say, since
+    this module was imported."""
+    pid = _PARENT if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return time.monotonic() - _IMPORTED
+    ticks = int(stat.rpartition(")")[2].split()[19])  # proc_pid_stat(5): starttime, since boot
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def run_command(command: list[str], environment: Mapping[str, str] | None = None) -> int:

@@ -26,7 +26,7 @@ from megatron_mod.training.optimizer import build_optimizer, wrap_ddp
 from megatron_mod.training.plan import DTYPES, Plan, description, make_loader
 from megatron_mod.training.resume import RunCheckpoints
 from megatron_mod.training.run_folder import SUMMARY, RunFolder
-from megatron_mod.training.signals import StopRequest, stopped
+from megatron_mod.training.signals import EXIT_INTERVAL, StopRequest, stopped
 from megatron_mod.training.start import start
 from megatron_mod.training.step import StepResult, run_schedule
 
@@ -41,7 +41,7 @@ def train(config: Config, plan: Plan) -> dict:
         run = RunCheckpoints(config, folder, plan)
         found = Training(config, plan, run).to_the_end()
         on_first_rank(lambda: write_json(folder.path / SUMMARY, found))
-    topology.print_once(next_steps(config, steps=config.train.steps))
+    topology.print_once(next_steps(config, steps=plan.steps))
     return found
 
 
@@ -71,7 +71,7 @@ class Training:
         self.data = make_loader(config, plan, plan.train, data_rank=rank)
         if plan.validation:
             self.validation = make_loader(config, plan, plan.validation, data_rank=rank)
-        optimizer, scheduler = build_optimizer(self.chunks, config)
+        optimizer, scheduler = build_optimizer(self.chunks, config, steps=plan.steps)
         self.state = RunState(
             trainable,
             optimizer,
@@ -81,7 +81,7 @@ class Training:
             Metrics(
                 run.folder.path,
                 plan.routing,
-                steps=config.train.steps,
+                steps=plan.steps,
                 on_error=config.checkpoint.on_save_error,
             ),
             FaultCounter(most_in_a_row=config.train.max_skipped_steps),
@@ -100,12 +100,14 @@ class Training:
         """Take the steps that are left, validating and saving in between; returns the summary.
 
         Raises:
-            Stopped: a signal asked for it; what was reached is saved.
+            Stopped: a signal or a limit asked for it; what was reached is saved.
             ValueError: training has diverged, or a checkpoint cannot be written.
         """
-        done, steps = self.start, self.config.train.steps
+        done, steps = self.start, self.plan.steps
         if done and not self.state.metrics.has_validation(done):
             self._leave_if(self._validate_if_due(done), done)
+        # From here on: a job that began too late for anything else still gets on.
+        self.stop.minutes = self.config.train.exit_duration
         for step in range(done + 1, steps + 1):
             topology.at(f"step {step}")
             asked = self.take(step)
@@ -113,7 +115,7 @@ class Training:
                 self.state.average.update()
             if step == steps:
                 self._settle()
-            asked = asked or self._validate_if_due(step)
+            asked = asked or self._validate_if_due(step) or self._asked_at(step)
             self._leave_if(self._save_if_due(step, asked), step)
         if steps == 0:
             self.run.save(0, self.state)
@@ -121,10 +123,10 @@ class Training:
         return summary(self.config, self.plan, self.state, changed=changed)
 
     def take(self, step: int) -> int:
-        """One step, counted from 1; returns the signal that some rank got meanwhile, or 0."""
+        """One step, counted from 1; returns what asked some rank to stop meanwhile, or 0."""
         config, state = self.config, self.state
         batch = self.data.step(step - 1)
-        state.controller.start_step((step - 1) / config.train.steps)
+        state.controller.start_step((step - 1) / self.plan.steps)
         groups = state.optimizer.param_groups
         learning_rate = groups[0]["lr"] if groups else 0.0
         for chunk in self.chunks:
@@ -150,7 +152,7 @@ class Training:
         if skipped:
             state.metrics.log_skipped(step, samples=sources())
             return int(asked)
-        if step in (1, config.train.steps) or step % config.logging.interval == 0:
+        if step in (1, self.plan.steps) or step % config.logging.interval == 0:
             self._log(step, result, learning_rate, grad_norm)
         state.controller.end_step(result.capacity, result.pull, result.num_units)
         return int(asked)
@@ -161,7 +163,7 @@ class Training:
         routing = self.plan.routing
         norm = self.state.optimizer.step()[1]
         if routing.bias:
-            target = self.state.controller.target_at(step / self.config.train.steps)
+            target = self.state.controller.target_at(step / self.plan.steps)
             move(self.model, routing, shifts(self.model, routing, target))
         return norm
 
@@ -172,7 +174,7 @@ class Training:
         if not self.plan.routing.bias:
             return
         topology.at("setting the borders on data")
-        batches = self.data.until(reversed(range(self.config.train.steps)), tokens=TOKENS)
+        batches = self.data.until(reversed(range(self.plan.steps)), tokens=TOKENS)
         with self.state.average.applied():
             moved = settle(
                 self.chunks,
@@ -199,8 +201,8 @@ class Training:
         )
 
     def _validate_if_due(self, step: int) -> int:
-        """Validate after some steps and the last; the signal that stopped the ranks in it, or 0."""
-        interval, last = self.config.train.validation_interval, step == self.config.train.steps
+        """Validate after some steps and the last; what asked the ranks to stop in it, or 0."""
+        interval, last = self.config.train.validation_interval, step == self.plan.steps
         if not interval or not (last or step % interval == 0):
             return 0
         topology.at(f"the validation after step {step}")
@@ -215,7 +217,7 @@ class Training:
     def _validate(self) -> tuple[float, list[float]] | int:
         """Mean loss (nats per labelled token) and capacity per routed layer, with real skipping.
 
-        Or the signal that the ranks broke off for.
+        Or what the ranks broke off for.
         """
         routing = self.plan.routing
         self.model.eval()
@@ -230,10 +232,15 @@ class Training:
         self.model.train()
         return float(loss / labels), (capacity / units).tolist()
 
+    def _asked_at(self, step: int) -> int:
+        """``EXIT_INTERVAL`` where the job stops after this step, or 0."""
+        interval, last = self.config.train.exit_interval, step == self.plan.steps
+        return EXIT_INTERVAL if interval and not last and step % interval == 0 else 0
+
     def _save_if_due(self, step: int, asked: int) -> int:
-        """Save after some steps, the last, and where the ranks are ``asked`` to stop; the signal
-        that asks them now, or 0."""
-        interval, last = self.config.checkpoint.interval, step == self.config.train.steps
+        """Save after some steps, the last, and where the ranks are ``asked`` to stop; what asks
+        them now, or 0."""
+        interval, last = self.config.checkpoint.interval, step == self.plan.steps
         if not (asked or last or (interval and step % interval == 0)):
             return 0
         topology.at(f"the checkpoint of step {step}")
@@ -242,5 +249,5 @@ class Training:
 
     def _leave_if(self, asked: int, step: int) -> None:
         if asked:
-            steps = self.config.train.steps
-            raise stopped(asked, step=step, steps=steps, run=self.run.folder.path)
+            train, steps = self.config.train, self.plan.steps
+            raise stopped(asked, train, step=step, steps=steps, run=self.run.folder.path)

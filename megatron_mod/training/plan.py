@@ -14,6 +14,7 @@ from megatron_mod.config.schema import Config
 from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.dataset import Samples, load_data
 from megatron_mod.data.loader import Loader
+from megatron_mod.data.order import epoch_length, steps_of
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
@@ -49,6 +50,8 @@ class Plan:
     """The layers that training computes; the states that enter the first of them are kept."""
     packing: bool
     """Whether a row holds several documents."""
+    steps: int
+    """Of the whole run."""
     cut: Cut | None = None
 
 
@@ -99,8 +102,18 @@ def prepare(config: Config) -> Plan:
         loss=loss,
         computed=computed,
         packing=packing,
+        steps=_steps(config, train_data),
         cut=pipeline,
     )
+
+
+def _steps(config: Config, samples: Samples) -> int:
+    train = config.train
+    if train.epochs is None:
+        assert train.steps is not None, "a configuration without a length"
+        return train.steps
+    samples_of_epoch = epoch_length(samples.weights)
+    return steps_of(train.epochs, samples=samples_of_epoch, batch=train.global_batch_size)
 
 
 def _packs(config: Config, ranks: topology.Topology, samples: Samples) -> bool:
@@ -162,6 +175,7 @@ def description(config: Config, plan: Plan, *, parameters: int) -> str:
         + (f"{plan.cut}\n" if plan.cut else "")
         + (f"what enters layer {kept} is read from the prefix cache\n" if kept else "")
         + f"{len(plan.train)} training and {len(plan.validation or ())} validation samples;"
-        f" {config.train.steps} steps of {config.train.global_batch_size} sequences"
+        f" {plan.steps} steps of {config.train.global_batch_size} sequences"
         f"{', several in a row' if plan.packing else ''}"
+        + (f" (train.epochs = {config.train.epochs:g})" if config.train.epochs else "")
     )
