@@ -21,8 +21,8 @@ def _more(count: int, weight: float) -> int:
 
 
 def steps_of(epochs: float, *, samples: int, batch: int) -> int:
-    """The steps of ``batch`` samples that so many epochs of ``samples`` take, rounded up, as batches
-    run across epoch borders; 1.1 counts as 11/10, which no float is."""
+    """The steps of ``batch`` samples that so many epochs of ``samples`` take, rounded up: batches
+    run across epoch borders. 1.1 counts as 11/10, which no float is."""
     return math.ceil(Fraction(str(epochs)) * samples / batch)
 
 

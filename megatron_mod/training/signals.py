@@ -43,7 +43,7 @@ class StopRequest:
 
         (torchrun makes a second Ctrl-C a SIGTERM.)
         """
-        if number == signal.SIGTERM and process.another_failed():
+        if number == signal.SIGTERM and process.loses_another():
             os._exit(0)  # torchrun ends this rank: there is nobody left to agree with
         if process.torchrun_is_gone():
             _after(_SECONDS_WITHOUT_TORCHRUN, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -68,7 +68,7 @@ class StopRequest:
 
     @property
     def asked(self) -> int:
-        """The signal that this rank got, ``EXIT_DURATION``, or 0: for ``largest`` to carry along."""
+        """The signal that this rank got, ``EXIT_DURATION`` or 0: for ``largest`` to carry along."""
         if self._asked is None and self.minutes is not None:
             return EXIT_DURATION if process.seconds_of_job() > 60 * self.minutes else 0
         return self._asked or 0
