@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -35,7 +36,7 @@ class Failures:
 
     def __init__(
         self,
-        me: Mapping[str, object],
+        me: Mapping[str, Any],
         connect: Callable[[], dist.Store],
         *,
         holder: str,
@@ -63,11 +64,14 @@ class Failures:
         """
         why = message.strip().splitlines()[-1].removeprefix("error: ")
         mine = json.dumps({**self.me, "why": why, "status": status, "stopped": stopped})
-        _wake(stopped.get(str(self.me["host"]), []))
+        asleep = stopped.get(self.me["host"], [])
         with contextlib.suppress(RuntimeError):
             if not self.without_store:
-                return self._store.compare_set(_KEY, "", mine) == mine.encode()
-            self._store.set(_KEY, mine)  # for a holder that has just been woken; waits for nothing
+                first = self._store.compare_set(_KEY, "", mine)
+                _wake(asleep)
+                return first == mine.encode()
+            self._store.set(_KEY, mine)  # for a holder that is woken now; this waits for nothing
+        _wake(asleep)
         here = os.environ.get("LOCAL_RANK")
         is_beside_holder = here is None or self.me["host"] == self.host
         return int(here or self.me["rank"]) == int(is_beside_holder)
@@ -91,9 +95,12 @@ class Failures:
             return
         if self._first["rank"] == self.me["rank"]:
             return
-        _wake(self._first["stopped"].get(self.me["host"], []))
+        stopped = self._first["stopped"].get(self.me["host"], [])
+        _wake(stopped)
         self._heard.set()
-        if not self.is_over.wait(_SECONDS_TO_LEAVE):
+        # One that has been woken must not take another step with those that have not left yet.
+        grace = 0 if self.me["pid"] in stopped else _SECONDS_TO_LEAVE
+        if not self.is_over.wait(grace):
             self._follow()
 
     def _follow(self) -> None:
