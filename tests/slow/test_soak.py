@@ -1,5 +1,6 @@
-"""2,000 steps, a rank of which is killed every so often; they come to what nothing disturbed. Six
-minutes on two cores.
+"""2,000 steps, a rank of which is killed every so often; they come to what nothing disturbed.
+
+Eight minutes of processor time; 17 minutes on two cores that had other work.
 
 SOAK_SEED  when, and which rank, in seconds and at random (default: 17); a failure tells it.
 """

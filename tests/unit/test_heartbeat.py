@@ -21,6 +21,8 @@ from megatron_mod import process
 from megatron_mod.parallel import failure, heartbeat, topology
 from megatron_mod.parallel.heartbeat import BEATS, Heartbeat
 
+# Threads end as the process would.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 MINUTES = 0.02
 HEARTS: list[Heartbeat] = []
 
