@@ -325,13 +325,33 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    """What is printed.
+    """What one sees of a training, and what is kept of that. Every record goes into `metrics.jsonl`
+    in checkpoint.save; where one cannot be written, there or elsewhere, checkpoint.on_save_error
+    says what happens.
 
     Args:
-        interval: steps between progress lines, at least 1.
+        interval: steps between records, at least 1.
+        level: what is said, and `--log-level` for short: `info`, progress and what happens (on a
+            terminal a live display, else a line a record); `warning`, only what may be wrong;
+            `error`, only what ends the run; `debug`, also all that Megatron, Transformers, datasets
+            and torch.distributed log, on every rank.
+        timers: time the parts of a step (data, forward, backward, optimizer, validation,
+            checkpoint), for which the host waits for the device at each border.
+        tensorboard: write `tensorboard/` in checkpoint.save.
+        wandb: send records to Weights & Biases, which has to be installed: `true`, as its own
+            variables say (WANDB_MODE, WANDB_ENTITY and so on); `online`; or `offline`, into
+            `wandb/` in checkpoint.save, for `wandb sync`.
+        wandb_project: the project there; unset: `megatron_mod`.
+        wandb_name: what the run is called there; unset: as the folder checkpoint.save.
     """
 
     interval: int = setting(COUNT, default=1)
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    timers: bool = False
+    tensorboard: bool = True
+    wandb: bool | Literal["online", "offline"] = False
+    wandb_project: str | None = None
+    wandb_name: str | None = None
 
 
 @dataclass

@@ -78,6 +78,13 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
             f"parallel.num_layers_in_first_pipeline_stage = {first}: both cut the pipeline; leave "
             "the second out."
         )
+    for name in ("wandb_project", "wandb_name"):
+        value = getattr(config.logging, name)
+        if value is not None and config.logging.wandb is False:
+            raise ValueError(
+                f"logging.{name} = {value}: would be ignored, because logging.wandb is false; set "
+                "that to true, or leave the name out."
+            )
     _check_data(d, validation_interval=t.validation_interval)
 
 

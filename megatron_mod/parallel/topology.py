@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from megatron_mod import verbosity
 from megatron_mod.config.ranks import check_ranks
 from megatron_mod.parallel import device
 from megatron_mod.parallel.heartbeat import Heartbeat
@@ -214,9 +216,9 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def print_once(text: str) -> None:
-    """Print on rank 0."""
-    if dist.get_rank() == 0:
+def print_once(text: str, *, level: int = logging.INFO) -> None:
+    """Print on rank 0 what is of such a level (of ``logging``), if that is wanted."""
+    if dist.get_rank() == 0 and verbosity.says(level):
         print(text, flush=True)
 
 

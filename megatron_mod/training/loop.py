@@ -6,12 +6,14 @@ from functools import partial
 
 import torch
 
+from megatron_mod import verbosity
 from megatron_mod.checkpoint.folders import writing
 from megatron_mod.config.schema import Config
 from megatron_mod.conversion.restore import load_model
 from megatron_mod.conversion.routers import KEY
 from megatron_mod.data.dataset import write_rejects
 from megatron_mod.model.trainable import Trainable, count_changed, frozen_digests
+from megatron_mod.monitoring.environment import record_start
 from megatron_mod.parallel import device, topology
 from megatron_mod.parallel.agree import largest, on_first_rank
 from megatron_mod.routing.capacity import CapacityController
@@ -21,7 +23,8 @@ from megatron_mod.training.checkpoint import RunState, write_json
 from megatron_mod.training.ending import next_steps, summary
 from megatron_mod.training.faults import FaultCounter, not_finite
 from megatron_mod.training.frozen_prefix import with_states
-from megatron_mod.training.metrics import Metrics
+from megatron_mod.training.metrics import CHECKPOINT, VALIDATION, Metrics
+from megatron_mod.training.operations import Operations
 from megatron_mod.training.optimizer import build_optimizer, wrap_ddp
 from megatron_mod.training.plan import DTYPES, Plan, description, make_loader
 from megatron_mod.training.resume import RunCheckpoints
@@ -37,11 +40,17 @@ def train(config: Config, plan: Plan) -> dict:
     Returns the summary, which is also ``summary.json`` of the run.
     """
     folder = RunFolder(config.checkpoint)
-    with folder.held(), device.deterministic(config.train.deterministic):
+    with (
+        verbosity.at(config.logging.level),
+        folder.held(),
+        device.deterministic(config.train.deterministic),
+    ):
         run = RunCheckpoints(config, folder, plan)
-        found = Training(config, plan, run).to_the_end()
+        training = Training(config, plan, run)
+        with training.state.metrics:
+            found = training.to_the_end()
         on_first_rank(lambda: write_json(folder.path / SUMMARY, found))
-    topology.print_once(next_steps(config, steps=config.train.steps))
+        topology.print_once(next_steps(config, steps=config.train.steps))
     return found
 
 
@@ -78,18 +87,15 @@ class Training:
             scheduler,
             CapacityController(plan.routing, device=device.device()),
             ParameterAverage(trainable.parameters),
-            Metrics(
-                run.folder.path,
-                plan.routing,
-                steps=config.train.steps,
-                on_error=config.checkpoint.on_save_error,
-            ),
+            Metrics(config, plan.routing, self.model, Operations(config, plan, self.model)),
             FaultCounter(most_in_a_row=config.train.max_skipped_steps),
         )
         step = run.resume(self.state)
         if step is None:
             start(self.model, config, plan, self.data)
         self.start = step or 0
+        if step is None or step < config.train.steps:
+            record_start(config, after=self.start)
         self.frozen = frozen_digests(self.model)
         rejects = run.folder.path / "rejects.jsonl"
         with writing(rejects):
@@ -123,7 +129,8 @@ class Training:
     def take(self, step: int) -> int:
         """One step, counted from 1; returns the signal that some rank got meanwhile, or 0."""
         config, state = self.config, self.state
-        batch = self.data.step(step - 1)
+        with state.metrics.part("data"):
+            batch = self.data.step(step - 1)
         state.controller.start_step((step - 1) / config.train.steps)
         groups = state.optimizer.param_groups
         learning_rate = groups[0]["lr"] if groups else 0.0
@@ -131,20 +138,23 @@ class Training:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
         check = config.router.check_decisions_interval
-        result = run_schedule(
-            self.chunks,
-            self.model,
-            batch,
-            self.plan.routing,
-            controller=state.controller,
-            loss=self.plan.loss,
-            check_decisions=bool(check) and step % check == 0,
-            note_units=self.plan.routing.bias,
-        )
+        with state.metrics.part("forward_backward"):
+            result = run_schedule(
+                self.chunks,
+                self.model,
+                batch,
+                self.plan.routing,
+                controller=state.controller,
+                loss=self.plan.loss,
+                check_decisions=bool(check) and step % check == 0,
+                note_units=self.plan.routing.bias,
+            )
+        state.metrics.operations.add(batch, result.capacity)
         wrong, asked = largest(not_finite(result.loss, self.model), self.stop.asked)
         sources = partial(self.data.sources, step - 1)
         skipped = state.faults.skips(step, finite=not wrong, loss=result.loss, samples=sources)
-        grad_norm = 0.0 if skipped else self._update(step)
+        with state.metrics.part("optimizer"):
+            grad_norm = 0.0 if skipped else self._update(step)
         state.scheduler.step(increment=1)
         state.metrics.add_tokens(batch.num_tokens, positions=batch.num_positions)
         if skipped:
@@ -152,6 +162,7 @@ class Training:
             return int(asked)
         if step in (1, config.train.steps) or step % config.logging.interval == 0:
             self._log(step, result, learning_rate, grad_norm)
+        state.metrics.advance(step)
         state.controller.end_step(result.capacity, result.pull, result.num_units)
         return int(asked)
 
@@ -196,6 +207,8 @@ class Training:
             learning_rate=learning_rate,
             grad_norm=float(grad_norm),
             data_position=step * self.config.train.global_batch_size,
+            penalty=penalty,
+            capacity_target=float(self.state.controller.target.mean()),
         )
 
     def _validate_if_due(self, step: int) -> int:
@@ -204,7 +217,7 @@ class Training:
         if not interval or not (last or step % interval == 0):
             return 0
         topology.at(f"the validation after step {step}")
-        with self.state.average.applied(when=last):
+        with self.state.metrics.apart(VALIDATION), self.state.average.applied(when=last):
             measured = self._validate()
         if isinstance(measured, int):
             return measured
@@ -237,7 +250,8 @@ class Training:
         if not (asked or last or (interval and step % interval == 0)):
             return 0
         topology.at(f"the checkpoint of step {step}")
-        self.run.save(step, self.state, leaving=bool(asked))
+        with self.state.metrics.apart(CHECKPOINT):
+            self.run.save(step, self.state, leaving=bool(asked))
         return asked or (0 if last else self.stop.agreed())
 
     def _leave_if(self, asked: int, step: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +14,7 @@ from megatron_mod.data.dataset import Samples, load_data
 from megatron_mod.data.loader import Loader
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.specs import choose_implementation
+from megatron_mod.monitoring.weights_and_biases import check_installed
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training.job import arrange
@@ -50,6 +49,8 @@ class Plan:
     packing: bool
     """Whether a row holds several documents."""
     cut: Cut | None = None
+    dense_passes: int = 0
+    """Forward passes of the dense model beside each step's, for the loss."""
 
 
 def prepare(config: Config) -> Plan:
@@ -58,8 +59,7 @@ def prepare(config: Config) -> Plan:
     Raises:
         ValueError: naming the field, its value, the constraint and the remedy.
     """
-    if int(os.environ.get("RANK", 0)):  # what is said about the data is said once
-        logging.getLogger("megatron_mod").setLevel(logging.ERROR)
+    check_installed(config.logging)
     wanted, dtype = config.model.transformer_impl, DTYPES[config.model.dtype]
     implementation = choose_implementation(wanted, dtype=dtype)
     base = open_base(config.model.checkpoint or config.model.hf_path, hf_path=config.model.hf_path)
@@ -100,6 +100,7 @@ def prepare(config: Config) -> Plan:
         computed=computed,
         packing=packing,
         cut=pipeline,
+        dense_passes=job.dense_passes,
     )
 
 

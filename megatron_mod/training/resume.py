@@ -114,7 +114,9 @@ class RunCheckpoints:
         """
         found = self.folder.newest_good()
         step = self._load(*found, state) if found else None
-        state.metrics.continue_after(step or 0, found and found[1]["progress"]["metrics"])
+        state.metrics.goes_on(
+            step or 0, found and found[1]["progress"]["metrics"], run=self._manifest["run"]
+        )
         if step is None or step < self.config.train.steps:
             self.folder.require_room(_size(state))
         self.folder.write_settings(self._manifest["run"], to_yaml(self.config))

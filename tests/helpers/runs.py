@@ -69,7 +69,14 @@ class Trainer:
         return train(config, prepare(config))
 
 
+# What a run's lines say of how it went, and of what it computed nothing.
+MEASURED = (
+    "tokens_per_second", "tflops_per_second", "share_of_peak", "memory_allocated", "memory_peak",
+    "seconds",
+)  # fmt: skip
+
+
 def metrics(run: Path) -> list[dict]:
-    """A run's lines without its times."""
+    """A run's lines without its times and memory."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
