@@ -5,11 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from statistics import fmean
+from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import (
+    Console,
+    ConsoleOptions,
+    ConsoleRenderable,
+    RenderableType,
+    RenderResult,
+)
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -27,19 +34,23 @@ _ASCII = str.maketrans("━─┿", "#-|")
 
 class Display:
     """Redraws itself below what is printed, when a step has been made and not in between: what
-    another process prints while this one waits stays as it is. The cursor is never hidden, so that
-    no end of the process, however sudden, leaves it so.
+    another process prints while this one waits stays as it is, and so does everything once the
+    training is to end, which others have to say something about. The cursor is never hidden, so
+    that no end of the process, however sudden, leaves it so.
     """
 
-    def __init__(self, routing: RoutingConfig, *, steps: int, after: int) -> None:
-        """``after``: the step that the run goes on from, or 0."""
+    def __init__(
+        self, routing: RoutingConfig, *, steps: int, after: int, ending: Callable[[], object]
+    ) -> None:
+        """``after``: the step that the run goes on from, or 0; ``ending``: whether it is to end."""
         self.routing, self.steps = routing, steps
         self.step = self._first = after
         self.record: dict = {}
         self.what = ""
         self._began = self._drawn = time.monotonic()
         self.console = _Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._live = Live(
+        self._live = _Live(
+            ending,
             get_renderable=lambda: self,
             console=self.console,
             auto_refresh=False,
@@ -55,8 +66,10 @@ class Display:
         for handler in self._handlers:
             handler.setStream(sys.stderr)
 
-    def stop(self) -> None:
+    def stop(self, *, failed: bool) -> None:
+        """``failed``: leave what is there as it is."""
         self.what = ""
+        self._live.is_left = failed
         self._live.stop()
         for handler in self._handlers:
             handler.setStream(sys.stderr)
@@ -70,7 +83,7 @@ class Display:
         self._draw(at_once=True)
 
     def show(self, record: dict) -> None:
-        self.record = record
+        self.step, self.record = record["step"], record
         self._draw(at_once=record["step"] == self.steps)
 
     def _draw(self, *, at_once: bool = False) -> None:
@@ -145,6 +158,16 @@ class Display:
         for row in range(rows):
             line = Text(" " * GAP).join(cells[row::rows])
             yield Text(line.plain.translate(_ASCII)) if options.ascii_only else line
+
+
+class _Live(Live):
+    def __init__(self, ending: Callable[[], object], **options: Any) -> None:
+        super().__init__(**options)
+        self.ending, self.is_left = ending, False
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        self.is_left = self.is_left or bool(self.ending())
+        return renderables if self.is_left else super().process_renderables(renderables)
 
 
 class _Console(Console):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from statistics import fmean
 
 GIB = 2**30
-CAPACITY, VALIDATION = "capacity_by_layer", "validation_capacity_by_layer"
+# TensorBoard sorts groups by name and opens the first two: capacity, and loss.
+CAPACITY, VALIDATION = "routed_layers", "routed_layers_validation"
 
 
 def layer_tag(group: str, layer: int, layers: Sequence[int]) -> str:
@@ -31,29 +32,29 @@ def scalars(record: dict, layers: Sequence[int]) -> dict[str, float]:
         for layer, share in zip(layers, record.get(key, ()), strict=False):
             found[layer_tag(group, layer, layers)] = share
     for part, seconds in record.get("seconds", {}).items():
-        found[f"seconds_a_step/{part}"] = seconds
+        found[f"seconds_of_a_step/{part}"] = seconds
     if "skipped" in record:
-        found["training/skipped_step"] = 1.0
+        found["progress/skipped_step"] = 1.0
     return found
 
 
 _NAMES = {
-    "training/loss": "loss",
-    "training/task_loss": "task_loss",
-    "training/penalty": "penalty",
-    "training/learning_rate": "learning_rate",
-    "training/grad_norm": "grad_norm",
-    "training/validation_loss": "validation_loss",
+    "loss/total": "loss",
+    "loss/task": "task_loss",
+    "loss/penalty": "penalty",
+    "optimizer/learning_rate": "learning_rate",
+    "optimizer/grad_norm": "grad_norm",
+    "loss/validation": "validation_loss",
     "capacity/mean": "capacity_mean",
     "capacity/target": "capacity_target",
     "capacity/validation_mean": "validation_capacity_mean",
-    "speed/tokens_per_second": "tokens_per_second",
-    "speed/tflops_per_second_and_rank": "tflops_per_second",
-    "speed/share_of_peak": "share_of_peak",
-    "memory/allocated_gib": "memory_allocated",
-    "memory/peak_gib": "memory_peak",
-    "data/tokens": "tokens",
-    "data/position": "data_position",
+    "performance/tokens_per_second": "tokens_per_second",
+    "performance/tflops_per_second_and_rank": "tflops_per_second",
+    "performance/share_of_peak": "share_of_peak",
+    "performance/memory_allocated_gib": "memory_allocated",
+    "performance/memory_peak_gib": "memory_peak",
+    "progress/tokens": "tokens",
+    "progress/data_position": "data_position",
 }
 _OF_RANKS = {
     "tflops_per_second": fmean,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 from rich.console import Console
 
@@ -20,18 +21,21 @@ class Screen:
         self.routing, self.steps = routing, steps
         self.display: Display | None = None
 
-    def open(self, *, after: int) -> None:
+    def open(self, *, after: int, ending: Callable[[], object]) -> None:
         """Show the display from now on, where there is a terminal that can. With level ``debug``
-        lines are too many for it."""
+        lines are too many for it.
+
+        ``ending``: whether the training is to end.
+        """
         says = verbosity.says(logging.INFO) and not verbosity.says(logging.DEBUG)
         if says and can_redraw() and after < self.steps:
-            self.display = Display(self.routing, steps=self.steps, after=after)
+            self.display = Display(self.routing, steps=self.steps, after=after, ending=ending)
             self.display.start()
 
     def close(self, *, failed: bool) -> None:
         """Leave the terminal as it was, with what was shown last."""
         if self.display:
-            self.display.stop()
+            self.display.stop(failed=failed)
             self.display = None
 
     def advance(self, step: int) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import logging
+import sys
 import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -10,6 +13,7 @@ from pathlib import Path
 
 from megatron_mod.config.schema import Config, LoggingConfig
 from megatron_mod.monitoring.scalars import scalars
+from megatron_mod.parallel.topology import print_once
 
 PROJECT = "megatron_mod"
 SECONDS_TO_FINISH = 20  # of those that batch systems grant after a signal
@@ -49,6 +53,7 @@ class WeightsAndBiases:
         self.layers, self.settings = layers, config.logging
         folder = Path(config.checkpoint.save)
         mode = None if isinstance(config.logging.wandb, bool) else config.logging.wandb
+        stdin, sys.stdin = sys.stdin, io.StringIO()  # it would ask, and ranks wait meanwhile
         try:
             self.run = wandb.init(
                 project=config.logging.wandb_project or PROJECT,
@@ -65,11 +70,15 @@ class WeightsAndBiases:
                 f"logging.wandb = {_shown(self.settings)}: does not start ({_line(error)}); log in "
                 "by `wandb login`, or set it to offline or false."
             ) from error
+        finally:
+            sys.stdin = stdin
 
     @property
     def place(self) -> str:
         """Where the run is to be seen."""
-        return self.run.url or f"{self.run.dir} (`wandb sync` sends it)"
+        if self.run.offline:
+            return f"offline; `wandb sync {Path(self.run.dir).parent}` sends it"
+        return str(self.run.url)
 
     def write(self, record: dict) -> None:
         """Hand a record on.
@@ -92,10 +101,23 @@ class WeightsAndBiases:
         """Have what is under way sent, within ``SECONDS_TO_FINISH``."""
         if self.run is None:
             return
-        run = self.run
-        finish = threading.Thread(target=run.finish, kwargs={"exit_code": int(failed)}, daemon=True)
-        finish.start()
-        finish.join(SECONDS_TO_FINISH)
+        problem = [f"it takes longer than {SECONDS_TO_FINISH} s"]
+
+        def finish() -> None:
+            try:
+                self.run.finish(exit_code=int(failed))
+            except Exception as error:
+                problem[:] = [_line(error)]
+            else:
+                problem.clear()
+
+        thread = threading.Thread(target=finish, daemon=True)
+        thread.start()
+        thread.join(SECONDS_TO_FINISH)
+        for why in problem:
+            print_once(
+                f"warning: Weights & Biases has not got all records: {why}", level=logging.WARNING
+            )
 
 
 def _shown(settings: LoggingConfig) -> str:

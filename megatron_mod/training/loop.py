@@ -101,6 +101,7 @@ class Training:
         with writing(rejects):
             on_first_rank(lambda: write_rejects(rejects, plan.train, plan.validation))
         self.stop = StopRequest()
+        self.state.metrics.ending = lambda: self.stop.asked
 
     def to_the_end(self) -> dict:
         """Take the steps that are left, validating and saving in between; returns the summary.

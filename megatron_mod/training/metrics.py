@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean
@@ -71,6 +71,7 @@ class Metrics:
         self._screen = Screen(routing, steps=self.steps)
         self._sinks: list[Sink] = [self._file, self._screen] if dist.get_rank() == 0 else []
         self._after, self._run = 0, ""
+        self.ending: Callable[[], object] = bool
 
     def goes_on(self, step: int, state: dict | None = None, *, run: str) -> None:
         """Drop what is recorded of later steps, which will be taken again.
@@ -93,7 +94,7 @@ class Metrics:
             if place := on_first_rank(self._open):
                 print_once(f"Weights & Biases: {place}")
             if dist.get_rank() == 0:
-                self._screen.open(after=self._after)
+                self._screen.open(after=self._after, ending=self.ending)
         self._since = time.perf_counter()
         return self
 
