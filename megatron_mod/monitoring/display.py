@@ -104,13 +104,13 @@ class Display:
         gone, made = time.monotonic() - self._began, self.step - self._first
         left = f"{_clock(gone / made * (self.steps - self.step))} left" if made else "-:-- left"
         table = Table.grid(padding=(0, 1), expand=True)
-        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, overflow="crop")
         table.add_column(ratio=1)
-        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, overflow="crop")
         table.add_row(
             Text(f"step {self.step}/{self.steps}", "bold"),
             ProgressBar(total=max(self.steps, 1), completed=self.step),
-            Text(f"{self.what}… " if self.what else "", "yellow") + Text(left),
+            Text(f"{self.what}... " if self.what else "", "yellow") + Text(left),
         )
         return table
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def record_start(config: Config, *, after: int) -> None:
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "after_step": after,
-        "command": command(),
+        "command": shlex.join(command()),
         "folder": os.getcwd(),
         "git": git(_ROOT),
         "versions": versions(),
