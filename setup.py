@@ -48,6 +48,7 @@ setup(
         "filelock",
         "matplotlib>=3.8",
         "jinja2>=3.1",  # chat templates
+        "tensorboard>=2.16",
         "sentencepiece",
         "protobuf",  # Transformers reads sentencepiece models with it
         "xxhash>=3",
@@ -58,5 +59,10 @@ setup(
             for name in COMMANDS
         ]
     },
-    extras_require={"quickstart": QUICKSTART, "eval": EVAL, "test": TEST + QUICKSTART + EVAL},
+    extras_require={
+        "quickstart": QUICKSTART,
+        "eval": EVAL,
+        "wandb": ["wandb>=0.17"],  # logging.wandb
+        "test": TEST + QUICKSTART + EVAL,
+    },
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import prologue  # noqa: F401
+from ranks import gpu_count, torchrun
 
 from megatron_mod.config.recipes import PUBLISHED, as_options
 from megatron_mod.config.rules import NewFolder
@@ -56,13 +57,6 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def gpu_count() -> int:
-    """GPUs of this machine; every rank needs its own."""
-    import torch
-
-    return torch.cuda.device_count()
-
-
 class Steps:
     """Runs the tools one after the other and says where it is."""
 
@@ -77,11 +71,9 @@ class Steps:
         self._run([sys.executable, ROOT / path, *options], os.environ)
 
     def ranks(self, script: str, *options: object) -> None:
-        """Start a script on all ranks; the cores are shared out between them."""
-        threads = str(max(1, (os.cpu_count() or 1) // self.nproc))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(self.nproc), ROOT / script, *options]
-        self._run(command, {"OMP_NUM_THREADS": threads, **os.environ})
+        """Start a script on all ranks."""
+        command, environment = torchrun(self.nproc)
+        self._run([*command, ROOT / script, *options], environment)
 
     def _run(self, command: list, environment: dict) -> None:
         command = [str(part) for part in command]

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, Protocol, TextIO
 
 MISTAKE = 2
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again
@@ -22,11 +22,29 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SECONDS_TO_SPEAK = 5
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_PARENT = os.getppid()
+_PARENT, _IMPORTED = os.getppid(), time.monotonic()
+
+
+class Others(Protocol):
+    """What a rank knows of the others of its job (``parallel.heartbeat``)."""
+
+    def tell(self, message: str, *, status: int) -> bool:
+        """Tell them why this rank ends, which ends them too; whether it is the one to speak."""
+
+    def linger(self) -> None:
+        """Let them hear of it before this rank is gone."""
+
+    def explain(self, error: BaseException) -> str | None:
+        """The message for an error that is another rank's fault; does not return where that one
+        speaks itself."""
+
+    def lost(self) -> bool:
+        """Whether a rank of this machine has ended without leaving the job."""
 
 
 class Stopped(Exception):
-    """A signal has ended the work early; it can be gone on with. All ranks raise it together."""
+    """A signal, or a limit that was set, has ended the work early; it can be gone on with. All
+    ranks raise it together."""
 
 
 def is_first_rank() -> bool:
@@ -40,10 +58,14 @@ def one_message() -> Iterator[None]:
     A ``ValueError`` this package raised (the script that was started counts as the package): 2.
     ``Stopped``: 75, but 0 from all but the first rank of a machine, as ``torchrun`` reports every
     rank that leaves with something else. Ctrl-C: 130. What a library raised goes through with its
-    traceback: it is not about the user's input. Under ``torchrun``, whose report ends with the
-    message too, no rank outlives it, and those that fail because another one did say nothing.
+    traceback: it is not about the user's input. No rank outlives it, and those that fail because
+    another one did say nothing, or a line where that one's message may be in another place.
+    ``torchrun``'s report ends with the message too.
     """
+    # Each broken connection would be told with a C++ stack; read when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     end_with_torchrun()
+    _end_as_before()
     if "RANK" in os.environ and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # The ranks wait for one another: an exception in one would come out as errors in others.
         signal.signal(signal.SIGINT, lambda *_: end("Interrupted.", status=128 + signal.SIGINT))
@@ -52,7 +74,7 @@ def one_message() -> Iterator[None]:
     except Stopped as stop:
         for number in SIGNALS:  # torchrun ends the ranks that are left as soon as one has left
             signal.signal(number, signal.SIG_IGN)
-        _record(str(stop))
+        _record(str(stop), final=STOPPED)
         if is_first_rank():
             print(stop, file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -63,55 +85,113 @@ def one_message() -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
     except ValueError as error:
         if not _raised_here(error):
-            _record(traceback.format_exc())
+            _hold_back(error)
             raise
         message = f"error: {error}"
-        _record(message)
+        _record(message, final=MISTAKE)
         _wait_to_be_ended()
-        print(message, file=sys.stderr, flush=True)
+        _speak_first(message, status=MISTAKE)
         sys.exit(MISTAKE)
     except Exception as error:
-        if another_failed():
-            os._exit(0)
-        if _explain and (message := _explain(error)):
-            end_alone(message, status=MISTAKE)
-        _record(traceback.format_exc())
+        _hold_back(error)
         raise
 
 
-def end(message: str, *, status: int) -> None:
+def _hold_back(error: Exception) -> None:
+    """End this rank where an error that a library raised is another rank's fault, or not the first.
+
+    It is recorded otherwise.
+    """
+    if another_failed():
+        os._exit(0)
+    if _others and (message := _others.explain(error)):
+        end_alone(message, status=MISTAKE)
+    text = traceback.format_exc()
+    _record(text)
+    if _others is not None:
+        if not _others.tell(text, status=1):
+            sys.stdout.flush()
+            os._exit(1)
+        threading.Thread(target=_others.linger).start()  # ends after the traceback's printing
+
+
+def follow(message: str, *, status: int) -> NoReturn:
+    """End this rank because another one has, which has said why: once a machine, if at all."""
+    if another_failed():
+        os._exit(0)
+    is_first = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0
+    if is_first:
+        _record(message)
+        print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status if is_first or not is_under_torchrun() else 0)
+
+
+def _speak_first(message: str, *, status: int) -> None:
+    """Say why this rank ends, and with what, unless another one did so before."""
+    if _others is None or _others.tell(message, status=status):
+        print(message, file=sys.stderr, flush=True)
+        if _others is not None:
+            _others.linger()
+
+
+def end(message: str, *, status: int) -> NoReturn:
     """Say one line and end the process at once, whatever its threads are in the middle of.
 
     When all ranks are told to end, only the first one speaks.
     """
     if not is_first_rank():
         time.sleep(1)
-    end_alone(message, status=status)
+    end_alone(message, status=status, final=status)
 
 
-def end_alone(message: str, *, status: int) -> None:
-    """The same for what one rank knows of, whichever it is."""
+def end_alone(message: str, *, status: int, final: int | None = None) -> NoReturn:
+    """The same for what one rank knows of, whichever it is.
+
+    ``final``: as in ``_record``.
+    """
     if another_failed():
         os._exit(0)
-    _record(message)
-    print(message, file=sys.stderr, flush=True)
+    _record(message, final=final)
+    _speak_first(message, status=status)
     sys.stdout.flush()
     os._exit(status)
 
 
 def another_failed() -> bool:
     """Whether another rank of this machine has left a message for torchrun, which then ends all."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path:
+    mine = _error_file()
+    if mine is None:
         return False
-    mine = Path(path)  # .../LOCAL_RANK/error.json
     return any(other != mine for other in mine.parents[1].glob(f"*/{mine.name}"))
 
 
-def explain_with(explain: Callable[[BaseException], str | None] | None) -> None:
-    """Choose what ``one_message`` asks for the message of an error that a library raised."""
-    global _explain
-    _explain = explain
+def with_others(others: Others | None) -> None:
+    """Choose who knows of the job's other ranks from now on."""
+    global _others
+    _others = others
+
+
+def loses_another() -> bool:
+    """Whether another rank of this machine is known to have failed, with a message or without."""
+    return another_failed() or (_others is not None and _others.lost())
+
+
+def is_under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def state_of(pid: int) -> str:
+    """A process's state, a letter of proc_pid_stat(5); of one that is gone ``X``."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "X"
+    return stat.rpartition(")")[2].split()[0]
+
+
+def is_alive(pid: int) -> bool:
+    return state_of(pid) not in "ZX"  # dead, not yet reaped
 
 
 def on_signal(act: Callable[[signal.Signals], None]) -> None:
@@ -179,7 +259,7 @@ def _leave(number: signal.Signals) -> None:
 
 _act: Callable[[signal.Signals], None] = _leave
 _catches = False
-_explain: Callable[[BaseException], str | None] | None = None
+_others: Others | None = None
 
 
 def end_with_torchrun(number: signal.Signals = signal.SIGKILL) -> None:
@@ -191,13 +271,25 @@ def end_with_torchrun(number: signal.Signals = signal.SIGKILL) -> None:
     Args:
         number: the signal it gets; one that is caught lets it finish what it is doing.
     """
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if sys.platform == "linux" and is_under_torchrun():
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def torchrun_is_gone() -> bool:
     """Whether the torchrun that started this rank has ended."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _PARENT
+    return is_under_torchrun() and os.getppid() != _PARENT
+
+
+def seconds_of_job() -> float:
+    """Since torchrun, or without it this process, was started; where the kernel does not say, since
+    this module was imported."""
+    pid = _PARENT if is_under_torchrun() else os.getpid()
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return time.monotonic() - _IMPORTED
+    ticks = int(stat.rpartition(")")[2].split()[19])  # proc_pid_stat(5): starttime, since boot
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def run_command(command: list[str], environment: Mapping[str, str] | None = None) -> int:
@@ -225,18 +317,44 @@ def run_command(command: list[str], environment: Mapping[str, str] | None = None
     return status
 
 
-def _record(message: str) -> None:
+def _record(message: str, *, final: int | None = None) -> None:
     """Leave the message where torchrun looks for it to end its report with it.
+
+    ``final``: the exit status, where starting the rank again is of no use (``_end_as_before``).
 
     The format is that of ``torch.distributed.elastic.multiprocessing.errors``, whose ``record``
     writes whole tracebacks and would import torch before the command line has been understood.
     """
     message = message.rstrip().removeprefix("error: ")
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    if path := _error_file():
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        content = json.dumps({"message": {"message": message, "extraInfo": details}})
+        report = {"message": {"message": message, "extraInfo": details}}
+        content = json.dumps(report if final is None else {**report, "final": final})
         with contextlib.suppress(OSError):
-            Path(path).write_text(content, encoding="utf-8")
+            path.write_text(content, encoding="utf-8")
+
+
+def _end_as_before() -> None:
+    """End a rank that ``torchrun --max-restarts`` starts again after a mistake, or after a run was
+    told to stop: as the last time, without another word. torchrun itself restarts whatever fails.
+    """
+    path, attempt = _error_file(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if path is None or not attempt:
+        return
+    before = path.parents[2] / f"attempt_{attempt - 1}"  # .../attempt_N/LOCAL_RANK/error.json
+    for record in before.glob(f"*/{path.name}"):
+        with contextlib.suppress(OSError, ValueError):
+            content = record.read_text(encoding="utf-8")
+            if (final := json.loads(content).get("final")) is not None:
+                path.write_text(content, encoding="utf-8")
+                _wait_to_be_ended()
+                os._exit(final)
+
+
+def _error_file() -> Path | None:
+    """Where this rank of torchrun's leaves its message, ``.../attempt_N/LOCAL_RANK/error.json``."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(path) if path else None
 
 
 def _wait_to_be_ended() -> None:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The long runs: the real model at every topology it allows, a large conversion, and faults at random:
 # 100 flipped bits over base, run, exports and cache, 40 kills, full disks of 10 sizes (as root, who
-# may mount them), signals. About forty minutes on two cores, a quarter of an hour of it the faults.
+# may mount them), signals, ranks that fail, 2,000 steps with kills (SOAK_SEED). About an hour on two
+# cores, a quarter of it the faults.
 #
 # FAULTS_SEED  where the faults fall (default: 11); a failure tells the one that it had. For the
 #              faults alone: tests/slow.sh tests/slow/test_{flipped_bytes,kills,full_disks}.py

@@ -229,6 +229,23 @@ def write_durably(path: Path, text: str) -> None:
         _sync(path.parent)
 
 
+def append(path: Path, content: bytes) -> None:
+    """Add to a file, which is made if need be, whole or not at all.
+
+    Raises:
+        ValueError: it cannot be written; the file is as it was.
+    """
+    with writing(path), path.open("ab") as file:
+        size = file.tell()
+        try:
+            file.write(content)
+            file.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise
+
+
 def partial_name(name: str) -> str:
     """Where a file that is replaced is put together; a killed process may leave it."""
     return f".{name}.new"

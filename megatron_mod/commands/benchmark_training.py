@@ -19,8 +19,9 @@ from megatron_mod.config.rules import COUNT, InputFile, InputFolder, OutputFile,
 TAKEN = (
     "model.hf_path", "model.checkpoint", "model.dtype", "model.routers", "router.granularity",
     "router.layers", "router.training_compute", "train.frozen_prefix", "train.prefix_cache",
-    "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.seed",
-    "optimizer.lr", "checkpoint", "logging", "parallel.pipeline_model_parallel_size", "data",
+    "train.steps", "train.epochs", "train.global_batch_size", "train.micro_batch_size",
+    "train.seed", "optimizer.lr", "checkpoint", "logging",
+    "parallel.pipeline_model_parallel_size", "data",
 )  # fmt: skip
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 
+from megatron_mod import verbosity
 from megatron_mod.commands.command import mistakes_told
 from megatron_mod.config import cli
 from megatron_mod.config.machines import Machines
@@ -16,7 +18,7 @@ from megatron_mod.process import catch_signals, is_first_rank
 DESCRIPTION = """Train Mixture-of-Depths routers into a frozen language model.
 
 torchrun --standalone --nproc_per_node N launch/pretrain_router.py --config FILE \\
-    [--section.field value ...]
+    [--section.field value ...] [--log-level debug|info|warning|error]
 python launch/pretrain_router.py --dry-run --config FILE [--section.field value ...] \\
     [--nodes N] [--gpus-per-node N] [--gpu h100] [--hf-config FILE]
 
@@ -46,7 +48,8 @@ class DryRun(Machines):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    with mistakes_told(network=True):  # data.train may name a dataset that is not here yet
+    # data.train may name a dataset that is not here yet
+    with mistakes_told(network=True), ExitStack() as stack:
         catch_signals()
         arguments = sys.argv[1:] if arguments is None else arguments
         names = [option(field.name) for field in dataclasses.fields(DryRun)]
@@ -54,6 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
         config = cli.parse(settings, description=DESCRIPTION)
         check_outputs(config)
         options = parse_options(DryRun, own)
+        stack.enter_context(verbosity.at(config.logging.level))
+        verbosity.tell_libraries(config.logging.level)
         # The heavy imports come after the command line has been understood.
         if options.dry_run:
             if is_first_rank():

@@ -25,6 +25,7 @@ FIELDS: dict[str, dataclasses.Field] = {
     for section, schema in SECTIONS.items()
     for field in dataclasses.fields(schema)
 }
+SHORT = {"--log-level": "--logging.level"}
 _OTHER_OPTIONS = ("config", "help", "print_config")
 
 
@@ -35,7 +36,7 @@ def parse(arguments: list[str] | None = None, *, description: str | None = None)
         ValueError: an unknown key (with the nearest name), one that is set twice in a file, a value
             of the wrong type or range, or a required setting that is missing.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(map(_in_full, sys.argv[1:] if arguments is None else arguments))
     given = list(_given(arguments))
     _check_names(given)
     parser = _parser(description)
@@ -56,7 +57,7 @@ def check_names(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: with the nearest name.
     """
-    _check_names(_given(arguments))
+    _check_names(_given(list(map(_in_full, arguments))))
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -78,6 +79,11 @@ def _divide(arguments: Sequence[str], chosen: Callable[[str], bool]) -> tuple[li
             into = these if chosen(argument[2:].partition("=")[0]) else others
         into.append(argument)
     return these, others
+
+
+def _in_full(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return SHORT.get(name.replace("_", "-"), name) + equals + value
 
 
 def to_yaml(config: Config) -> str:

@@ -234,7 +234,10 @@ class TrainConfig:
     """How long and on how much.
 
     Args:
-        steps: optimizer steps; 0 saves the untrained routers.
+        steps: optimizer steps; 0 saves the untrained routers. Either this or epochs.
+        epochs: how many times all training samples are gone through, above 0, parts of an epoch
+            too: so many steps, rounded up, as data.train's weights, data.max_train_samples and
+            data.validation_split leave samples for.
         global_batch_size: documents (sequences) a step, over all ranks, packed or not.
         micro_batch_size: rows a forward pass; divides global_batch_size / data ranks.
         seed: of the data order and of initialisation; 0 to 4294967295.
@@ -243,6 +246,10 @@ class TrainConfig:
             finite, before the run stops; 0 stops at the first.
         timeout: minutes, above 0, that the ranks wait for one that does not answer before the run
             stops and names it; also of every collective.
+        exit_duration: minutes, above 0, since the job began after which it stops: at the end of a
+            step, which it saves first; the same command goes on. For a limit that a batch system
+            sets. Unset: none.
+        exit_interval: steps after every so many of which it stops in the same way; 0: never.
         loss: what is minimised: `task`, the labels' cross entropy; `distill`, the Kullback-Leibler
             divergence from the dense model, the same weights with routing off, which costs one more
             forward pass; `both`, their sum.
@@ -261,13 +268,16 @@ class TrainConfig:
             does so anyway.
     """
 
-    steps: int = setting(AT_LEAST_0)
+    steps: int | None = setting(AT_LEAST_0, default=None)
+    epochs: float | None = setting(Range(above=0), default=None)
     global_batch_size: int = setting(COUNT, default=64)
     micro_batch_size: int = setting(COUNT, default=1)
     seed: int = setting(SEED, default=1234)
     validation_interval: int = setting(AT_LEAST_0, default=0)
     max_skipped_steps: int = setting(AT_LEAST_0, default=3)
     timeout: float = setting(Range(above=0, below=MINUTES_OF_A_YEAR), default=10.0)
+    exit_duration: float | None = setting(Range(above=0, below=MINUTES_OF_A_YEAR), default=None)
+    exit_interval: int = setting(AT_LEAST_0, default=0)
     loss: Literal["task", "distill", "both"] = "task"
     trainable: Literal["routers", "routers+stand_ins"] = "routers"
     frozen_prefix: Literal["recompute", "cache"] = "recompute"
@@ -325,13 +335,33 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    """What is printed.
+    """What one sees of a training, and what is kept of that. Every record goes into `metrics.jsonl`
+    in checkpoint.save; where one cannot be written, there or elsewhere, checkpoint.on_save_error
+    says what happens.
 
     Args:
-        interval: steps between progress lines, at least 1.
+        interval: steps between records, at least 1.
+        level: what is said, and `--log-level` for short: `info`, progress and what happens (on a
+            terminal a live display, else a line a record); `warning`, only what may be wrong;
+            `error`, only what ends the run; `debug`, also all that Megatron, Transformers, datasets
+            and torch.distributed log, on every rank.
+        timers: time the parts of a step (data, forward, backward, optimizer, validation,
+            checkpoint), for which the host waits for the device at each border.
+        tensorboard: write `tensorboard/` in checkpoint.save.
+        wandb: send records to Weights & Biases, which has to be installed: `true`, as its own
+            variables say (WANDB_MODE, WANDB_ENTITY and so on); `online`; or `offline`, into
+            `wandb/` in checkpoint.save, for `wandb sync`.
+        wandb_project: the project there; unset: `megatron_mod`.
+        wandb_name: what the run is called there; unset: as the folder checkpoint.save.
     """
 
     interval: int = setting(COUNT, default=1)
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    timers: bool = False
+    tensorboard: bool = True
+    wandb: bool | Literal["online", "offline"] = False
+    wandb_project: str | None = None
+    wandb_name: str | None = None
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_mod.config import rules
 
 if TYPE_CHECKING:
-    from megatron_mod.config.schema import Config, DataConfig
+    from megatron_mod.config.schema import Config, DataConfig, TrainConfig
 
 
 def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "") -> None:
@@ -25,6 +25,7 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
             "model.checkpoint and model.hf_path are both unset; name the frozen model by one."
         )
     r, d, p, t = config.router, config.data, config.parallel, config.train
+    _check_length(t, place)
     if r.check_decisions_interval and p.tensor_model_parallel_size == 1:
         raise ValueError(
             f"router.check_decisions_interval = {r.check_decisions_interval}: compares "
@@ -78,7 +79,25 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
             f"parallel.num_layers_in_first_pipeline_stage = {first}: both cut the pipeline; leave "
             "the second out."
         )
+    for name in ("wandb_project", "wandb_name"):
+        value = getattr(config.logging, name)
+        if value is not None and config.logging.wandb is False:
+            raise ValueError(
+                f"logging.{name} = {value}: would be ignored, because logging.wandb is false; set "
+                "that to true, or leave the name out."
+            )
     _check_data(d, validation_interval=t.validation_interval)
+
+
+def _check_length(t: TrainConfig, place: Callable[[str], str]) -> None:
+    if t.steps is None and t.epochs is None:
+        raise ValueError("train.steps and train.epochs are both unset; set one of them.")
+    if t.steps is not None and t.epochs is not None:
+        raise ValueError(
+            f"train.steps = {t.steps}{place('train.steps')} and train.epochs = {t.epochs:g}"
+            f"{place('train.epochs')}: both say how long to train; leave one of them out, or set "
+            "it to null."
+        )
 
 
 def check_outputs(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,7 +102,8 @@ def _implementation(source: Source, dtype: torch.dtype) -> str:
     if ran == "transformer_engine" and (reason := why_not_transformer_engine()):
         print_once(
             f"{source.step}: trained with Transformer Engine, which cannot work here ({reason}); "
-            "its layers run as local, which is equal to rounding."
+            "its layers run as local, which is equal to rounding.",
+            level=logging.WARNING,
         )
         return "local"
     return ran or choose_implementation(dtype=dtype)

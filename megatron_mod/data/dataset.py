@@ -18,7 +18,7 @@ from megatron_mod.config.schema import DataConfig
 from megatron_mod.data.cache import default_folder, make_folder
 from megatron_mod.data.chat import Sample
 from megatron_mod.data.encoding import Encoder
-from megatron_mod.data.order import Order
+from megatron_mod.data.order import Order, epoch_length
 from megatron_mod.data.prefix_states import StatesEntry
 from megatron_mod.data.settings import OF_A_RUN, OF_A_TOOL, SettingNames
 from megatron_mod.data.sources import files_of
@@ -177,6 +177,11 @@ def load_data(config: DataConfig, tokenizer, *, seed: int) -> tuple[Samples, Sam
         train, validation = train.split(config.validation_split, seed=seed)
     elif config.validation:
         validation = load_samples(config.validation, tokenizer, **options)
+    if not epoch_length(train.weights):
+        raise ValueError(
+            f"data.train = {config.train}: of so few samples these weights leave none in an epoch; "
+            "raise them."
+        )
     if config.max_train_samples:
         train = train.draw(config.max_train_samples, seed=seed)
     return train, validation

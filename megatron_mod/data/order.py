@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
+
+
+def epoch_length(parts: Sequence[tuple[int, float]]) -> int:
+    """How many samples an epoch of ``Order``'s parts holds."""
+    return sum(count * int(weight) + _more(count, weight) for count, weight in parts)
+
+
+def _more(count: int, weight: float) -> int:
+    """How many of ``count`` samples an epoch holds once more than all of them."""
+    return round((weight - int(weight)) * count)
+
+
+def steps_of(epochs: float, *, samples: int, batch: int) -> int:
+    """The steps of ``batch`` samples that so many epochs of ``samples`` take, rounded up: batches
+    run across epoch borders. 1.1 counts as 11/10, which no float is."""
+    return math.ceil(Fraction(str(epochs)) * samples / batch)
 
 
 class Order:
@@ -22,7 +40,7 @@ class Order:
         self.parts = tuple(parts)
         self.seed = seed
         self._current: tuple[int, Tensor] | None = None
-        self.epoch_length = len(self._items(0))
+        self.epoch_length = epoch_length(self.parts)
 
     def __getitem__(self, position: int) -> int:
         """The sample at a position, counted over all epochs from 0."""
@@ -53,7 +71,7 @@ class Order:
         for count, weight in self.parts:
             indices = torch.arange(first, first + count)
             whole = int(weight)
-            drawn = torch.randperm(count, generator=generator)[: round((weight - whole) * count)]
+            drawn = torch.randperm(count, generator=generator)[: _more(count, weight)]
             items += [indices] * whole + [indices[drawn]]
             first += count
         return torch.cat(items)

@@ -21,6 +21,7 @@ from megatron_mod.estimate.estimate import estimate
 from megatron_mod.estimate.page import advice, page
 from megatron_mod.estimate.resolve import kind_of, shape_of
 from megatron_mod.model.architecture import Architecture
+from megatron_mod.monitoring.weights_and_biases import check_installed
 from megatron_mod.parallel import device
 from megatron_mod.training.resume import check_settings
 
@@ -63,6 +64,7 @@ def show(config: Config, machines: Machines) -> None:
     if missing:
         raise ValueError("; ".join(f"{f.setting} = {f.place}: {f.problem}" for f in missing) + ".")
     check_settings(config)
+    check_installed(config.logging)
 
 
 def _files(config: Config) -> Iterator[Found]:

@@ -93,6 +93,7 @@ class Estimate:
             "communication": {
                 what: max(found[what] for found in sent) for what in communication.KINDS
             },
+            "steps": job.config.train.steps,  # None: train.epochs, of samples that are not counted
             "row": {"rows": self.placed.rows, "tokens": self.placed.length},
             "dtype": job.config.model.dtype,
         }

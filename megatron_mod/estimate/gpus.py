@@ -1,7 +1,8 @@
 """Kinds of GPUs, as their makers' data sheets have them; importing this loads nothing.
 
-Peaks are of dense matrix products that add up in fp32; memory is what the driver shows, which with
-error correction is less than the name says; links are bytes a second each way for one GPU.
+Peaks (``parallel/peak.py``) are of dense products that add up in fp32; memory is what the driver
+shows, which with error correction is less than the name says; links are bytes a second each way for
+one GPU.
 
 | kind | source |
 | --- | --- |
@@ -19,7 +20,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MIB, GB, TFLOPS = 2**20, 10**9, 10**12
+from megatron_mod.parallel.peak import PEAKS, TFLOPS
+
+MIB, GB = 2**20, 10**9
 
 # Assumed, until measured on a GPU.
 EFFICIENCY = 0.5  # Megatron-LM's README: 41 to 48 % of an H100's peak, communication included
@@ -63,7 +66,8 @@ class Kind:
         return round(self.context + self.group * groups + self.scattered * passing)
 
 
-def _kind(name, bfloat16, float32, memory, bandwidth, near, far) -> Kind:
+def _kind(name, memory, bandwidth, near, far) -> Kind:
+    bfloat16, float32 = PEAKS[name.partition("-")[0]]
     return Kind(
         name,
         bfloat16 * TFLOPS,
@@ -75,18 +79,18 @@ def _kind(name, bfloat16, float32, memory, bandwidth, near, far) -> Kind:
     )
 
 
-# name, TFLOP/s in bf16 and fp32, memory in MiB, GB/s of memory, of NVLink or PCIe, between nodes
+# name, MiB of memory, GB/s of it, of NVLink or PCIe, between nodes
 KINDS = {
     kind.name: kind
     for kind in (
-        _kind("a100-40", 312, 19.5, 40960, 1555, 300, 25),
-        _kind("a100-80", 312, 19.5, 81920, 2039, 300, 25),
-        _kind("h100", 989, 67, 81559, 3350, 450, 50),
-        _kind("h200", 989, 67, 143771, 4800, 450, 50),
-        _kind("l4", 121, 30.3, 23034, 300, 32, 1.5),
-        _kind("a10", 125, 31.2, 23028, 600, 32, 1.5),
-        _kind("3090", 71, 35.6, 24576, 936, 32, 1.5),
-        _kind("4090", 165, 82.6, 24564, 1008, 32, 1.5),
+        _kind("a100-40", 40960, 1555, 300, 25),
+        _kind("a100-80", 81920, 2039, 300, 25),
+        _kind("h100", 81559, 3350, 450, 50),
+        _kind("h200", 143771, 4800, 450, 50),
+        _kind("l4", 23034, 300, 32, 1.5),
+        _kind("a10", 23028, 600, 32, 1.5),
+        _kind("3090", 24576, 936, 32, 1.5),
+        _kind("4090", 24564, 1008, 32, 1.5),
     )
 }
 CPU = "cpu"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from megatron_mod.estimate.gpus import CPU, GB, KINDS, Kind
 from megatron_mod.estimate.matmul import matmul_rate
 from megatron_mod.estimate.placed import Placed
-from megatron_mod.parallel import device
+from megatron_mod.parallel import device, peak
 
 REACHED = 0.9  # of a plain product's rate, by a training; measured, tools/benchmark/RESULTS.md
 PROCESS = 0.95 * GB  # that a rank holds beside its tensors; as REACHED
@@ -39,8 +38,8 @@ def gpu(placed: Placed) -> Kind:
     """The GPU of this machine: the known kind of its name with its own memory, or an unknown one,
     whose rate is measured and whose links are those of PCIe."""
     name, memory = device.describe(), device.memory()
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    known = [kind for kind in KINDS.values() if kind.name.partition("-")[0] in words]
+    of_name = peak.named(name)
+    known = [kind for kind in KINDS.values() if kind.name.partition("-")[0] == of_name]
     if known:
         nearest = min(known, key=lambda kind: abs(kind.memory - memory))
         return replace(nearest, name=name, memory=memory)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_mod.config.schema import Config
+from megatron_mod.data.order import steps_of
 from megatron_mod.estimate import communication, parameters
 from megatron_mod.estimate.advice import Change
 from megatron_mod.estimate.estimate import Estimate
@@ -93,4 +95,19 @@ def _step(found: Estimate) -> str:
         for what in communication.KINDS
         if report["communication"][what]
     ]
+    lines.append(f"steps          {_length(found.placed.job.config, seconds=step.seconds)}")
     return "\n".join(lines)
+
+
+def _length(config: Config, *, seconds: float) -> str:
+    """How many steps there will be, as far as that is known without data, and the time they take
+    at so many ``seconds`` each."""
+    train, most = config.train, config.data.max_train_samples
+    if train.steps is not None:
+        return f"{train.steps:,}, {seconds * train.steps / 3600:.3g} h together"
+    assert train.epochs is not None, "a configuration without a length"
+    text = f"train.epochs = {train.epochs:g}: the training counts its samples when it starts"
+    if most is not None:
+        steps = steps_of(train.epochs, samples=most, batch=train.global_batch_size)
+        text += f"; at most {steps:,}, {seconds * steps / 3600:.3g} h (data.max_train_samples)"
+    return text

@@ -126,6 +126,10 @@ class ModelChunks(torch.nn.ModuleList):
     def config(self) -> TransformerConfig:
         return self[0].config
 
+    def layers(self) -> list[int]:
+        """The global indices of the layers that are here, computed or not."""
+        return [layer.layer_number - 1 for chunk in self for layer in chunk.decoder.layers]
+
     @property
     def groups(self) -> ProcessGroupCollection:
         """The process groups this rank shares the model with."""

@@ -34,6 +34,18 @@ class Costs:
         return found
 
 
+class _Text(NamedTuple):
+    """What of documents' lengths counts: their tokens, and the keys that all their queries see."""
+
+    tokens: int
+    pairs: int
+
+    @classmethod
+    def of(cls, arch: Architecture, lengths: Sequence[int]) -> _Text:
+        pairs = sum(_visible_pairs(length, window=arch.window_size) for length in lengths)
+        return cls(sum(lengths), pairs)
+
+
 class _Products(NamedTuple):
     """A layer's forward operations: attention's projections, scores and values, and the MLP."""
 
@@ -54,7 +66,7 @@ class _Products(NamedTuple):
 
 def forward_costs(arch: Architecture, *, length: int = LENGTH) -> Costs:
     """Of a forward pass of the dense model with logits at every token."""
-    layer = round(_products(arch, [length]).forward)
+    layer = round(_products(arch, _Text.of(arch, [length])).forward)
     return Costs((layer,) * arch.num_layers, _head(arch, length))
 
 
@@ -67,23 +79,27 @@ def training_costs(
     dense_passes: int = 0,
     num_free_layers: int = 0,
     recompute: str = "none",
+    kept: Sequence[float] | None = None,
 ) -> Costs:
     """Of training on documents of these lengths in tokens, ``labels`` of them labelled together.
 
     Every layer runs forward; those above the first routed one backward too, to their inputs, and so
     does the MLP of that one if only its attention is routed. The head runs both ways, at labelled
-    tokens. With ``training_compute = sparse`` routed layers compute what the capacity keeps, on
-    average over the steps.
+    tokens. With ``training_compute = sparse`` routed layers compute what is kept.
 
     Args:
         dense_passes: forward passes of the dense model beside it, as a distillation needs.
         num_free_layers: leading layers that are not run at all.
         recompute: what backward computes again (see ``model/recompute.py``).
+        kept: the share that each routed layer kept; without, what a training that is held to its
+            target keeps on average over the steps.
     """
-    dense, first = _products(arch, lengths), routing.layers[0]
-    capacity = dict(zip(routing.layers, routing.capacity, strict=True))
+    text = _Text.of(arch, lengths)
+    dense, first = _products(arch, text), routing.layers[0]
+    kept = [_mean_share(routing, target) for target in routing.capacity] if kept is None else kept
+    capacity = dict(zip(routing.layers, kept, strict=True))
     router = 1 + 2 * (routing.stand_in_rank or 0)
-    added = 2 * sum(lengths) * arch.hidden_size * router  # the stand-in is two products
+    added = 2 * text.tokens * arch.hidden_size * router  # the stand-in is two products
     found = []
     for layer in range(arch.num_layers):
         if layer < num_free_layers:
@@ -91,7 +107,7 @@ def training_costs(
             continue
         own, more = dense, 0
         if layer in capacity:
-            own, more = _routed(arch, routing, lengths, capacity[layer]), added
+            own, more = _routed(arch, routing, text, capacity[layer]), added
         total = own.forward + more + dense_passes * dense.forward
         if layer > first:
             total += own.backward + more
@@ -109,38 +125,38 @@ def _head(arch: Architecture, tokens: int) -> int:
     return 2 * arch.hidden_size * arch.vocab_size * tokens
 
 
-def _routed(
-    arch: Architecture, routing: RoutingConfig, lengths: Sequence[int], capacity: float
-) -> _Products:
-    """Of a routed layer in training, held to this target once it has fallen there from 1."""
+def _mean_share(routing: RoutingConfig, target: float) -> float:
+    """What is kept on average by a layer held to this target once it has fallen there from 1."""
+    return target + (1 - target) * routing.capacity_warmup_fraction / 2
+
+
+def _routed(arch: Architecture, routing: RoutingConfig, text: _Text, kept: float) -> _Products:
+    """Of a routed layer in training that keeps such a share."""
     if routing.training_compute == "dense":
-        return _products(arch, lengths)
-    kept = capacity + (1 - capacity) * routing.capacity_warmup_fraction / 2
+        return _products(arch, text)
     scheme = routing.scheme
     queries = kept if scheme.covers_attention else 1.0
     keys = 1.0 if routing.keys_values == "all" else queries
     # Of a kept sequence every pair is computed; of kept tokens those of two that are kept.
     pairs = queries if scheme.per_sequence else queries * keys
     mlp = kept if scheme.covers_mlp else 1.0
-    return _products(arch, lengths, queries=queries, keys=keys, pairs=pairs, mlp=mlp)
+    return _products(arch, text, queries=queries, keys=keys, pairs=pairs, mlp=mlp)
 
 
 def _products(
     arch: Architecture,
-    lengths: Sequence[int],
+    text: _Text,
     *,
     queries: float = 1.0,
     keys: float = 1.0,
     pairs: float = 1.0,
     mlp: float = 1.0,
 ) -> _Products:
-    """Of a layer over documents of these lengths, of which it computes these shares."""
-    tokens = sum(lengths)
-    seen = sum(_visible_pairs(length, window=arch.window_size) for length in lengths)
+    """Of a layer over documents, of which it computes these shares."""
     return _Products(
-        2 * tokens * (queries * arch.query_weights + keys * arch.key_weights),
-        4 * arch.query_channels * seen * pairs,
-        2 * tokens * arch.mlp_weights * mlp,
+        2 * text.tokens * (queries * arch.query_weights + keys * arch.key_weights),
+        4 * arch.query_channels * text.pairs * pairs,
+        2 * text.tokens * arch.mlp_weights * mlp,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -58,3 +58,11 @@ def largest(*values: float | Tensor) -> list[float]:
     found = torch.stack(scalars)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return found.tolist()
+
+
+def of_every_rank(values: Sequence[float]) -> list[list[float]]:
+    """The values of each rank, by rank; called by all ranks with as many; waits for the device."""
+    mine = torch.tensor(values, dtype=torch.float64, device=device.device())
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, mine)
+    return torch.stack(found).tolist()

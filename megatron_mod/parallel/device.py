@@ -6,10 +6,13 @@ import contextlib
 import logging
 import os
 import platform
+import resource
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import torch
 
 from megatron_mod.parallel import compiling, optional
@@ -30,7 +33,9 @@ def prepare() -> None:
         ".*using the device under current context.*",  # which select has set
     ):
         warnings.filterwarnings("ignore", message=harmless)
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    megatron = logging.getLogger("megatron.core")
+    if megatron.level == logging.NOTSET:  # nobody wants more of it
+        megatron.setLevel(logging.ERROR)
     compiling.put_off()
     optional.guard(has_gpu=HAS_GPU)
     if not HAS_GPU:
@@ -113,6 +118,15 @@ def memory() -> int:
     if HAS_GPU:
         return torch.cuda.get_device_properties(device()).total_memory
     return machine_memory()
+
+
+def memory_in_use() -> tuple[int, int]:
+    """Bytes that are taken now, and were at most: by tensors on the GPU, or by this process."""
+    if HAS_GPU:
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    now = psutil.Process().memory_info().rss
+    return now, max(now, peak * (1 if sys.platform == "darwin" else 1024))
 
 
 def machine_memory() -> int:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from megatron_mod import verbosity
 from megatron_mod.config.ranks import check_ranks
 from megatron_mod.parallel import device
 from megatron_mod.parallel.heartbeat import Heartbeat
@@ -106,11 +109,44 @@ def meet(*, minutes: float = TIMEOUT, setting: str = "") -> None:
     if _store is not None or "MASTER_ADDR" not in os.environ:
         return
     rank, world_size = int(os.environ.get("RANK", 0)), environment_world_size()
-    timeout = timedelta(minutes=minutes)
-    _store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    limit = f"{setting} = {minutes:g} minutes" if setting else f"{minutes:g} minutes"
+    _store = _connect("ranks", minutes=minutes, limit=limit, may_hold=rank == 0)
     if world_size > 1:
-        limit = f"{setting} = {minutes:g} minutes" if setting else f"{minutes:g} minutes"
-        _heartbeat = Heartbeat(rank=rank, world_size=world_size, minutes=minutes, limit=limit)
+        _heartbeat = Heartbeat(
+            partial(_connect, "heartbeat", minutes=minutes, limit=limit),
+            rank=rank,
+            world_size=world_size,
+            minutes=minutes,
+            limit=limit,
+        )
+
+
+def _connect(name: str, *, minutes: float, limit: str, may_hold: bool = False) -> dist.Store:
+    """A connection to the job's store, held by torchrun or else by the rank that ``may_hold`` it;
+    what torchrun restarts shares nothing with what failed before.
+
+    Raises:
+        ValueError: it is not there in time.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    try:
+        store = dist.TCPStore(
+            host,
+            port,
+            is_master=may_hold and not by_torchrun,
+            wait_for_workers=False,
+            timeout=timedelta(minutes=minutes),
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        whose = "torchrun" if by_torchrun else "rank 0"
+        raise ValueError(
+            f"MASTER_ADDR = {host}, MASTER_PORT = {port}: {whose} was not to be found there within "
+            f"{limit}: not started, stopped, or at another address. ({str(error).splitlines()[0]})"
+        ) from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"megatron_mod/{name}/{attempt}", store)
 
 
 def initialize(
@@ -162,6 +198,8 @@ def initialize(
         distributed_timeout_minutes=minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    if _heartbeat is not None:
+        _heartbeat.stage = parallel_state.get_pipeline_model_parallel_rank()
 
 
 def process_groups() -> ProcessGroupCollection:
@@ -214,9 +252,9 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def print_once(text: str) -> None:
-    """Print on rank 0."""
-    if dist.get_rank() == 0:
+def print_once(text: str, *, level: int = logging.INFO) -> None:
+    """Print on rank 0 what is of such a level (of ``logging``), if that is wanted."""
+    if dist.get_rank() == 0 and verbosity.says(level):
         print(text, flush=True)
 
 

@@ -10,8 +10,9 @@ from megatron_mod.checkpoint.manifest import CONFIG, read_manifest, resolve_step
 from megatron_mod.config import cli
 from megatron_mod.config.model_folder import TrainingRun
 from megatron_mod.config.schema import Config
+from megatron_mod.monitoring.environment import read_starts
+from megatron_mod.monitoring.json_lines import LOG, read_log
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.training.metrics import LOG, read_log
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Run:
     """A run's files as they are now, while it goes on or after it.
 
     ``steps``, ``validations`` and ``skipped`` are the records of ``metrics.jsonl``; ``routing``
-    that of the newest checkpoint, ``None`` before the first; ``summary``: ``None`` until the end.
+    that of the newest checkpoint, ``None`` before the first; ``summary``: ``None`` until the end;
+    ``starts``: what ``environment.json`` has.
     """
 
     folder: Path
@@ -29,6 +31,7 @@ class Run:
     validations: list[dict]
     skipped: list[dict]
     summary: dict | None
+    starts: list[dict]
 
     @property
     def settings(self) -> str:
@@ -58,4 +61,5 @@ def read_run(folder: str | Path) -> Run:
         validations=[record for record in records if "validation_loss" in record],
         skipped=[record for record in records if "skipped" in record],
         summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
+        starts=read_starts(folder),
     )

@@ -23,7 +23,7 @@ def summary(config: Config, plan: Plan, state: RunState, *, changed: int) -> dic
         "world_size": plan.topology.world_size,
         "parallel": plan.topology.to_dict(),
         "train": {
-            "steps": config.train.steps,
+            "steps": plan.steps,
             "skipped_steps": state.faults.skipped,
             "tokens": metrics.tokens,
             "tokens_per_second": metrics.tokens_per_second(),

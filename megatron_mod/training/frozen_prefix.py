@@ -7,6 +7,7 @@ done so, and the model that trains starts from them.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -115,7 +116,8 @@ def _tell(needed: Needed, damaged: np.ndarray) -> None:
         topology.print_once(
             f"warning: {entry.path}: the hidden states of {len(its)} sample(s), the first of them "
             f"{needed.sample(its[0]).source}, are not what was written (checksum); they are "
-            "computed anew."
+            "computed anew.",
+            level=logging.WARNING,
         )
 
 

@@ -6,12 +6,14 @@ from functools import partial
 
 import torch
 
+from megatron_mod import verbosity
 from megatron_mod.checkpoint.folders import writing
 from megatron_mod.config.schema import Config
 from megatron_mod.conversion.restore import load_model
 from megatron_mod.conversion.routers import KEY
 from megatron_mod.data.dataset import write_rejects
 from megatron_mod.model.trainable import Trainable, count_changed, frozen_digests
+from megatron_mod.monitoring.environment import record_start
 from megatron_mod.parallel import device, topology
 from megatron_mod.parallel.agree import largest, on_first_rank
 from megatron_mod.routing.capacity import CapacityController
@@ -21,12 +23,12 @@ from megatron_mod.training.checkpoint import RunState, write_json
 from megatron_mod.training.ending import next_steps, summary
 from megatron_mod.training.faults import FaultCounter, not_finite
 from megatron_mod.training.frozen_prefix import with_states
-from megatron_mod.training.metrics import Metrics
+from megatron_mod.training.metrics import CHECKPOINT, VALIDATION, Metrics
 from megatron_mod.training.optimizer import build_optimizer, wrap_ddp
 from megatron_mod.training.plan import DTYPES, Plan, description, make_loader
 from megatron_mod.training.resume import RunCheckpoints
 from megatron_mod.training.run_folder import SUMMARY, RunFolder
-from megatron_mod.training.signals import StopRequest, stopped
+from megatron_mod.training.signals import EXIT_INTERVAL, StopRequest, stopped
 from megatron_mod.training.start import start
 from megatron_mod.training.step import StepResult, run_schedule
 
@@ -37,11 +39,17 @@ def train(config: Config, plan: Plan) -> dict:
     Returns the summary, which is also ``summary.json`` of the run.
     """
     folder = RunFolder(config.checkpoint)
-    with folder.held(), device.deterministic(config.train.deterministic):
+    with (
+        verbosity.at(config.logging.level),
+        folder.held(),
+        device.deterministic(config.train.deterministic),
+    ):
         run = RunCheckpoints(config, folder, plan)
-        found = Training(config, plan, run).to_the_end()
+        training = Training(config, plan, run)
+        with training.state.metrics:
+            found = training.to_the_end()
         on_first_rank(lambda: write_json(folder.path / SUMMARY, found))
-    topology.print_once(next_steps(config, steps=config.train.steps))
+        topology.print_once(next_steps(config, steps=plan.steps))
     return found
 
 
@@ -71,41 +79,41 @@ class Training:
         self.data = make_loader(config, plan, plan.train, data_rank=rank)
         if plan.validation:
             self.validation = make_loader(config, plan, plan.validation, data_rank=rank)
-        optimizer, scheduler = build_optimizer(self.chunks, config)
+        optimizer, scheduler = build_optimizer(self.chunks, config, steps=plan.steps)
         self.state = RunState(
             trainable,
             optimizer,
             scheduler,
             CapacityController(plan.routing, device=device.device()),
             ParameterAverage(trainable.parameters),
-            Metrics(
-                run.folder.path,
-                plan.routing,
-                steps=config.train.steps,
-                on_error=config.checkpoint.on_save_error,
-            ),
+            Metrics(config, plan, self.model),
             FaultCounter(most_in_a_row=config.train.max_skipped_steps),
         )
         step = run.resume(self.state)
         if step is None:
             start(self.model, config, plan, self.data)
         self.start = step or 0
+        if step is None or step < plan.steps:
+            record_start(config, after=self.start)
         self.frozen = frozen_digests(self.model)
         rejects = run.folder.path / "rejects.jsonl"
         with writing(rejects):
             on_first_rank(lambda: write_rejects(rejects, plan.train, plan.validation))
         self.stop = StopRequest()
+        self.state.metrics.ending = lambda: self.stop.asked
 
     def to_the_end(self) -> dict:
         """Take the steps that are left, validating and saving in between; returns the summary.
 
         Raises:
-            Stopped: a signal asked for it; what was reached is saved.
+            Stopped: a signal or a limit asked for it; what was reached is saved.
             ValueError: training has diverged, or a checkpoint cannot be written.
         """
-        done, steps = self.start, self.config.train.steps
+        done, steps = self.start, self.plan.steps
         if done and not self.state.metrics.has_validation(done):
             self._leave_if(self._validate_if_due(done), done)
+        # From here on: a job that began too late for anything else still gets on.
+        self.stop.minutes = self.config.train.exit_duration
         for step in range(done + 1, steps + 1):
             topology.at(f"step {step}")
             asked = self.take(step)
@@ -113,7 +121,7 @@ class Training:
                 self.state.average.update()
             if step == steps:
                 self._settle()
-            asked = asked or self._validate_if_due(step)
+            asked = asked or self._validate_if_due(step) or self._asked_at(step)
             self._leave_if(self._save_if_due(step, asked), step)
         if steps == 0:
             self.run.save(0, self.state)
@@ -121,37 +129,42 @@ class Training:
         return summary(self.config, self.plan, self.state, changed=changed)
 
     def take(self, step: int) -> int:
-        """One step, counted from 1; returns the signal that some rank got meanwhile, or 0."""
+        """One step, counted from 1; returns what asked some rank to stop meanwhile, or 0."""
         config, state = self.config, self.state
-        batch = self.data.step(step - 1)
-        state.controller.start_step((step - 1) / config.train.steps)
+        with state.metrics.part("data"):
+            batch = self.data.step(step - 1)
+        state.controller.start_step((step - 1) / self.plan.steps)
         groups = state.optimizer.param_groups
         learning_rate = groups[0]["lr"] if groups else 0.0
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
         check = config.router.check_decisions_interval
-        result = run_schedule(
-            self.chunks,
-            self.model,
-            batch,
-            self.plan.routing,
-            controller=state.controller,
-            loss=self.plan.loss,
-            check_decisions=bool(check) and step % check == 0,
-            note_units=self.plan.routing.bias,
-        )
+        with state.metrics.part("forward_backward"):
+            result = run_schedule(
+                self.chunks,
+                self.model,
+                batch,
+                self.plan.routing,
+                controller=state.controller,
+                loss=self.plan.loss,
+                check_decisions=bool(check) and step % check == 0,
+                note_units=self.plan.routing.bias,
+            )
+        state.metrics.operations.add(batch, result.capacity)
         wrong, asked = largest(not_finite(result.loss, self.model), self.stop.asked)
         sources = partial(self.data.sources, step - 1)
         skipped = state.faults.skips(step, finite=not wrong, loss=result.loss, samples=sources)
-        grad_norm = 0.0 if skipped else self._update(step)
+        with state.metrics.part("optimizer"):
+            grad_norm = 0.0 if skipped else self._update(step)
         state.scheduler.step(increment=1)
         state.metrics.add_tokens(batch.num_tokens, positions=batch.num_positions)
         if skipped:
             state.metrics.log_skipped(step, samples=sources())
             return int(asked)
-        if step in (1, config.train.steps) or step % config.logging.interval == 0:
+        if step in (1, self.plan.steps) or step % config.logging.interval == 0:
             self._log(step, result, learning_rate, grad_norm)
+        state.metrics.advance(step)
         state.controller.end_step(result.capacity, result.pull, result.num_units)
         return int(asked)
 
@@ -161,7 +174,7 @@ class Training:
         routing = self.plan.routing
         norm = self.state.optimizer.step()[1]
         if routing.bias:
-            target = self.state.controller.target_at(step / self.config.train.steps)
+            target = self.state.controller.target_at(step / self.plan.steps)
             move(self.model, routing, shifts(self.model, routing, target))
         return norm
 
@@ -172,7 +185,7 @@ class Training:
         if not self.plan.routing.bias:
             return
         topology.at("setting the borders on data")
-        batches = self.data.until(reversed(range(self.config.train.steps)), tokens=TOKENS)
+        batches = self.data.until(reversed(range(self.plan.steps)), tokens=TOKENS)
         with self.state.average.applied():
             moved = settle(
                 self.chunks,
@@ -196,15 +209,17 @@ class Training:
             learning_rate=learning_rate,
             grad_norm=float(grad_norm),
             data_position=step * self.config.train.global_batch_size,
+            penalty=penalty,
+            capacity_target=float(self.state.controller.target.mean()),
         )
 
     def _validate_if_due(self, step: int) -> int:
-        """Validate after some steps and the last; the signal that stopped the ranks in it, or 0."""
-        interval, last = self.config.train.validation_interval, step == self.config.train.steps
+        """Validate after some steps and the last; what asked the ranks to stop in it, or 0."""
+        interval, last = self.config.train.validation_interval, step == self.plan.steps
         if not interval or not (last or step % interval == 0):
             return 0
         topology.at(f"the validation after step {step}")
-        with self.state.average.applied(when=last):
+        with self.state.metrics.apart(VALIDATION), self.state.average.applied(when=last):
             measured = self._validate()
         if isinstance(measured, int):
             return measured
@@ -215,7 +230,7 @@ class Training:
     def _validate(self) -> tuple[float, list[float]] | int:
         """Mean loss (nats per labelled token) and capacity per routed layer, with real skipping.
 
-        Or the signal that the ranks broke off for.
+        Or what the ranks broke off for.
         """
         routing = self.plan.routing
         self.model.eval()
@@ -230,17 +245,23 @@ class Training:
         self.model.train()
         return float(loss / labels), (capacity / units).tolist()
 
+    def _asked_at(self, step: int) -> int:
+        """``EXIT_INTERVAL`` where the job stops after this step, or 0."""
+        interval, last = self.config.train.exit_interval, step == self.plan.steps
+        return EXIT_INTERVAL if interval and not last and step % interval == 0 else 0
+
     def _save_if_due(self, step: int, asked: int) -> int:
-        """Save after some steps, the last, and where the ranks are ``asked`` to stop; the signal
-        that asks them now, or 0."""
-        interval, last = self.config.checkpoint.interval, step == self.config.train.steps
+        """Save after some steps, the last, and where the ranks are ``asked`` to stop; what asks
+        them now, or 0."""
+        interval, last = self.config.checkpoint.interval, step == self.plan.steps
         if not (asked or last or (interval and step % interval == 0)):
             return 0
         topology.at(f"the checkpoint of step {step}")
-        self.run.save(step, self.state, leaving=bool(asked))
+        with self.state.metrics.apart(CHECKPOINT):
+            self.run.save(step, self.state, leaving=bool(asked))
         return asked or (0 if last else self.stop.agreed())
 
     def _leave_if(self, asked: int, step: int) -> None:
         if asked:
-            steps = self.config.train.steps
-            raise stopped(asked, step=step, steps=steps, run=self.run.folder.path)
+            train, steps = self.config.train, self.plan.steps
+            raise stopped(asked, train, step=step, steps=steps, run=self.run.folder.path)

@@ -1,120 +1,228 @@
-"""What a run tells while it goes: progress lines, JSON lines and a summary."""
+"""What a run measures while it goes: one record at a time, handed to all that show or keep it."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
+import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
 
 import torch.distributed as dist
-import xxhash
 
-from megatron_mod.checkpoint.folders import remove, write_durably, writing
-from megatron_mod.parallel.agree import on_first_rank
-from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.config.schema import Config
+from megatron_mod.model.builder import ModelChunks
+from megatron_mod.monitoring.json_lines import LOG, JsonLines
+from megatron_mod.monitoring.screen import Screen
+from megatron_mod.monitoring.tensorboard import FOLDER, TensorBoard
+from megatron_mod.monitoring.timers import NAMES, PartTimers
+from megatron_mod.monitoring.weights_and_biases import WeightsAndBiases
+from megatron_mod.parallel import device
+from megatron_mod.parallel.agree import of_every_rank, on_first_rank
+from megatron_mod.parallel.peak import peak
+from megatron_mod.parallel.topology import print_once
+from megatron_mod.training.operations import Operations
 
-LOG = "metrics.jsonl"
+if TYPE_CHECKING:
+    from megatron_mod.training.plan import Plan
+
+TFLOP = 10**12
+VALIDATION, CHECKPOINT = "validation", "checkpoint"  # what no step is timed with
 
 
-def read_log(path: Path) -> tuple[list[tuple[str, dict]], str | None]:
-    """The lines of a run's log that are whole, each with its record, and what kept it from being
-    read whole, if anything did. A run that goes on may be writing the last line."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return [], "is missing"
-    except OSError as error:
-        return [], f"cannot be read ({error.strerror})"
-    found, bad = [], []
-    for number, raw in enumerate(content.split(b"\n")[:-1], start=1):
-        try:
-            line = raw.decode("utf-8")
-            record = json.loads(line)
-            found.append((line + "\n", {**record, "step": int(record["step"])}))
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            bad.append(number)
-    return found, f"line {bad[0]} is no record" if bad else None
+class Sink(Protocol):
+    """Something that takes records, on rank 0."""
+
+    def write(self, record: dict) -> None:
+        """Take a record.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
+    def close(self, *, failed: bool) -> None:
+        """Take no more; ``failed``: because the training has ended before its time."""
 
 
 class Metrics:
-    """Writes ``metrics.jsonl`` and the progress lines, on rank 0 only."""
+    """Counts and measures; all ranks call it alike, and rank 0 keeps what there is to tell.
 
-    def __init__(
-        self, run: str | Path, routing: RoutingConfig, *, steps: int, on_error: str = "stop"
-    ) -> None:
-        """``on_error``: ``stop``, or ``continue`` without the lines that cannot be written."""
-        self.path = Path(run) / LOG
-        self.routing = routing
-        self.steps = steps
-        self.on_error = on_error
+    As a context it shows the training for the block.
+    """
+
+    def __init__(self, config: Config, plan: Plan, model: ModelChunks) -> None:
+        self.config, self.routing, self.steps = config, plan.routing, plan.steps
+        self.operations = Operations(config, plan, model)  # that this rank does
+        self.peak = peak(device.describe(), config.model.dtype)
+        self.timers = PartTimers(on=config.logging.timers, model_config=model.config)
         self.tokens = 0
         self.positions = 0
         self.first: dict | None = None
         self.last: dict | None = None
-        self._tokens_since = 0
-        self._lines, self._written = 0, xxhash.xxh3_128()
+        self._tokens_since = self._steps_since = 0
+        self._apart: dict[str, float] = {}
         self._started = self._since = time.perf_counter()
+        self._file = JsonLines(Path(config.checkpoint.save) / LOG)
+        self._screen = Screen(self.routing, steps=self.steps)
+        self._sinks: list[Sink] = [self._file, self._screen] if dist.get_rank() == 0 else []
+        self._after, self._run = 0, ""
+        self.ending: Callable[[], object] = bool
+
+    def goes_on(self, step: int, state: dict | None = None, *, run: str) -> None:
+        """Drop what is recorded of later steps, which will be taken again.
+
+        Args:
+            state: the ``state_dict`` of that step; ``None`` at the start of a run.
+            run: what all checkpoints of this run say that they belong to.
+        """
+        if warning := on_first_rank(lambda: self._file.keep_until(step, state)):
+            print_once(warning, level=logging.WARNING)
+        self._after, self._run = step, run
+
+    def __enter__(self) -> Metrics:
+        """Open what shows and keeps records beside ``metrics.jsonl``.
+
+        Raises:
+            ValueError: something that is asked for does not start.
+        """
+        if self._after < self.steps:
+            if place := on_first_rank(self._open):
+                print_once(f"Weights & Biases: {place}")
+            if dist.get_rank() == 0:
+                self._screen.open(after=self._after, ending=self.ending)
+        self._since = time.perf_counter()
+        return self
+
+    def _open(self) -> str | None:
+        settings, place = self.config.logging, None
+        if settings.tensorboard:
+            folder = Path(self.config.checkpoint.save) / FOLDER
+            self._sinks.append(TensorBoard(folder, self.routing.layers, after=self._after))
+        if settings.wandb:
+            online = WeightsAndBiases(self.config, self.routing.layers, run=self._run)
+            self._sinks.append(online)
+            place = online.place
+        return place
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        for sink in reversed(self._sinks):
+            sink.close(failed=kind is not None)
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        """Time the block as a part of each step, if timers are on."""
+        return self.timers.part(name)
+
+    @contextlib.contextmanager
+    def apart(self, what: str) -> Iterator[None]:
+        """Leave the block (``VALIDATION`` or ``CHECKPOINT``), from which all ranks come together,
+        out of the time of steps."""
+        began = time.perf_counter()
+        self._screen.doing(what)
+        with self.timers.paused():
+            yield
+        self._apart[what] = self._apart.get(what, 0.0) + time.perf_counter() - began
 
     def add_tokens(self, count: int, *, positions: int) -> None:
         """Count a step's tokens, and its positions: the tokens and the padding."""
         self.tokens += count
         self.positions += positions
         self._tokens_since += count
+        self._steps_since += 1
 
     def log(self, step: int, **values: object) -> None:
-        """Record a step (counted from 1): a line on the screen, a line in the file.
+        """Record a step (counted from 1), and how it went since the last one recorded.
 
         ``values``: ``loss``, ``task_loss``, ``capacity`` (list per routed layer),
-        ``learning_rate``, ``grad_norm``, ``data_position`` (sequences taken so far).
+        ``learning_rate``, ``grad_norm``, ``data_position`` (sequences taken so far), ``penalty``,
+        ``capacity_target`` (mean over the layers).
         """
         now = time.perf_counter()
-        capacity = fmean(values["capacity"])
+        seconds = max(now - self._since - sum(self._apart.values()), 1e-9)
         record = {
             "step": step,
             **values,
-            "capacity_mean": capacity,
+            "capacity_mean": fmean(values["capacity"]),
             "tokens": self.tokens,
-            "tokens_per_second": self._tokens_since / max(now - self._since, 1e-9),
+            "tokens_per_second": self._tokens_since / seconds,
         }
-        self._since, self._tokens_since = now, 0
         self.first = self.first or record
         self.last = record
-        self._write(record)
-        self._print(
-            f"step {step:>{len(str(self.steps))}}/{self.steps}"
-            f"  loss {values['loss']:.4f}  capacity {capacity:.3f}"
-            f"  {record['tokens_per_second']:.0f} tokens/s  lr {values['learning_rate']:.2e}"
-            f"  grad norm {values['grad_norm']:.3f}"
-        )
+        self._hand_on({**record, **self._of_ranks(seconds)})
+        self._screen.advance(step)
+        self._since, self._tokens_since, self._steps_since = now, 0, 0
+        self._apart.clear()
+
+    def _of_ranks(self, seconds: float) -> dict:
+        """What each rank has of its own; lists are by rank. Called by all ranks."""
+        mine = [self.operations.take(), *device.memory_in_use(), *self.timers.take()]
+        operations, allocated, at_most, *parts = zip(*of_every_rank(mine), strict=True)
+        speeds = [done / seconds for done in operations]
+        found: dict = {
+            "tflops_per_second": [speed / TFLOP for speed in speeds],
+            "share_of_peak": self.peak and [speed / self.peak for speed in speeds],
+            "memory_allocated": list(map(int, allocated)),
+            "memory_peak": list(map(int, at_most)),
+        }
+        if self.timers.on:
+            slowest = {name: max(each) for name, each in zip(NAMES, parts, strict=True)}
+            found["seconds"] = {name: s / self._steps_since for name, s in slowest.items()}
+            found["seconds"] |= {k: s for k, s in self._apart.items() if k != VALIDATION}
+        return found
+
+    def advance(self, step: int) -> None:
+        """A step has been made that is not recorded."""
+        self._screen.advance(step)
 
     def log_validation(self, step: int, *, loss: float, capacity: list[float]) -> None:
         """Record a measurement on the validation data, with real skipping."""
-        mean, pooling = fmean(capacity), self.routing.pooling
-        measured = {"validation_loss": loss, "validation_capacity": capacity}
-        self._write({"step": step, **measured, "validation_capacity_mean": mean})
-        self._print(
-            f"step {step:>{len(str(self.steps))}}/{self.steps}  validation loss {loss:.4f}"
-            f"  capacity {mean:.3f}{f'  (pooling: {pooling})' if pooling else ''}"
-        )
+        record = {
+            "step": step,
+            "validation_loss": loss,
+            "validation_capacity": capacity,
+            "validation_capacity_mean": fmean(capacity),
+        }
+        if self.timers.on:
+            record["seconds"] = {VALIDATION: self._apart[VALIDATION]}
+        self._hand_on(record)
 
     def log_skipped(self, step: int, *, samples: list[str]) -> None:
         """Record a step that was skipped because its loss or a gradient was not finite."""
-        self._write({"step": step, "skipped": "not finite", "samples": samples})
-        self._print(f"step {step:>{len(str(self.steps))}}/{self.steps}  skipped: not finite")
+        self._hand_on({"step": step, "skipped": "not finite", "samples": samples})
+
+    def _hand_on(self, record: dict) -> None:
+        """Give a record to each sink.
+
+        Raises:
+            ValueError: one cannot take it, and ``checkpoint.on_save_error`` is ``stop``.
+        """
+        for sink in self._sinks:
+            try:
+                sink.write(record)
+            except ValueError as error:
+                if self.config.checkpoint.on_save_error == "stop":
+                    raise
+                print_once(
+                    f"warning: step {record['step']} is not recorded: {error}",
+                    level=logging.WARNING,
+                )
 
     def state_dict(self) -> dict:
-        elapsed = time.perf_counter() - self._started
         return {
             "tokens": self.tokens,
             "positions": self.positions,
             "first": self.first,
             "last": self.last,
-            "elapsed": elapsed,
-            "lines": self._lines,
-            "lines_xxh3_128": self._written.hexdigest(),
+            "elapsed": time.perf_counter() - self._started,
+            **self._file.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -122,53 +230,9 @@ class Metrics:
         self.first, self.last = state["first"], state["last"]
         self._started = time.perf_counter() - state["elapsed"]
 
-    def continue_after(self, step: int, state: dict | None = None) -> None:
-        """Drop the lines of later steps, which will be taken again, and one that was cut short.
-
-        No line is needed to go on, so what has become of them is said and stops nothing; a file
-        that is not what was written is kept under another name.
-
-        Args:
-            state: the ``state_dict`` of that step; ``None`` at the start of a run.
-        """
-        if warning := on_first_rank(lambda: self._keep_until(step, state)):
-            self._print(warning)
-
-    def _keep_until(self, step: int, state: dict | None) -> str | None:
-        lines, problem = read_log(self.path)
-        kept = [line for line, record in lines if record["step"] <= step]
-        text = "".join(kept)
-        self._lines, self._written = len(kept), xxhash.xxh3_128(text.encode())
-        is_file = self.path.is_file()
-        if state is None and (is_file or not os.path.lexists(self.path)):
-            as_written = True  # what an attempt without a checkpoint leaves is dropped
-        else:
-            as_written = state is not None and self._written.hexdigest() == state["lines_xxh3_128"]
-        aside = None
-        if not as_written and os.path.lexists(self.path):
-            aside = self.path.with_name(f"{self.path.name}.damaged")
-            if os.path.lexists(aside):
-                remove(aside)
-            self.path.replace(aside)
-        if text or is_file:
-            write_durably(self.path, text)
-        if as_written:
-            return None
-        expected = state["lines"] if state else 0
-        gap = f"a gap of {expected - len(kept)} lines" if expected > len(kept) else "changed lines"
-        return (
-            f"warning: {self.path}: {problem or 'is not what the run wrote'}: {gap} up to step "
-            f"{step}, of {expected}. Going on with the {len(kept)} that can be read"
-            + (f"; the file as it was is {aside.name}." if aside else ".")
-        )
-
     def has_validation(self, step: int) -> bool:
-        """Whether the file has a measurement on the validation data after this step; all ranks."""
-        return on_first_rank(lambda: self._has_validation(step))
-
-    def _has_validation(self, step: int) -> bool:
-        records = (record for _, record in read_log(self.path)[0])
-        return any(r["step"] == step and "validation_loss" in r for r in records)
+        """Whether a measurement on the validation data after this step is recorded; all ranks."""
+        return on_first_rank(lambda: self._file.has_validation(step))
 
     def tokens_per_second(self) -> float:
         """Over the whole run so far, validation and checkpoints included."""
@@ -177,25 +241,3 @@ class Metrics:
     def padding(self) -> float | None:
         """Share of padding in what was trained on so far; nothing before the first step."""
         return 1 - self.tokens / self.positions if self.positions else None
-
-    def _write(self, record: dict) -> None:
-        if dist.get_rank() != 0:
-            return
-        line = json.dumps(record) + "\n"
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with writing(self.path), self.path.open("a", encoding="utf-8") as lines:
-                lines.write(line)
-        except ValueError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)
-            if self.on_error == "stop":
-                raise
-            self._print(f"warning: step {record['step']} is not recorded: {error}")
-        else:
-            self._lines += 1
-            self._written.update(line.encode())
-
-    def _print(self, line: str) -> None:
-        if dist.get_rank() == 0:
-            print(line, flush=True)

@@ -74,7 +74,7 @@ def needed_by(config: Config, plan: Plan) -> Needed:
     where their states are kept."""
     plain = replace(plan, train=plan.train.without_states())
     loader = make_loader(config, plain, plain.train, data_rank=0)
-    steps = max(config.train.steps, steps_read(config, plan, loader))
+    steps = max(plan.steps, steps_read(config, plan, loader))
     read = [(plan.train, loader.order.first(steps * config.train.global_batch_size).numpy())]
     if plan.validation:
         read.append((plan.validation, np.arange(len(plan.validation))))

@@ -46,9 +46,9 @@ def _sum_gradients(chunks: list, num_tokens: torch.Tensor | None = None, **kwarg
 
 
 def build_optimizer(
-    chunks: list[DistributedDataParallel], config: Config
+    chunks: list[DistributedDataParallel], config: Config, *, steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Adam over the routers and a cosine schedule with warm-up, down to zero."""
+    """Adam over the routers and a cosine schedule with warm-up, down to zero after ``steps``."""
     o = config.optimizer
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -64,18 +64,18 @@ def build_optimizer(
         ),
         chunks,
     )
-    warmup = min(round(o.warmup_fraction * config.train.steps), max(config.train.steps - 1, 0))
+    warmup = min(round(o.warmup_fraction * steps), max(steps - 1, 0))
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=o.lr / (warmup + 1),
         max_lr=o.lr,
         min_lr=0.0,
         lr_warmup_steps=warmup,
-        lr_decay_steps=max(config.train.steps, 1),
+        lr_decay_steps=max(steps, 1),
         lr_decay_style="cosine",
         start_wd=o.weight_decay,
         end_wd=o.weight_decay,
-        wd_incr_steps=max(config.train.steps, 1),
+        wd_incr_steps=max(steps, 1),
         wd_incr_style="constant",
     )
     return optimizer, scheduler

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,8 +12,10 @@ from megatron_mod.config.schema import Config
 from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.dataset import Samples, load_data
 from megatron_mod.data.loader import Loader
+from megatron_mod.data.order import epoch_length, steps_of
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.specs import choose_implementation
+from megatron_mod.monitoring.weights_and_biases import check_installed
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training.job import arrange
@@ -49,7 +49,11 @@ class Plan:
     """The layers that training computes; the states that enter the first of them are kept."""
     packing: bool
     """Whether a row holds several documents."""
+    steps: int
+    """Of the whole run."""
     cut: Cut | None = None
+    dense_passes: int = 0
+    """Forward passes of the dense model beside each step's, for the loss."""
 
 
 def prepare(config: Config) -> Plan:
@@ -58,8 +62,7 @@ def prepare(config: Config) -> Plan:
     Raises:
         ValueError: naming the field, its value, the constraint and the remedy.
     """
-    if int(os.environ.get("RANK", 0)):  # what is said about the data is said once
-        logging.getLogger("megatron_mod").setLevel(logging.ERROR)
+    check_installed(config.logging)
     wanted, dtype = config.model.transformer_impl, DTYPES[config.model.dtype]
     implementation = choose_implementation(wanted, dtype=dtype)
     base = open_base(config.model.checkpoint or config.model.hf_path, hf_path=config.model.hf_path)
@@ -99,8 +102,19 @@ def prepare(config: Config) -> Plan:
         loss=loss,
         computed=computed,
         packing=packing,
+        steps=_steps(config, train_data),
         cut=pipeline,
+        dense_passes=job.dense_passes,
     )
+
+
+def _steps(config: Config, samples: Samples) -> int:
+    train = config.train
+    if train.epochs is None:
+        assert train.steps is not None, "a configuration without a length"
+        return train.steps
+    samples_of_epoch = epoch_length(samples.weights)
+    return steps_of(train.epochs, samples=samples_of_epoch, batch=train.global_batch_size)
 
 
 def _packs(config: Config, ranks: topology.Topology, samples: Samples) -> bool:
@@ -162,6 +176,7 @@ def description(config: Config, plan: Plan, *, parameters: int) -> str:
         + (f"{plan.cut}\n" if plan.cut else "")
         + (f"what enters layer {kept} is read from the prefix cache\n" if kept else "")
         + f"{len(plan.train)} training and {len(plan.validation or ())} validation samples;"
-        f" {config.train.steps} steps of {config.train.global_batch_size} sequences"
+        f" {plan.steps} steps of {config.train.global_batch_size} sequences"
         f"{', several in a row' if plan.packing else ''}"
+        + (f" (train.epochs = {config.train.epochs:g})" if config.train.epochs else "")
     )

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 # Everything else says what is computed. The base may have moved: its fingerprint is compared.
 _MAY_CHANGE = {
     "model.checkpoint", "model.hf_path", "model.routers", "data.validation", "data.packing",
-    "train.steps", "train.micro_batch_size", "train.validation_interval", "train.max_skipped_steps",
-    "train.timeout", "train.frozen_prefix", "train.prefix_cache", "train.recompute",
-    "train.deterministic",
+    "train.steps", "train.epochs", "train.micro_batch_size", "train.validation_interval",
+    "train.max_skipped_steps", "train.timeout", "train.exit_duration", "train.exit_interval",
+    "train.frozen_prefix", "train.prefix_cache", "train.recompute", "train.deterministic",
 }  # fmt: skip
 # What a run did that was started before there were these settings.
 _BEFORE = {
@@ -91,7 +91,7 @@ class RunCheckpoints:
     def __init__(self, config: Config, folder: RunFolder, plan: Plan) -> None:
         self.config = config
         self.folder = folder
-        self.base = plan.base
+        self.base, self.steps = plan.base, plan.steps
         reference = plan.base.reference()
         self.base_fingerprint = reference["base_fingerprint"]
         self._manifest = {
@@ -101,7 +101,7 @@ class RunCheckpoints:
             "implementation": plan.implementation,
             "data": plan.train.identity,
             "topology": _topology(config, plan),
-            "steps": config.train.steps,
+            "steps": self.steps,
             "settings": _settings(config),
         }
 
@@ -114,8 +114,10 @@ class RunCheckpoints:
         """
         found = self.folder.newest_good()
         step = self._load(*found, state) if found else None
-        state.metrics.continue_after(step or 0, found and found[1]["progress"]["metrics"])
-        if step is None or step < self.config.train.steps:
+        state.metrics.goes_on(
+            step or 0, found and found[1]["progress"]["metrics"], run=self._manifest["run"]
+        )
+        if step is None or step < self.steps:
             self.folder.require_room(_size(state))
         self.folder.write_settings(self._manifest["run"], to_yaml(self.config))
         return step
@@ -128,21 +130,21 @@ class RunCheckpoints:
                 f"data.train = {self.config.data.train}: is not what the run in {path.parent} was "
                 "trained on so far; put that back, or give another checkpoint.save."
             )
-        if manifest["step"] > self.config.train.steps:
+        if manifest["step"] > self.steps:
             raise ValueError(
-                f"train.steps = {self.config.train.steps}: the run in {path.parent} has already "
-                f"made {manifest['step']}; raise it, or give another checkpoint.save."
+                f"{self._length()}: the run in {path.parent} has already made "
+                f"{manifest['step']} steps; raise it, or give another checkpoint.save."
             )
         same = manifest["topology"] == self._manifest["topology"]
         step = checkpoint.load_step(path, state, same_topology=same)
-        if manifest["steps"] != self._manifest["steps"]:
+        if manifest["steps"] != self.steps:
             state.average.forget()  # its steps are the last no more
-        if step == self.config.train.steps and not (path.parent / SUMMARY).exists():
+        if step == self.steps and not (path.parent / SUMMARY).exists():
             print_once(f"All {step} steps are done; the run's summary is still to be written.")
-        elif step == self.config.train.steps:
+        elif step == self.steps:
             print_once(
                 f"The run in {path.parent} is finished: all {step} steps are done. Raise "
-                "train.steps to go on with it."
+                f"{self._length().partition(' ')[0]} to go on with it."
             )
         else:
             before, now = (m.get("implementation") for m in (manifest, self._manifest))
@@ -151,15 +153,22 @@ class RunCheckpoints:
                 *(() if before in (now, None) else (f"on {now} layers instead of {before}",)),
             ]
             how = f" ({' and '.join(changed)}: equal to rounding)" if changed else ""
-            print_once(f"Going on after step {step} of {self.config.train.steps}{how}")
+            print_once(f"Going on after step {step} of {self.steps}{how}")
         return step
+
+    def _length(self) -> str:
+        """The setting that says how long the run is, and its value."""
+        train = self.config.train
+        if train.epochs is None:
+            return f"train.steps = {train.steps}"
+        return f"train.epochs = {train.epochs:g} ({self.steps} steps)"
 
     def save(self, step: int, state: RunState, *, leaving: bool = False) -> None:
         """Save after ``step``; the last step's checkpoint exports the average, if any.
 
         ``leaving``: whether the job ends here, so that this one has to be written.
         """
-        last = step == self.config.train.steps
+        last = step == self.steps
         manifest = {**self._manifest, "averaged": last}
         self.folder.save(
             step,

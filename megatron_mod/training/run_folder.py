@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import uuid
@@ -33,12 +34,13 @@ from megatron_mod.checkpoint.manifest import (
     verify_checkpoint,
 )
 from megatron_mod.config.schema import CheckpointConfig
+from megatron_mod.monitoring.environment import FILE as ENVIRONMENT
+from megatron_mod.monitoring.json_lines import LOG
 from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.parallel.topology import print_once
-from megatron_mod.training.metrics import LOG
 
 SUMMARY = "summary.json"
-_WRITTEN_ANEW = (CONFIG, LATEST, LOG, SUMMARY)
+_WRITTEN_ANEW = (CONFIG, ENVIRONMENT, LATEST, LOG, SUMMARY)
 
 
 def is_new(folder: Path) -> bool:
@@ -99,7 +101,8 @@ class RunFolder:
         if on_first_rank(lambda: path.exists() and settings_run(self.path) is None):
             print_once(
                 f"warning: {path}: is not what the run wrote, and is written anew; the settings "
-                "in its checkpoints hold."
+                "in its checkpoints hold.",
+                level=logging.WARNING,
             )
         on_first_rank(lambda: write_durably(path, settings_text(run, settings)))
 
@@ -128,7 +131,10 @@ class RunFolder:
                             else "; no earlier step is whole."
                         )
                     ) from error
-                print_once(f"{error} Going back to the step before (checkpoint.on_corrupt).")
+                print_once(
+                    f"{error} Going back to the step before (checkpoint.on_corrupt).",
+                    level=logging.WARNING,
+                )
                 on_first_rank(lambda step=step: self._put_aside(step))
             else:
                 on_first_rank(lambda step=step: self._point_to(step, keep=0))
@@ -152,7 +158,7 @@ class RunFolder:
                     remove(old)
             write_durably(self.path / LATEST, step.name + "\n")
         except ValueError as error:
-            print_once(f"warning: {step.name} is saved, but {error}")
+            print_once(f"warning: {step.name} is saved, but {error}", level=logging.WARNING)
 
     def save(self, step: int, fill: Callable[[Path], None], *, size: int, last: bool) -> None:
         """Have ``fill`` write a step's folder aside, publish it by one rename, and drop old steps.
@@ -179,7 +185,9 @@ class RunFolder:
             )
             if last or self.settings.on_save_error == "stop":
                 raise ValueError(f"{message} Make room and run the same command again.") from error
-            print_once(f"warning: {message} Going on (checkpoint.on_save_error).")
+            print_once(
+                f"warning: {message} Going on (checkpoint.on_save_error).", level=logging.WARNING
+            )
         else:
             on_first_rank(lambda: self._point_to(folder, keep=self.settings.keep))
 

@@ -1,4 +1,5 @@
-"""A training that a signal asks to end: it saves at the end of the step, then leaves."""
+"""A training that is asked to end, by a signal or a limit: it saves at the end of the step, then
+leaves."""
 
 from __future__ import annotations
 
@@ -10,20 +11,26 @@ import time
 from collections.abc import Callable
 
 from megatron_mod import process
+from megatron_mod.config.schema import TrainConfig
 from megatron_mod.parallel.agree import largest
 
 _SECONDS_BETWEEN_TWO_ORDERS = 1  # one order may come twice, from a batch system and from torchrun
 _SECONDS_UNTIL_ANNOUNCED = 2
 _SECONDS_WITHOUT_TORCHRUN = 30  # as many as torchrun itself gives a rank
+EXIT_DURATION, EXIT_INTERVAL = 1001, 1002  # what asks, beside the numbers of signals
 
 
 class StopRequest:
-    """What signals have asked of this rank, and what the ranks make of it together.
+    """What signals and the time have asked of this rank, and what the ranks make of it together.
 
     It is a rank's own until ``agreed``; whichever ranks a signal reached, all of them end alike.
+
+    Args:
+        minutes: since the job began that are granted it; ``None``: all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, minutes: float | None = None) -> None:
+        self.minutes = minutes
         self._asked: signal.Signals | None = None
         self._since = 0.0
         process.on_signal(self._ask)
@@ -36,7 +43,7 @@ class StopRequest:
 
         (torchrun makes a second Ctrl-C a SIGTERM.)
         """
-        if number == signal.SIGTERM and process.another_failed():
+        if number == signal.SIGTERM and process.loses_another():
             os._exit(0)  # torchrun ends this rank: there is nobody left to agree with
         if process.torchrun_is_gone():
             _after(_SECONDS_WITHOUT_TORCHRUN, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -61,11 +68,13 @@ class StopRequest:
 
     @property
     def asked(self) -> int:
-        """The number of the signal that this rank got, or 0: for ``largest`` to carry along."""
+        """The signal that this rank got, ``EXIT_DURATION`` or 0: for ``largest`` to carry along."""
+        if self._asked is None and self.minutes is not None:
+            return EXIT_DURATION if process.seconds_of_job() > 60 * self.minutes else 0
         return self._asked or 0
 
     def agreed(self) -> int:
-        """The number of a signal that some rank got, or 0; called by all ranks."""
+        """The largest ``asked`` of all ranks, which call it together."""
         (number,) = largest(self.asked)
         return int(number)
 
@@ -76,9 +85,17 @@ def _after(seconds: float, act: Callable[[], None]) -> None:
     timer.start()
 
 
-def stopped(number: int, *, step: int, steps: int, run: object) -> process.Stopped:
-    """The end of a run that a signal stopped after a step, which has been saved."""
+def stopped(
+    asked: int, train: TrainConfig, *, step: int, steps: int, run: object
+) -> process.Stopped:
+    """The end of a run that was ``asked`` to stop after a step, which has been saved."""
+    if asked == EXIT_DURATION:
+        by = f"train.exit_duration = {train.exit_duration:g} minutes"
+    elif asked == EXIT_INTERVAL:
+        by = f"train.exit_interval = {train.exit_interval}"
+    else:
+        by = signal.Signals(asked).name
     return process.Stopped(
-        f"Stopped by {signal.Signals(number).name} after step {step} of {steps}, which is saved in "
-        f"{run}; run the same command again to go on."
+        f"Stopped by {by} after step {step} of {steps}, which is saved in {run}; run the same "
+        "command again to go on."
     )

@@ -186,6 +186,28 @@ def test_other_settings_are_refused_by_name(trainer, stopped, message):
     assert (stopped / "step_00000004").is_dir()
 
 
+def test_epochs_are_steps_counted_from_the_samples(trainer, whole, stopped, tmp_path, capsys):
+    epochs = {"train__steps": None, "train__epochs": 1.2}  # of 20 documents, 4 a step
+    trainer.train(stopped, **epochs)
+    assert "6 steps of 4 sequences (train.epochs = 1.2)" in capsys.readouterr().out
+    assert metrics(stopped) == metrics(whole)
+    assert "train.epochs to go on" in (trainer.train(stopped, **epochs), capsys.readouterr().out)[1]
+    with pytest.raises(ValueError, match=r"train.epochs = 1 \(5 steps\): .* already made 6 steps"):
+        trainer.train(stopped, **{**epochs, "train__epochs": 1})
+    weighted = {"data__train": f"{{{trainer.text}: 1.25}}", "train__epochs": 1}
+    held_out = {"data__validation_split": 0.1, "train__validation_interval": 9}
+    for number, (changes, steps) in enumerate(
+        ((weighted, 7), ({"data__max_train_samples": 5}, 2), (held_out, 6))
+    ):
+        summary = trainer.train(tmp_path / str(number), **{**epochs, **changes})
+        assert summary["train"]["steps"] == steps
+
+
+def test_weights_that_leave_nothing_are_refused(trainer, tmp_path):
+    with pytest.raises(ValueError, match="these weights leave none in an epoch"):
+        trainer.train(tmp_path / "run", data__train=f"{{{trainer.text}: 0.01}}")
+
+
 def test_other_text_is_refused(trainer, stopped):
     text = trainer.text.read_text()
     trainer.text.write_text(text.replace("ab", "ba", 1))

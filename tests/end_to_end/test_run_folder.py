@@ -72,7 +72,13 @@ def refused(trainer, run: Path, message: str, **settings) -> None:
 
 # What a first start leaves behind.
 
-HALF_WRITTEN = [".config.yaml.new", ".latest.new", ".metrics.jsonl.new", ".summary.json.new"]
+HALF_WRITTEN = [
+    ".config.yaml.new",
+    ".environment.json.new",
+    ".latest.new",
+    ".metrics.jsonl.new",
+    ".summary.json.new",
+]
 
 
 @pytest.mark.parametrize("left", [*HALF_WRITTEN, ".step_00000002.incomplete/state/__0_0.distcp"])

@@ -78,6 +78,32 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_last_bit(
     assert (run / "summary.json").exists()
 
 
+def test_limits_stop_and_the_run_goes_on_to_the_last_bit(trainer, whole, tmp_path, monkeypatch):
+    """The interval every second step; then the time, which is over before the job has begun: a
+    step is taken all the same, after the validation that the last job left out."""
+    run, settings = tmp_path / "run", {"data__validation": trainer.text, **SETTINGS}
+    how = r"train.exit_interval = 2 after step {} of 6, which is saved in .*; run the same command"
+    for step in (2, 4):
+        with pytest.raises(Stopped, match=how.format(step)):
+            trainer.train(run, **settings, train__exit_interval=2)
+    assert not (run / "summary.json").exists()
+    took = [2.5 * 60]  # minutes
+    monkeypatch.setattr(process, "seconds_of_job", lambda: took[0])
+    with pytest.raises(Stopped, match="train.exit_duration = 2 minutes after step 5 of 6"):
+        trainer.train(run, **settings, train__exit_duration=2)
+    took[0] = 1.5 * 60
+    trainer.train(run, **settings, train__exit_duration=2, train__exit_interval=6)
+    assert metrics(run) == metrics(whole)
+    assert (run / "summary.json").exists()
+
+
+def test_the_job_began_with_torchrun(monkeypatch):
+    own = process.seconds_of_job()
+    assert 0 <= own < 3600 * 24
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert process.seconds_of_job() > own, "what started this process is older"
+
+
 def test_leaving_needs_its_checkpoint_even_where_others_may_fail(trainer, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

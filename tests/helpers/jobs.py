@@ -1,25 +1,42 @@
-"""Jobs under torchrun, to be killed."""
+"""Jobs under torchrun or without it, to be killed."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+FAULTY = "tests/helpers/faulty.py"
 
 
 class Job:
-    """A training that torchrun runs on ranks of this machine; its output goes to a file."""
+    """A training that torchrun runs on ranks of this machine; its output goes to a file.
 
-    def __init__(self, arguments: list[str], *, ranks: int, log: Path) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(ranks), "launch/pretrain_router.py", *arguments]
+    Args:
+        options: further ones of torchrun's.
+        fault: environment of tests/helpers/faulty.py, which is run then.
+    """
+
+    def __init__(
+        self,
+        arguments: list[str],
+        *,
+        ranks: int,
+        log: Path,
+        options: Sequence[str] = (),
+        fault: Mapping[str, str] | None = None,
+    ) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
+        script = FAULTY if fault else "launch/pretrain_router.py"
+        command += ["--nproc_per_node", str(ranks), script, *arguments]
         self.log = log
-        threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+        threads = {**os.environ, "OMP_NUM_THREADS": "1", **(fault or {})}
         with log.open("wb") as out:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=threads)
 
@@ -66,6 +83,43 @@ class Job:
             raise AssertionError(f"goes on: {self.log.read_text(errors='replace')}") from None
         assert not [cmdline(pid) for pid in everyone if is_alive(pid)]
         return self.log.read_text(errors="replace")
+
+
+def run_alone(
+    arguments: list[str], *, ranks: int, folder: Path, fault: Mapping[str, str], seconds: int = 300
+) -> list[tuple[int, str]]:
+    """Exit status and output of each rank of tests/helpers/faulty.py, started without torchrun, as
+    a batch system does.
+
+    Ranks that are stopped have to end too.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    started = []
+    for rank in range(ranks):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), **address}
+        with (folder / f"rank{rank}.log").open("wb") as out:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, FAULTY, *arguments],
+                    cwd=ROOT,
+                    stdout=out,
+                    stderr=out,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", **own, **fault},
+                )
+            )
+    deadline = time.monotonic() + seconds
+    try:
+        for process in started:
+            process.wait(timeout=deadline - time.monotonic())
+    finally:
+        for process in started:
+            process.kill()
+    return [
+        (process.returncode, (folder / f"rank{rank}.log").read_text())
+        for rank, process in enumerate(started)
+    ]
 
 
 def descendants(pid: int) -> list[int]:

@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+from megatron_mod.checkpoint.distributed import load_tensors
 from megatron_mod.config import cli
 from megatron_mod.config.recipes import PUBLISHED
 from megatron_mod.conversion.convert import hf_to_megatron
@@ -69,7 +70,20 @@ class Trainer:
         return train(config, prepare(config))
 
 
+# What a run's lines say of how it went, and of what it computed nothing.
+MEASURED = (
+    "tokens_per_second", "tflops_per_second", "share_of_peak", "memory_allocated", "memory_peak",
+    "seconds",
+)  # fmt: skip
+
+
 def metrics(run: Path) -> list[dict]:
-    """A run's lines without its times."""
+    """A run's lines without its times and memory."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
+
+
+def saved(run: Path) -> dict[str, bytes]:
+    """All tensors of a run's newest step, to the bit: routers, their average, the optimizer's."""
+    state = run / (run / "latest").read_text().strip() / "state"
+    return {name: tensor.numpy().tobytes() for name, tensor in load_tensors(state).items()}

@@ -96,6 +96,13 @@ def test_what_is_saved_parses_to_the_same(parse, tmp_path):
         ([], {"router": {"treshold": 0.5}}, "'router.treshold'; did you mean 'router.threshold'"),
         ([], {"optimiser": {"lr": 1}}, "'optimiser'; did you mean 'optimizer'"),
         (["--train.steps", "many"], {}, "train.steps"),
+        (["--train.steps", "null"], {}, "train.steps and train.epochs are both unset"),
+        (
+            ["--train.epochs", "3"],
+            {},
+            "config.yaml, line 8) and train.epochs = 3: both say how long",
+        ),
+        (["--train.epochs", "0"], {}, "train.epochs = 0.0: must be above 0"),
         (["--train.steps", "-1"], {}, "train.steps = -1: must be at least 0"),
         (["--router.scope", "layers"], {}, "router.scope"),
         (["--router.granularity", "attn_word"], {}, "router.granularity"),

@@ -372,8 +372,10 @@ def dry_run(trainer, tmp_path, monkeypatch, capsys):
 
 
 def test_a_dry_run_says_what_would_run(dry_run, tmp_path):
-    status, said, _ = dry_run("--dry-run", parallel__pipeline_model_parallel_size=2)
+    epochs = {"train__steps": None, "train__epochs": 2, "data__max_train_samples": 7}
+    status, said, _ = dry_run("--dry-run", parallel__pipeline_model_parallel_size=2, **epochs)
     assert status == 0
+    assert "train.epochs = 2: the training counts its samples when it starts; at most 4, " in said
     assert "granularity: attn_sequence" in said
     assert re.search(r"found +model\.checkpoint", said)
     assert re.search(r"found +data\.train", said)

@@ -93,8 +93,8 @@ def test_a_training_says_what_it_runs(single_process, tmp_path, capsys, monkeypa
     made = {}
     build = loop.build_optimizer
 
-    def note(chunks, config):
-        made["optimizer"], scheduler = build(chunks, config)
+    def note(chunks, config, **options):
+        made["optimizer"], scheduler = build(chunks, config, **options)
         layer = chunks[0].module.decoder.layers[0]
         made["attention"] = layer.self_attention.core_attention
         made["norms"] = layer.input_layernorm

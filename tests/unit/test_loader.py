@@ -8,7 +8,7 @@ import torch
 from megatron_mod.data.batch import collate
 from megatron_mod.data.chat import IGNORE, Sample
 from megatron_mod.data.loader import Loader
-from megatron_mod.data.order import Order
+from megatron_mod.data.order import Order, steps_of
 from megatron_mod.data.packing import packed
 from megatron_mod.routing.masks import TokenRole
 
@@ -180,6 +180,14 @@ def test_an_epoch_holds_each_file_as_often_as_it_weighs():
         assert sorted(counts[14:]) == [0] * 5 + [1] * 5
     drawn = [{i for i in epoch if i >= 14} for epoch in epochs]
     assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "batch", "steps"),
+    [(3.0, 20, 8, 8), (1.1, 100, 10, 11), (0.01, 20, 8, 1), (2.0, 32, 8, 8)],
+)
+def test_epochs_are_as_many_steps_as_it_takes(epochs, samples, batch, steps):
+    assert steps_of(epochs, samples=samples, batch=batch) == steps
 
 
 @pytest.mark.parametrize("row_length", [None, 8], ids=["rows", "packed"])
