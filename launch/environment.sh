@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts a user runs: an active virtual environment, or a .venv of the
 # repository's own, holding this package with the extras given as arguments.
 #
@@ -14,11 +15,12 @@ install_environment() {
     extras=$(IFS=,; echo "$*")
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
         [ -x "$root/.venv/bin/python" ] || "${MEGATRON_MOD_PYTHON:-python3}" -m venv "$root/.venv"
+        # shellcheck source=/dev/null
         . "$root/.venv/bin/activate"
     fi
     # Installing again is quick when nothing is missing, and finds what has changed.
     python -c 'import torch' 2>/dev/null || install_torch
-    quiet_pip install --use-pep517 --editable "$root[$extras]"
+    quiet_pip install --use-pep517 --editable "${root}[$extras]"
 }
 
 install_torch() {

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol, TextIO
 
 MISTAKE = 2
+LOST = 1  # another rank, or its machine, is gone: nothing that the user did
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SECONDS_TO_SPEAK = 5
@@ -105,7 +106,7 @@ def _hold_back(error: Exception) -> None:
     if another_failed():
         os._exit(0)
     if _others and (message := _others.explain(error)):
-        end_alone(message, status=MISTAKE)
+        end_alone(message, status=LOST)
     text = traceback.format_exc()
     _record(text)
     if _others is not None:

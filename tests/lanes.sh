@@ -89,6 +89,7 @@ run_lane() {
         # The pip that an old Python brings finds no way through so many constraints.
         "$folder/venv/bin/python" -m pip install --quiet --upgrade pip
     fi
+    # shellcheck source=/dev/null
     . "$folder/venv/bin/activate"
     export PIP_CONSTRAINT="${PIP_CONSTRAINT:+$PIP_CONSTRAINT }$PWD/$folder/constraints.txt"
     . launch/environment.sh test

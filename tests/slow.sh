@@ -3,6 +3,8 @@
 # 100 flipped bits over base, run, exports and cache, 40 kills, full disks of 10 sizes (as root, who
 # may mount them), signals, ranks that fail, 2,000 steps with kills (SOAK_SEED). About an hour on two
 # cores, a quarter of it the faults.
+# Then the batch scripts on a real SLURM, where there is one or root may install it: tests/slurm/run.sh.
+# With arguments, which go to pytest, those tests alone.
 #
 # FAULTS_SEED  where the faults fall (default: 11); a failure tells the one that it had. For the
 #              faults alone: tests/slow.sh tests/slow/test_{flipped_bytes,kills,full_disks}.py
@@ -10,4 +12,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh test
 export TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1
-exec python -m pytest -m slow "$@"
+[ $# -eq 0 ] || exec python -m pytest -m slow "$@"
+status=0
+python -m pytest -m slow --ignore=tests/slurm || status=$?
+bash tests/slurm/run.sh || [ $? = 77 ] || status=1
+exit "$status"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -60,8 +61,15 @@ def check_ranks(
         factors = " x ".join(f"{names[which]} ({value})" for which, value in degrees.items())
         raise ValueError(
             f"{factors} = {product} does not divide the {world_size} ranks started; start a "
-            f"multiple of {product} (torchrun --nproc_per_node), or change the degrees."
+            f"multiple of {product} ({starter()}), or change the degrees."
         )
+
+
+def starter() -> str:
+    """Where the user says how many ranks there are."""
+    if "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" in os.environ:
+        return "sbatch --nodes, and --gpus-per-node or --ntasks-per-node"
+    return "torchrun --nproc_per_node"
 
 
 def degree(which: str, value: int, names: Mapping[str, str]) -> str:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_mod import process
 
-_KEY = "failure"
+_KEY, _OVER = "failure", b"over"
 _FOR_EVER = timedelta(days=20)  # in the milliseconds that poll(2) takes
 _SECONDS_TO_LEAVE = 2  # for a rank to end in its own way, before it is ended because of another
 
@@ -50,7 +50,8 @@ class Failures:
         self._store, self._ear = connect(), connect()
         self._first: dict | None = None
         self._heard = threading.Event()
-        threading.Thread(target=self._listen, name="failures", daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, name="failures", daemon=True)
+        self._thread.start()
 
     def tell(self, message: str, *, status: int, stopped: Mapping[str, list[int]]) -> bool:
         """Tell the others why this rank ends, which ends them too.
@@ -69,12 +70,19 @@ class Failures:
             if not self.without_store:
                 first = self._store.compare_set(_KEY, "", mine)
                 _wake(asleep)
-                return first == mine.encode()
+                return first in (mine.encode(), _OVER)
             self._store.set(_KEY, mine)  # for a holder that is woken now; this waits for nothing
         _wake(asleep)
         here = os.environ.get("LOCAL_RANK")
         is_beside_holder = here is None or self.me["host"] == self.host
         return int(here or self.me["rank"]) == int(is_beside_holder)
+
+    def leave(self) -> None:
+        """Listen no more, and let nobody: who leaves in peace leaves last, with the others. Python
+        aborts where it ends while a thread is on its way back from torch."""
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set(_KEY, "", _OVER.decode())
+        self._thread.join(timeout=_SECONDS_TO_LEAVE)
 
     def linger(self) -> None:
         """Let the others hear, if this rank holds the store."""
@@ -89,10 +97,13 @@ class Failures:
     def _listen(self) -> None:
         try:
             self._ear.wait([_KEY], _FOR_EVER)
-            self._first = json.loads(self._ear.get(_KEY))
+            told = self._ear.get(_KEY)
         except RuntimeError:
             self._end_without_store()
             return
+        if told == _OVER:
+            return
+        self._first = json.loads(told)
         if self._first["rank"] == self.me["rank"]:
             return
         stopped = self._first["stopped"].get(self.me["host"], [])
@@ -119,7 +130,7 @@ class Failures:
         process.end_alone(
             f"error: {self.holder} is gone: ended from outside (by a lack of memory?), or by an "
             "error above. Run the same command again.",
-            status=process.MISTAKE,
+            status=process.LOST,
         )
 
 

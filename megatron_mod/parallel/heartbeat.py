@@ -24,6 +24,7 @@ from megatron_mod import process
 from megatron_mod.parallel.failure import Failures
 
 BEATS = 20  # in the time that a rank may take to answer
+_SECONDS_TO_LEAVE = 5  # for all ranks, after the one that holds the store has left in peace
 _SILENT = BEATS - 2  # that many missing ones come before the collectives' own timeout
 _LEFT = b"left"
 _SECONDS_OF_GRACE = 3  # for a rank with an error of its own to speak before those that miss it
@@ -76,11 +77,8 @@ class Heartbeat:
             # Without its torchrun a rank saves, and all the others with it.
             name, host, patience = f"torchrun on {os.environ['MASTER_ADDR']}", None, minutes * 60
         else:
-            name, host, patience = (
-                _name(0, self._first),
-                self._first["host"],
-                process.SECONDS_TO_SPEAK,
-            )
+            name, host = _name(0, self._first), self._first["host"]
+            patience = _SECONDS_TO_LEAVE
         self.failures = Failures(
             {"rank": rank, **self._who},
             connect,
@@ -101,6 +99,7 @@ class Heartbeat:
         self._thread.join(timeout=self.interval)
         with contextlib.suppress(RuntimeError):  # the store may have gone first
             self.store.set(str(self.rank), _LEFT)
+        self.failures.leave()
 
     def tell(self, message: str, *, status: int) -> bool:
         """As ``Failures.tell``."""
@@ -196,7 +195,7 @@ class Heartbeat:
             f"error: {names} {have} not answered since {self._since()}, as long as {self.limit} "
             f"allows: {they_are} stopped, or the machine is gone. When last heard of, {last}; "
             f"{self._here()} waited. Run the same command again.",
-            status=process.MISTAKE,
+            status=process.LOST,
         )
 
     def _since(self) -> str:
@@ -218,7 +217,7 @@ class Heartbeat:
                     f"error: {self.failures.holder} has not answered since {self._since()}, as "
                     f"long as {self.limit} allows: it is stopped, or its machine is gone; "
                     f"{self._here()} waited. Run the same command again.",
-                    status=process.MISTAKE,
+                    status=process.LOST,
                 )
 
 

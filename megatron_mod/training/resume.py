@@ -18,6 +18,7 @@ from megatron_mod.conversion.source import check_base
 from megatron_mod.parallel.topology import print_once
 from megatron_mod.training import checkpoint
 from megatron_mod.training.checkpoint import RunState
+from megatron_mod.training.restarts import this_start
 from megatron_mod.training.run_folder import SUMMARY, RunFolder, holds_run, is_new
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class RunCheckpoints:
             "topology": _topology(config, plan),
             "steps": self.steps,
             "settings": _settings(config),
+            **this_start(),
         }
 
     def resume(self, state: RunState) -> int | None:

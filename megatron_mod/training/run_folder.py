@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_mod.checkpoint import shared
 from megatron_mod.checkpoint.folders import (
     only_writer,
     partial_name,
@@ -38,6 +39,7 @@ from megatron_mod.monitoring.environment import FILE as ENVIRONMENT
 from megatron_mod.monitoring.json_lines import LOG
 from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.parallel.topology import print_once
+from megatron_mod.training.restarts import require_progress
 
 SUMMARY = "summary.json"
 _WRITTEN_ANEW = (CONFIG, ENVIRONMENT, LATEST, LOG, SUMMARY)
@@ -58,7 +60,8 @@ def holds_run(folder: Path) -> bool:
 
 def _leftovers(folder: Path) -> list[Path]:
     half_written = [folder / partial_name(name) for name in _WRITTEN_ANEW]
-    return [*folder.glob(".step_*"), *(path for path in half_written if os.path.lexists(path))]
+    there = [path for path in half_written if os.path.lexists(path)]
+    return [*folder.glob(".step_*"), *folder.glob(f"{shared.PREFIX}*"), *there]
 
 
 class RunFolder:
@@ -73,18 +76,29 @@ class RunFolder:
         """Own the folder, which is made if need be, and clear what a killed job left half done.
 
         Raises:
-            ValueError: another job owns it, or it cannot be made.
+            ValueError: another job owns it, it cannot be made, not all nodes see it, or too many
+                starts of this job have got no further.
         """
         with contextlib.ExitStack() as stack:
-            on_first_rank(lambda: self._hold(stack))
+            made = on_first_rank(lambda: self._hold(stack))
+            try:
+                shared.require_shared(self.path, what=f"checkpoint.save = {self.path}")
+            except ValueError:
+                on_first_rank(lambda: _unmake(made))
+                raise
             yield
 
-    def _hold(self, stack: contextlib.ExitStack) -> None:
+    def _hold(self, stack: contextlib.ExitStack) -> list[Path]:
+        """Returns the folders that were made, each in the next."""
+        path = self.path.absolute()
+        made = [each for each in (path, *path.parents) if not each.exists()]
+        require_progress(path)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         stack.enter_context(only_writer(self.path.resolve(), what=f"checkpoint.save = {self.path}"))
         for left in _leftovers(self.path):
             remove(left)
+        return made
 
     def identity(self) -> str:
         """The name that all checkpoints of the run in this folder have; a new run gets a new one.
@@ -206,6 +220,12 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         probe.unlink()
+
+
+def _unmake(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ from tests.helpers.jobs import run_alone
 from tests.helpers.runs import Trainer
 
 pytestmark = pytest.mark.usefixtures("single_process")
+NONE = {"FAULT_RANK": ""}
 
 
 def test_a_bug_in_one_rank_ends_all_with_one_traceback(tmp_path):
@@ -20,3 +21,12 @@ def test_a_bug_in_one_rank_ends_all_with_one_traceback(tmp_path):
     assert said.count("Traceback") == 1
     assert said.rstrip().endswith("ZeroDivisionError: a bug")
     assert heard.strip() == ""
+
+
+def test_nobody_fails_where_all_leave_in_peace(tmp_path):
+    """The store goes with the first rank, while the others' threads may still ask it."""
+    trainer = Trainer(tmp_path)
+    arguments = trainer.arguments(tmp_path / "run", train__steps=2)
+    for status, said in run_alone(arguments, ranks=2, folder=tmp_path, fault=NONE):
+        assert status == 0, said
+        assert "terminate" not in said

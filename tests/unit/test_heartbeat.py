@@ -88,7 +88,7 @@ def test_the_rank_that_stopped_is_named(store, ended):
     assert message.startswith("error: rank 1 (process 4711 on elsewhere) has not answered since ")
     assert "as long as train.timeout = 0.02 minutes allows" in message
     assert f"rank 1 was at step {1 + BEATS} (pipeline stage 1); rank 0 at step 7 (pip" in message
-    assert status == 2
+    assert status == process.LOST
 
 
 def test_all_that_stopped_are_named_and_woken_to_end(store, ended):
@@ -168,7 +168,7 @@ def test_a_store_that_does_not_answer_ends_the_job_too(monkeypatch, ended):
     ((message, status),) = said
     assert message.startswith("error: rank 0 (process 4711 on elsewhere), which holds the job's ")
     assert "rank 1 at step 3 (pipeline stage 1) waited" in message
-    assert status == 2
+    assert status == process.LOST
     heart._over.set()
     holder.kill()
     holder.wait()
