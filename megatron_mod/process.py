@@ -184,11 +184,16 @@ def is_under_torchrun() -> bool:
 
 def state_of(pid: int) -> str:
     """A process's state, a letter of proc_pid_stat(5); of one that is gone ``X``."""
+    stat = _stat(pid)
+    return stat[0] if stat else "X"
+
+
+def _stat(pid: int) -> list[str]:
+    """What proc_pid_stat(5) has of a process after its name, or nothing."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return "X"
-    return stat.rpartition(")")[2].split()[0]
+        return []
 
 
 def is_alive(pid: int) -> bool:
@@ -284,12 +289,10 @@ def torchrun_is_gone() -> bool:
 def seconds_of_job() -> float:
     """Since torchrun, or without it this process, was started; where the kernel does not say, since
     this module was imported."""
-    pid = _PARENT if is_under_torchrun() else os.getpid()
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+    stat = _stat(_PARENT if is_under_torchrun() else os.getpid())
+    if not stat:
         return time.monotonic() - _IMPORTED
-    ticks = int(stat.rpartition(")")[2].split()[19])  # proc_pid_stat(5): starttime, since boot
+    ticks = int(stat[19])  # starttime, since boot
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 

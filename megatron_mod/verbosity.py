@@ -46,7 +46,7 @@ def at(name: str) -> Iterator[None]:
         logging.getLogger(each).setLevel(logged)
     if logged >= logging.ERROR:
         logging.captureWarnings(True)
-    if level == logging.DEBUG:
+    if level == logging.DEBUG and before > logging.DEBUG:  # else a block around this one has
         logging.getLogger().addHandler(handler)
     try:
         yield

@@ -157,7 +157,6 @@ class Metrics:
         self.first = self.first or record
         self.last = record
         self._hand_on({**record, **self._of_ranks(seconds)})
-        self._screen.advance(step)
         self._since, self._tokens_since, self._steps_since = now, 0, 0
         self._apart.clear()
 
@@ -179,7 +178,7 @@ class Metrics:
         return found
 
     def advance(self, step: int) -> None:
-        """A step has been made that is not recorded."""
+        """A step has been made, recorded or not."""
         self._screen.advance(step)
 
     def log_validation(self, step: int, *, loss: float, capacity: list[float]) -> None:

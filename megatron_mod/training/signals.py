@@ -24,13 +24,11 @@ class StopRequest:
     """What signals and the time have asked of this rank, and what the ranks make of it together.
 
     It is a rank's own until ``agreed``; whichever ranks a signal reached, all of them end alike.
-
-    Args:
-        minutes: since the job began that are granted it; ``None``: all.
     """
 
-    def __init__(self, *, minutes: float | None = None) -> None:
-        self.minutes = minutes
+    def __init__(self) -> None:
+        self.minutes: float | None = None
+        """Since the job began that are granted it; ``None``: all."""
         self._asked: signal.Signals | None = None
         self._since = 0.0
         process.on_signal(self._ask)

@@ -226,3 +226,9 @@ def test_it_fits_any_terminal(width, height, layers, encoding):
 )
 def test_peaks_are_those_of_data_sheets(device, found):
     assert peak(device, "bfloat16") == found
+
+
+def test_a_block_within_another_says_nothing_twice(capsys):
+    with verbosity.at("debug"), verbosity.at("debug"):
+        logging.getLogger("megatron.core.some").debug("the library's detail")
+    assert capsys.readouterr().err.count("the library's detail") == 1
