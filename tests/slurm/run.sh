@@ -7,7 +7,7 @@
 # Brings the cluster up in a temporary folder, runs the tests, and takes it down by process id,
 # however they end. Installs Debian's slurm-wlm and munge if they are missing and this user may (root,
 # with apt-get); where it may not, it says so and leaves with status 77, as a test that is skipped.
-# About ten minutes on two cores.
+# Half an hour on two cores that had other work, seven minutes of it the soak (SOAK_SEED).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

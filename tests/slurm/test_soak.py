@@ -1,5 +1,5 @@
 """A batch job of 2,000 steps, a rank of which is killed every so often, comes to what nothing
-disturbed. SOAK_SEED: as in tests/slow/test_soak.py."""
+disturbed. Seven minutes. SOAK_SEED: as in tests/slow/test_soak.py."""
 
 from __future__ import annotations
 
