@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from megatron_mod.routing.scheme import Scheme
+from megatron_mod.routing.scheme import Place, Scheme
 
 AUTO = "auto"
 
@@ -59,6 +59,11 @@ class RoutingConfig:
     def scheme(self) -> Scheme:
         """What ``granularity`` says."""
         return Scheme.parse(self.granularity)
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """Of the routers, in the order of ``capacity`` and ``thresholds``."""
+        return tuple(Place(layer, self.scheme.target) for layer in self.layers)
 
     @property
     def thresholds(self) -> tuple[float, ...]:

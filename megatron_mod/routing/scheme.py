@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 Granularity = Literal[
     "attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token"
 ]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+
+
+class Place(NamedTuple):
+    """Where a router sits: a layer, by its global index, and what of it the router decides about,
+    its ``attn``, its ``mlp`` or the ``block``."""
+
+    layer: int
+    target: str
 
 
 @dataclass(frozen=True)
