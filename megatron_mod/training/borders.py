@@ -13,6 +13,7 @@ from megatron_mod.model.builder import ModelChunks
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig, logit_border
 from megatron_mod.routing.quantile import borders
+from megatron_mod.routing.scheme import Place
 from megatron_mod.training.step import run_schedule
 
 PASSES = 4
@@ -21,18 +22,18 @@ TOKENS = 4096  # of the last steps, that borders are set on at the end
 
 
 def shifts(model: ModelChunks, routing: RoutingConfig, shares: Tensor) -> Tensor:
-    """What to add to the bias of each routed layer, ``[num_routed]``, so that its router, as it is
+    """What to add to the bias of each router, ``[num_routed]``, so that it, as it is
     now, would have kept ``shares`` (the same shape) of the units it has noted; on every rank.
 
-    With scope ``model`` one border for all layers, that keeps the mean share of all their units.
+    With scope ``model`` one border for all routers, that keeps the mean share of all their units.
     """
     routers = model.routers() if model.groups.tp.rank() == 0 else {}  # the others hold copies
-    mine = {layer: router.scores() for layer, router in routers.items()}
+    mine = {place: router.scores() for place, router in routers.items()}
     longest = max((len(scores) for scores in mine.values()), default=1)
-    table = torch.full((len(routing.layers), longest), torch.nan, device=device.device())
-    for place, layer in enumerate(routing.layers):
-        if layer in mine:
-            table[place, : len(mine[layer])] = mine[layer]
+    table = torch.full((len(routing.places), longest), torch.nan, device=device.device())
+    for number, place in enumerate(routing.places):
+        if place in mine:
+            table[number, : len(mine[place])] = mine[place]
     found = borders(
         table,
         shares,
@@ -50,10 +51,10 @@ def _wanted(routing: RoutingConfig, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def move(model: ModelChunks, routing: RoutingConfig, shifts: Tensor) -> None:
-    """Add its entry of ``[num_routed]`` to each layer's bias, in place."""
-    for layer, router in model.routers().items():
+    """Add its entry of ``[num_routed]`` to each router's bias, in place."""
+    for place, router in model.routers().items():
         assert router.bias is not None
-        router.bias.data += shifts[routing.layers.index(layer)].float()
+        router.bias.data += shifts[routing.places.index(place)].float()
 
 
 @torch.no_grad()
@@ -66,7 +67,7 @@ def settle(
     shares: Tensor,
 ) -> Tensor:
     """Move the biases until ``shares`` ``[num_routed]`` of the units of some batches are kept, with
-    real skipping; called by all ranks. Returns what was added to each layer's.
+    real skipping; called by all ranks. Returns what was added to each router's.
 
     A border moves what later layers see, and with it their scores, so it is found by repetition.
     """
@@ -74,18 +75,18 @@ def settle(
     was_training = model.training
     model.eval()
     for _ in range(PASSES):
-        noted: dict[int, list] = {layer: [] for layer in model.routers()}
+        noted: dict[Place, list] = {place: [] for place in model.routers()}
         kept, units = torch.zeros_like(shares), 0
         for batch in batches:
             result = run_schedule(chunks, model, batch, routing, controller=None, note_units=True)
             kept, units = kept + result.capacity * result.num_units, units + result.num_units
-            for layer, router in model.routers().items():
-                noted[layer] += router.noted
+            for place, router in model.routers().items():
+                noted[place] += router.noted
         miss = kept / max(units, 1) - shares
         if (miss.mean().abs() if routing.scope == "model" else miss.abs().max()) <= NEAR:
             break
-        for layer, router in model.routers().items():
-            router.noted = noted[layer]
+        for place, router in model.routers().items():
+            router.noted = noted[place]
         found = shifts(model, routing, shares)
         move(model, routing, found)
         moved += found.float()

@@ -17,6 +17,7 @@ from megatron_mod.monitoring.environment import record_start
 from megatron_mod.parallel import device, topology
 from megatron_mod.parallel.agree import largest, on_first_rank
 from megatron_mod.routing.capacity import CapacityController
+from megatron_mod.routing.config import ROUTER
 from megatron_mod.training.average import ParameterAverage
 from megatron_mod.training.borders import TOKENS, move, settle, shifts
 from megatron_mod.training.checkpoint import RunState, write_json
@@ -194,8 +195,10 @@ class Training:
                 self.plan.routing,
                 shares=self.state.controller.final_target,
             )
-        for layer, shift in zip(self.plan.routing.layers, moved, strict=True):
-            mean = self.state.average.mean.get(KEY.format(layer, "router.bias"))
+        routing = self.plan.routing
+        for place, shift in zip(routing.places, moved, strict=True):
+            name = routing.name_of(ROUTER, place.target)
+            mean = self.state.average.mean.get(KEY.format(place.layer, f"{name}.bias"))
             if mean is not None:  # after the block it is not the model's own
                 mean += shift
 
@@ -228,7 +231,7 @@ class Training:
 
     @torch.no_grad()
     def _validate(self) -> tuple[float, list[float]] | int:
-        """Mean loss (nats per labelled token) and capacity per routed layer, with real skipping.
+        """Mean loss (nats per labelled token) and capacity of each router, with real skipping.
 
         Or what the ranks broke off for.
         """

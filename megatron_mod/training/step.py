@@ -26,7 +26,7 @@ class StepResult:
 
     ``loss``: what is minimised, without the penalty; ``task_loss``: cross entropy in nats per
     labelled token; ``capacity``: kept over valid units, ``[num_routed]``; ``pull``: see
-    ``keep_mask``, ``[num_routed, 2]``; ``num_units``: valid units of a layer.
+    ``keep_mask``, ``[num_routed, 2]``; ``num_units``: valid units that each router decides on.
     """
 
     loss: Tensor
@@ -63,7 +63,7 @@ def run_schedule(
     penalty, training = {}, controller is not None
     num_units = batch.num_sequences if routing.scheme.per_sequence else batch.num_tokens
     if controller is not None:
-        penalty = dict(zip(routing.layers, controller.penalty_per_unit(num_units), strict=True))
+        penalty = dict(zip(routing.places, controller.penalty_per_unit(num_units), strict=True))
     loss.prepare(model, batch)
     for router in model.routers().values():
         router.reset(notes_every=-(-num_units // NOTED) if note_units else 0)
@@ -91,15 +91,15 @@ def _reduce(
 ) -> StepResult:
     """Add up what all ranks found; tensor-parallel ranks hold copies."""
     losses = torch.zeros(2, device=device.device())
-    noted = torch.zeros(len(routing.layers), 4, device=device.device())
+    noted = torch.zeros(len(routing.places), 4, device=device.device())
     if model.groups.tp.rank() == 0:
         for share in shares:
             losses += torch.stack(share)
         routers = model.routers()
-        for place, layer in enumerate(routing.layers):
-            if router := routers.get(layer):
+        for number, place in enumerate(routing.places):
+            if router := routers.get(place):
                 counts = torch.stack((router.kept, router.valid))
-                noted[place] = torch.cat((counts, router.pull))
+                noted[number] = torch.cat((counts, router.pull))
     totals = torch.cat((losses, noted.flatten()))
     dist.all_reduce(totals)
     noted = totals[2:].view_as(noted)
