@@ -22,20 +22,20 @@ def test_biases_follow_the_routers_as_they_are_after_a_step(single_process, scop
     """Of the units that were noted before it: of each layer's its share, with scope ``model`` the
     mean share of all layers' together; what is no unit does not count."""
     torch.manual_seed(0)
-    routers = {layer: Router(HIDDEN, bias=True) for layer in LAYERS}
-    inputs = {layer: torch.randn(200, HIDDEN) + 1 for layer in LAYERS}
     routing = RoutingConfig("attn_token", LAYERS, (0.5, 0.5), scope=scope, bias=True)
+    routers = {place: Router(HIDDEN, bias=True) for place in routing.places}
+    inputs = {place: torch.randn(200, HIDDEN) + 1 for place in routing.places}
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = SimpleNamespace(routers=lambda: routers, groups=groups)
-    for layer, router in routers.items():
+    for place, router in routers.items():
         padding = torch.full((50, HIDDEN), 100.0)
         valid = torch.arange(250) < 200
-        router.note_inputs(torch.cat((inputs[layer], padding)), valid)
+        router.note_inputs(torch.cat((inputs[place], padding)), valid)
     for router in routers.values():
         router.weight.data += torch.randn(1, HIDDEN)
         router.bias.data += torch.randn(1)
     move(model, routing, shifts(model, routing, SHARES))
-    kept = torch.stack([(routers[k](inputs[k]) >= 0).float().mean() for k in LAYERS])
+    kept = torch.stack([(routers[k](inputs[k]) >= 0).float().mean() for k in routing.places])
     if scope == "layer":
         torch.testing.assert_close(kept, SHARES, atol=0.01, rtol=0)
     else:

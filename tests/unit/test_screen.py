@@ -32,7 +32,8 @@ def record(step: int, layers: int = 2) -> dict:
 
 
 def routing(layers: int = 2) -> SimpleNamespace:
-    return SimpleNamespace(layers=tuple(range(10, 10 + layers)), pooling="all")
+    labels = [str(layer) for layer in range(10, 10 + layers)]
+    return SimpleNamespace(labels=labels, pooling="all")
 
 
 VALIDATION = {"step": 3, "validation_loss": 2.0, "validation_capacity_mean": 0.25}
