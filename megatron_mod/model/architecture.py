@@ -50,6 +50,20 @@ class Architecture:
     def mlp_weights(self) -> int:
         return 3 * self.hidden_size * self.ffn_hidden_size
 
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """``(in, out)`` of a layer's projections, by Hugging Face's names."""
+        hidden, queries, keys = self.hidden_size, self.query_channels, self.key_channels
+        return {
+            "q_proj": (hidden, queries),
+            "k_proj": (hidden, keys),
+            "v_proj": (hidden, keys),
+            "o_proj": (queries, hidden),
+            "gate_proj": (hidden, self.ffn_hidden_size),
+            "up_proj": (hidden, self.ffn_hidden_size),
+            "down_proj": (self.ffn_hidden_size, hidden),
+        }
+
 
 def padded_vocab_size(vocab_size: int, *, tensor: int) -> int:
     """The smallest vocabulary of at least ``vocab_size`` that ``tensor`` ranks can share."""
