@@ -19,6 +19,7 @@ from megatron_mod.config.rules import (
     setting,
 )
 from megatron_mod.routing.config import (
+    Layers,
     RoutingConfig,
     default_rank,
     resolve_capacity,
@@ -61,8 +62,9 @@ class RouterConfig:
     Args:
         granularity: what one decision covers: a layer's attention, its MLP or the whole block, for
             one sequence or one token (the units of this section).
-        layers: routed layers: `{deepest: n}` (the n deepest but the last), `{every: n, offset: k}`
-            (every n-th from index k on; offset defaults to n - 1), or a list of zero-based indices.
+        layers: routed layers: `all`; `{deepest: n}`, the n deepest but the last; `{every: n,
+            offset: k}`, every n-th from index k on (offset defaults to n - 1); or a list of
+            zero-based indices.
         capacity: target share of units that keep a layer, above 0 and at most 1; one number, or
             one per routed layer.
         scope: `layer` holds every layer to its target, `model` only their mean, so that
@@ -95,7 +97,7 @@ class RouterConfig:
     """
 
     granularity: Granularity = "attn_token"
-    layers: dict[str, int] | list[int] = setting(AT_LEAST_0, default={"deepest": 16})
+    layers: Layers = setting(AT_LEAST_0, default={"deepest": 16})
     capacity: float | list[float] = setting(Range(above=0, most=1), default=0.5)
     scope: Literal["layer", "model"] = "model"
     capacity_loss_weight: float | Literal["auto"] = setting(
