@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from megatron_mod.config.lora import TARGETS, LoraSettings
 from megatron_mod.model.architecture import Architecture
+from megatron_mod.model.reach import FC1, FC2, PLACES, PROJ, QKV, Reach
 from megatron_mod.routing.config import RoutingConfig
 
 LENGTH = 512  # tokens of a sequence where nothing is known of them; only attention depends on it
@@ -47,11 +48,6 @@ class _Text(NamedTuple):
         return cls(sum(lengths), pairs)
 
 
-# Places in a layer, in the order in which they are computed: what is below it, its linears, a
-# router's mask on its attention, and one on what comes out of it.
-_BELOW, _QKV, _PROJ, _MASK, _FC1, _FC2, _END = -1, 0, 1, 2, 3, 4, 5
-
-
 class _Products(NamedTuple):
     """A layer's forward operations: its linears', and attention's scores and values."""
 
@@ -72,9 +68,9 @@ class _Products(NamedTuple):
     def backward(self, down_to: int) -> float:
         """To the lowest place where something trains: weights are frozen, so each product with one
         has one of its size, and only those of two activations have two."""
-        linears = {_QKV: self.qkv, _PROJ: self.proj, _FC1: self.fc1, _FC2: self.fc2}
+        linears = {QKV: self.qkv, PROJ: self.proj, FC1: self.fc1, FC2: self.fc2}
         found = sum(own for place, own in linears.items() if place > down_to)
-        return found + 2 * self.scores * (down_to <= _QKV)
+        return found + 2 * self.scores * (down_to <= QKV)
 
 
 class _Adapters(NamedTuple):
@@ -83,10 +79,13 @@ class _Adapters(NamedTuple):
     inner: float
     outer: float
 
+    @property
+    def forward(self) -> float:
+        return self.inner + self.outer
+
     def backward(self, *, trains: bool, goes_on: bool) -> float:
         """``goes_on``: something below trains too."""
-        own = self.inner + self.outer if trains else 0.0
-        return own + self.outer * (trains or goes_on) + self.inner * goes_on
+        return self.forward * trains + self.outer * (trains or goes_on) + self.inner * goes_on
 
 
 def forward_costs(arch: Architecture, *, length: int = LENGTH) -> Costs:
@@ -123,15 +122,13 @@ def training_costs(
         lora: the model's adapters.
         parts: what trains (``train.trainable``).
     """
-    text = _Text.of(arch, lengths)
+    text, reach = _Text.of(arch, lengths), Reach(routing, lora, parts, recompute)
     dense = _products(arch, text, _Shares())
     kept = [_mean_share(routing, target) for target in routing.capacity] if kept is None else kept
     capacity = dict(zip(routing.layers, kept, strict=True))
-    routers_train, lora_trains = "routers" in parts, "lora" in parts
     width = 2 * text.tokens * arch.hidden_size
     router, stand_in = width, 2 * width * (routing.stand_in_rank or 0)  # that is two products
-    trained = (*(routing.layers if routers_train else ()), *(_layers(lora) if lora_trains else ()))
-    first, found = min(trained), []
+    found = []
     for layer in range(arch.num_layers):
         if layer < num_free_layers:
             found.append(0)
@@ -139,42 +136,25 @@ def training_costs(
         is_routed = layer in capacity
         shares = _shares(routing, capacity[layer]) if is_routed else _Shares()
         own = _products(arch, text, shares)
-        adapters = _adapters(arch, lora, text, shares) if layer in _layers(lora) else {}
-        more = router + stand_in if is_routed else 0
-        total = own.forward + more + dense_passes * dense.forward
-        total += sum(each.inner + each.outer for each in adapters.values())
-        if layer >= first:
-            down_to = _BELOW
-            if layer == first:
-                masks = _mask(routing) if is_routed and routers_train else _END
-                down_to = min((masks, *(adapters if lora_trains else ())))
-                if recompute == "selective" and adapters and lora_trains and not is_routed:
-                    down_to = _BELOW  # Megatron's own checkpoint asks for it
-            else:
-                total += stand_in * is_routed + router * (is_routed and routers_train)
+        adapters = _adapters(arch, lora, text, shares) if lora and layer in lora.layers else {}
+        total = own.forward + (router + stand_in) * is_routed + dense_passes * dense.forward
+        total += sum(each.forward for each in adapters.values())
+        down_to = reach.down_to(layer)
+        if down_to is not None:
+            if layer > reach.first:
+                total += stand_in * is_routed + router * reach.routes(layer)
             total += own.backward(down_to)
             total += sum(
-                each.backward(trains=lora_trains, goes_on=place > down_to)
+                each.backward(trains=reach.adapts(layer), goes_on=place > down_to)
                 for place, each in adapters.items()
             )
-            again = adapters if recompute == "full" else {}
             if recompute == "full":
-                total += own.forward
-            elif recompute == "selective" and (down_to < _FC1 or (adapters and lora_trains)):
+                total += own.forward + sum(each.forward for each in adapters.values())
+            elif reach.computes_mlp_again(layer):
                 total += own.mlp
-                again = {k: v for k, v in adapters.items() if k in (_FC1, _FC2)}
-            total += sum(each.inner + each.outer for each in again.values())
+                total += sum(each.forward for k, each in adapters.items() if k in (FC1, FC2))
         found.append(round(total))
     return Costs(tuple(found), _head(arch, labels) * (2 + dense_passes))
-
-
-def _layers(lora: LoraSettings | None) -> tuple[int, ...]:
-    return () if lora is None else lora.layers
-
-
-def _mask(routing: RoutingConfig) -> int:
-    """Where a router's gradient comes from."""
-    return _END if routing.scheme.covers_mlp else _MASK
 
 
 def _head(arch: Architecture, tokens: int) -> int:
@@ -221,22 +201,20 @@ def _products(arch: Architecture, text: _Text, shares: _Shares) -> _Products:
 
 
 def _adapters(
-    arch: Architecture, lora: LoraSettings | None, text: _Text, shares: _Shares
+    arch: Architecture, lora: LoraSettings, text: _Text, shares: _Shares
 ) -> dict[int, _Adapters]:
     """Of a layer, by the place of their linear: one product with all ``A`` of a linear, and one
     with their ``B`` for all its outputs."""
-    assert lora is not None
-    places = {"linear_qkv": _QKV, "linear_proj": _PROJ, "linear_fc1": _FC1, "linear_fc2": _FC2}
     found = {}
-    for linear, place in places.items():
+    for linear, place in PLACES.items():
         members = [target for target, of in TARGETS.items() if of == linear]
         ranks = lora.rank * sum(target in lora.targets for target in members)
         if not ranks:
             continue
         inputs = arch.projections[members[0]][0]
         outputs = sum(arch.projections[target][1] for target in members)
-        inner = outer = shares.mlp if place in (_FC1, _FC2) else shares.queries
-        if place == _QKV and shares.queries != shares.keys:  # queries apart from keys and values
+        inner = outer = shares.mlp if place in (FC1, FC2) else shares.queries
+        if place == QKV and shares.queries != shares.keys:  # queries apart from keys and values
             inner = shares.queries + shares.keys
             part = arch.query_channels / outputs
             outer = shares.queries * part + shares.keys * (1 - part)

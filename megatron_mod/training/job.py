@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_mod.config.lora import LoraSettings
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
 from megatron_mod.model.architecture import Architecture, check_parallel
 from megatron_mod.model.pipeline import Layout
+from megatron_mod.model.reach import Reach
 from megatron_mod.parallel import topology
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training.pipeline import asked_layout
@@ -34,20 +36,11 @@ class Job:
     asked_layout: Layout | None
     dense_passes: int
 
-    @property
-    def trained_layers(self) -> tuple[int, ...]:
-        """The layers with something that trains, in ascending order."""
-        return trained_layers(self.config, self.routing, self.lora)
-
-
-def trained_layers(
-    config: Config, routing: RoutingConfig, lora: LoraSettings | None
-) -> tuple[int, ...]:
-    """The layers with something that trains, in ascending order."""
-    parts = config.train.parts
-    routed = routing.layers if "routers" in parts else ()
-    adapted = lora.layers if lora is not None and "lora" in parts else ()
-    return tuple(sorted({*routed, *adapted}))
+    @cached_property
+    def reach(self) -> Reach:
+        """How far down backward passes go."""
+        train = self.config.train
+        return Reach(self.routing, self.lora, train.parts, train.recompute)
 
 
 def arrange(
