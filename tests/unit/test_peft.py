@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_mod.config.lora import TARGETS, LoraSettings
+from megatron_mod.config.lora import TARGETS
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import read_config
 from megatron_mod.conversion.peft import module_name, read_peft, write_peft
 from megatron_mod.evaluation.huggingface import load_model
 from tests.helpers import tiny
+from tests.helpers.adapters import CONFIG, SETTINGS, WEIGHTS, save_adapter
 
 peft = pytest.importorskip("peft", reason="needs the 'test' extra")
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 
 
@@ -36,19 +36,6 @@ def arch(hf):
     return family_of(config := read_config(hf)).architecture_of(config)
 
 
-def save_adapter(folder: Path, hf: Path, **settings: object) -> Path:
-    """Save an adapter with ``peft`` whose B are not zero."""
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **settings}
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_pretrained(hf)
-    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def saved(hf, tmp_path_factory):
     return save_adapter(tmp_path_factory.mktemp("adapter") / "adapter", hf, lora_dropout=0.1)
@@ -59,32 +46,31 @@ def adapter(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "adapter")
 
 
-SIX = LoraSettings(4, 6.0, 0.0, ("q_proj", "down_proj"), (0, 1, 2, 3))
 MEANT = {  # what peft is told: what of it is meant
-    "names": ({}, SIX),
-    "parts of names": ({"target_modules": ["mlp.down_proj", "self_attn.q_proj"]}, SIX),
+    "names": ({}, SETTINGS),
+    "parts of names": ({"target_modules": ["mlp.down_proj", "self_attn.q_proj"]}, SETTINGS),
     "whole names": (
         {"target_modules": [module_name(2, "up_proj"), module_name(0, "up_proj")]},
-        replace(SIX, targets=("up_proj",), layers=(0, 2)),
+        replace(SETTINGS, targets=("up_proj",), layers=(0, 2)),
     ),
     "an expression": (
         {"target_modules": r"model\.layers\.[13]\..*\.(q|down)_proj"},
-        replace(SIX, layers=(1, 3)),
+        replace(SETTINGS, layers=(1, 3)),
     ),
-    "all-linear": ({"target_modules": "all-linear"}, replace(SIX, targets=tuple(TARGETS))),
+    "all-linear": ({"target_modules": "all-linear"}, replace(SETTINGS, targets=tuple(TARGETS))),
     "but some": (
         {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*v_proj|.*layers\.0\..*"},
-        replace(SIX, targets=("q_proj",), layers=(1, 2, 3)),
+        replace(SETTINGS, targets=("q_proj",), layers=(1, 2, 3)),
     ),
     "layers": (
         {"layers_to_transform": [3, 1], "layers_pattern": "layers"},
-        replace(SIX, layers=(1, 3)),
+        replace(SETTINGS, layers=(1, 3)),
     ),
-    "a layer": ({"layers_to_transform": 2}, replace(SIX, layers=(2,))),
-    "rank-stabilised": ({"use_rslora": True}, replace(SIX, alpha=6 * math.sqrt(4))),
+    "a layer": ({"layers_to_transform": 2}, replace(SETTINGS, layers=(2,))),
+    "rank-stabilised": ({"use_rslora": True}, replace(SETTINGS, alpha=6 * math.sqrt(4))),
     "begun otherwise": (
         {"init_lora_weights": "gaussian", "lora_dropout": 0.1},
-        replace(SIX, dropout=0.1),
+        replace(SETTINGS, dropout=0.1),
     ),
 }  # fmt: skip
 
