@@ -41,6 +41,11 @@ class LoraSettings:
         """What the product of the two matrices is multiplied by."""
         return self.alpha / self.rank
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of a layer's tensors: ``q_proj.a``, ``q_proj.b`` and so on."""
+        return tuple(f"{target}.{key}" for target in self.targets for key in ("a", "b"))
+
     def shapes(self, projections: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         """Of a layer's adapters, by their names in it: ``q_proj.a`` ``[rank, in]``, ``q_proj.b``
         ``[out, rank]`` and so on.
@@ -60,7 +65,14 @@ class LoraSettings:
 
     @classmethod
     def from_dict(cls, values: dict) -> LoraSettings:
-        return cls(**{k: tuple(v) if k in ("targets", "layers") else v for k, v in values.items()})
+        lists = {name: tuple(values[name]) for name in ("targets", "layers")}
+        return cls(**{**values, **lists})
+
+
+def lora_of(manifest: Mapping) -> LoraSettings | None:
+    """The adapters of a training's step, by its manifest; ``None``: it has none."""
+    values = manifest.get("lora")  # steps of before there were adapters say nothing
+    return None if values is None else LoraSettings.from_dict(values)
 
 
 def resolve_targets(names: str | Sequence[str], *, field: str = "lora.targets") -> tuple[str, ...]:

@@ -22,9 +22,7 @@ class Parameters(NamedTuple):
 def total(placed: Placed) -> Parameters:
     """Of the whole model, each once."""
     arch, routed = placed.job.arch, len(placed.job.routing.layers)
-    embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
-    frozen = arch.num_layers * layer(arch, tensor=1) + embeddings + arch.hidden_size
-    return Parameters(frozen, routed * _added(placed), routed * _trained(placed))
+    return Parameters(arch.num_parameters, routed * _added(placed), routed * _trained(placed))
 
 
 def of_rank(placed: Placed, rank: int) -> Parameters:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_mod.config.lora import TARGETS, LoraSettings
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
 
@@ -46,27 +47,51 @@ class _Text(NamedTuple):
         return cls(sum(lengths), pairs)
 
 
-class _Products(NamedTuple):
-    """A layer's forward operations: attention's projections, scores and values, and the MLP."""
+# Places in a layer, in the order in which they are computed: what is below it, its linears, a
+# router's mask on its attention, and one on what comes out of it.
+_BELOW, _QKV, _PROJ, _MASK, _FC1, _FC2, _END = -1, 0, 1, 2, 3, 4, 5
 
-    projections: float
+
+class _Products(NamedTuple):
+    """A layer's forward operations: its linears', and attention's scores and values."""
+
+    qkv: float
     scores: float
-    mlp: float
+    proj: float
+    fc1: float
+    fc2: float
 
     @property
     def forward(self) -> float:
         return sum(self)
 
     @property
-    def backward(self) -> float:
-        """To the layer's input: weights are frozen, so each product with one has one of its size,
-        and only those of two activations have two."""
-        return self.forward + self.scores
+    def mlp(self) -> float:
+        return self.fc1 + self.fc2
+
+    def backward(self, down_to: int) -> float:
+        """To the lowest place where something trains: weights are frozen, so each product with one
+        has one of its size, and only those of two activations have two."""
+        linears = {_QKV: self.qkv, _PROJ: self.proj, _FC1: self.fc1, _FC2: self.fc2}
+        found = sum(own for place, own in linears.items() if place > down_to)
+        return found + 2 * self.scores * (down_to <= _QKV)
+
+
+class _Adapters(NamedTuple):
+    """Forward operations of the adapters on one linear: with their ``A``, and with their ``B``."""
+
+    inner: float
+    outer: float
+
+    def backward(self, *, trains: bool, goes_on: bool) -> float:
+        """``goes_on``: something below trains too."""
+        own = self.inner + self.outer if trains else 0.0
+        return own + self.outer * (trains or goes_on) + self.inner * goes_on
 
 
 def forward_costs(arch: Architecture, *, length: int = LENGTH) -> Costs:
     """Of a forward pass of the dense model with logits at every token."""
-    layer = round(_products(arch, _Text.of(arch, [length])).forward)
+    layer = round(_products(arch, _Text.of(arch, [length]), _Shares()).forward)
     return Costs((layer,) * arch.num_layers, _head(arch, length))
 
 
@@ -80,11 +105,13 @@ def training_costs(
     num_free_layers: int = 0,
     recompute: str = "none",
     kept: Sequence[float] | None = None,
+    lora: LoraSettings | None = None,
+    parts: Sequence[str] = ("routers",),
 ) -> Costs:
     """Of training on documents of these lengths in tokens, ``labels`` of them labelled together.
 
-    Every layer runs forward; those above the first routed one backward too, to their inputs, and so
-    does the MLP of that one if only its attention is routed. The head runs both ways, at labelled
+    Every layer runs forward; those above the first with something that trains backward too, to
+    their inputs, and that one down to what trains in it. The head runs both ways, at labelled
     tokens. With ``training_compute = sparse`` routed layers compute what is kept.
 
     Args:
@@ -93,32 +120,61 @@ def training_costs(
         recompute: what backward computes again (see ``model/recompute.py``).
         kept: the share that each routed layer kept; without, what a training that is held to its
             target keeps on average over the steps.
+        lora: the model's adapters.
+        parts: what trains (``train.trainable``).
     """
     text = _Text.of(arch, lengths)
-    dense, first = _products(arch, text), routing.layers[0]
+    dense = _products(arch, text, _Shares())
     kept = [_mean_share(routing, target) for target in routing.capacity] if kept is None else kept
     capacity = dict(zip(routing.layers, kept, strict=True))
-    router = 1 + 2 * (routing.stand_in_rank or 0)
-    added = 2 * text.tokens * arch.hidden_size * router  # the stand-in is two products
-    found = []
+    routers_train, lora_trains = "routers" in parts, "lora" in parts
+    width = 2 * text.tokens * arch.hidden_size
+    router, stand_in = width, 2 * width * (routing.stand_in_rank or 0)  # that is two products
+    trained = (*(routing.layers if routers_train else ()), *(_layers(lora) if lora_trains else ()))
+    first, found = min(trained), []
     for layer in range(arch.num_layers):
         if layer < num_free_layers:
             found.append(0)
             continue
-        own, more = dense, 0
-        if layer in capacity:
-            own, more = _routed(arch, routing, text, capacity[layer]), added
+        is_routed = layer in capacity
+        shares = _shares(routing, capacity[layer]) if is_routed else _Shares()
+        own = _products(arch, text, shares)
+        adapters = _adapters(arch, lora, text, shares) if layer in _layers(lora) else {}
+        more = router + stand_in if is_routed else 0
         total = own.forward + more + dense_passes * dense.forward
-        if layer > first:
-            total += own.backward + more
-        elif layer == first and not routing.scheme.covers_mlp:
-            total += own.mlp
-        if layer >= first and recompute == "full":
-            total += own.forward
-        elif recompute == "selective" and (layer > first or not routing.scheme.covers_mlp):
-            total += own.mlp * (layer >= first)
+        total += sum(each.inner + each.outer for each in adapters.values())
+        if layer >= first:
+            down_to = _BELOW
+            if layer == first:
+                masks = _mask(routing) if is_routed and routers_train else _END
+                down_to = min((masks, *(adapters if lora_trains else ())))
+                if recompute == "selective" and adapters and lora_trains and not is_routed:
+                    down_to = _BELOW  # Megatron's own checkpoint asks for it
+            else:
+                total += stand_in * is_routed + router * (is_routed and routers_train)
+            total += own.backward(down_to)
+            total += sum(
+                each.backward(trains=lora_trains, goes_on=place > down_to)
+                for place, each in adapters.items()
+            )
+            again = adapters if recompute == "full" else {}
+            if recompute == "full":
+                total += own.forward
+            elif recompute == "selective" and (down_to < _FC1 or (adapters and lora_trains)):
+                total += own.mlp
+                again = {k: v for k, v in adapters.items() if k in (_FC1, _FC2)}
+            total += sum(each.inner + each.outer for each in again.values())
         found.append(round(total))
     return Costs(tuple(found), _head(arch, labels) * (2 + dense_passes))
+
+
+def _layers(lora: LoraSettings | None) -> tuple[int, ...]:
+    return () if lora is None else lora.layers
+
+
+def _mask(routing: RoutingConfig) -> int:
+    """Where a router's gradient comes from."""
+    return _END if routing.scheme.covers_mlp else _MASK
 
 
 def _head(arch: Architecture, tokens: int) -> int:
@@ -130,34 +186,63 @@ def _mean_share(routing: RoutingConfig, target: float) -> float:
     return target + (1 - target) * routing.capacity_warmup_fraction / 2
 
 
-def _routed(arch: Architecture, routing: RoutingConfig, text: _Text, kept: float) -> _Products:
+class _Shares(NamedTuple):
+    """Of a layer's tokens, or pairs of them, that it computes."""
+
+    queries: float = 1.0
+    keys: float = 1.0
+    pairs: float = 1.0
+    mlp: float = 1.0
+
+
+def _shares(routing: RoutingConfig, kept: float) -> _Shares:
     """Of a routed layer in training that keeps such a share."""
     if routing.training_compute == "dense":
-        return _products(arch, text)
+        return _Shares()
     scheme = routing.scheme
     queries = kept if scheme.covers_attention else 1.0
     keys = 1.0 if routing.keys_values == "all" else queries
     # Of a kept sequence every pair is computed; of kept tokens those of two that are kept.
     pairs = queries if scheme.per_sequence else queries * keys
-    mlp = kept if scheme.covers_mlp else 1.0
-    return _products(arch, text, queries=queries, keys=keys, pairs=pairs, mlp=mlp)
+    return _Shares(queries, keys, pairs, kept if scheme.covers_mlp else 1.0)
 
 
-def _products(
-    arch: Architecture,
-    text: _Text,
-    *,
-    queries: float = 1.0,
-    keys: float = 1.0,
-    pairs: float = 1.0,
-    mlp: float = 1.0,
-) -> _Products:
-    """Of a layer over documents, of which it computes these shares."""
+def _products(arch: Architecture, text: _Text, shares: _Shares) -> _Products:
+    """Of a layer over documents."""
+    width = 2 * text.tokens
+    queries = shares.queries * arch.query_weights / 2  # of the query's projection, or the output's
     return _Products(
-        2 * text.tokens * (queries * arch.query_weights + keys * arch.key_weights),
-        4 * arch.query_channels * text.pairs * pairs,
-        2 * text.tokens * arch.mlp_weights * mlp,
+        width * (queries + shares.keys * arch.key_weights),
+        4 * arch.query_channels * text.pairs * shares.pairs,
+        width * queries,
+        width * shares.mlp * arch.mlp_weights * 2 / 3,
+        width * shares.mlp * arch.mlp_weights / 3,
     )
+
+
+def _adapters(
+    arch: Architecture, lora: LoraSettings | None, text: _Text, shares: _Shares
+) -> dict[int, _Adapters]:
+    """Of a layer, by the place of their linear: one product with all ``A`` of a linear, and one
+    with their ``B`` for all its outputs."""
+    assert lora is not None
+    places = {"linear_qkv": _QKV, "linear_proj": _PROJ, "linear_fc1": _FC1, "linear_fc2": _FC2}
+    found = {}
+    for linear, place in places.items():
+        members = [target for target, of in TARGETS.items() if of == linear]
+        ranks = lora.rank * sum(target in lora.targets for target in members)
+        if not ranks:
+            continue
+        inputs = arch.projections[members[0]][0]
+        outputs = sum(arch.projections[target][1] for target in members)
+        inner = outer = shares.mlp if place in (_FC1, _FC2) else shares.queries
+        if place == _QKV and shares.queries != shares.keys:  # queries apart from keys and values
+            inner = shares.queries + shares.keys
+            part = arch.query_channels / outputs
+            outer = shares.queries * part + shares.keys * (1 - part)
+        width = 2 * text.tokens * ranks
+        found[place] = _Adapters(width * inputs * inner, width * outputs * outer)
+    return found
 
 
 def _visible_pairs(length: int, *, window: int | None) -> int:

@@ -139,6 +139,8 @@ class Display:
     def _capacities(self, options: ConsoleOptions) -> Iterator[RenderableType]:
         """A bar for each routed layer, or a letter where the screen has no room for that."""
         layers, shares = self.routing.layers, self.record["capacity"]
+        if not layers:
+            return
         digits, width = len(str(max(layers))), options.max_width
         label = digits + len("  0.00")  # number, space, bar, space, share
         columns = max(1, (width + GAP) // (label + BAR + GAP))

@@ -64,11 +64,11 @@ class TensorBoard:
             title: ["Multiline", [layer_tag(group, layer, self.layers) for layer in self.layers]]
             for title, group in (("training", CAPACITY), ("validation", VALIDATION))
         }
-        return (
-            _record(file_version="brain.Event:2")
-            + _record(step=self.after + 1, session_log=SessionLog(status=SessionLog.START))
-            + _record(summary=custom_scalars({"capacity of the layers": charts}))
-        )
+        head = _record(file_version="brain.Event:2")
+        head += _record(step=self.after + 1, session_log=SessionLog(status=SessionLog.START))
+        if self.layers:
+            head += _record(summary=custom_scalars({"capacity of the layers": charts}))
+        return head
 
 
 def _record(**event: Any) -> bytes:

@@ -34,6 +34,8 @@ def fit_stand_ins(model: ModelChunks, batches: Iterable[StepBatch]) -> dict[int,
     def watch(layer: int, residual: Tensor, read: Tensor, update: Tensor) -> None:
         moments[layer].add(residual, read, update)
 
+    was_training = model.training
+    model.eval()
     for batch in batches:
         run_batches(
             model,
@@ -42,6 +44,7 @@ def fit_stand_ins(model: ModelChunks, batches: Iterable[StepBatch]) -> dict[int,
             finish=lambda outcome: None,
             step=StepContext(dense=True, watch_units=watch),
         )
+    model.train(was_training)
     explained = {}
     for index, found in moments.items():
         for sums in (found.table, found.squares):

@@ -1,0 +1,89 @@
+"""Routers that a training is given, and what they are if they stay so while adapters train."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import cast
+
+from megatron_mod.checkpoint.manifest import ROUTERS, read_manifest, step_folders
+from megatron_mod.config.schema import Config, RouterConfig
+from megatron_mod.conversion.routers import read_routing
+from megatron_mod.conversion.source import Base
+from megatron_mod.routing.config import NO_ROUTERS, RoutingConfig
+from megatron_mod.routing.scheme import Granularity
+
+# What says how routers are trained, not what they are.
+_HOW_TO_TRAIN = {
+    "init", "stand_in_tokens", "training_compute", "capacity_warmup_fraction",
+    "check_decisions_interval",
+}  # fmt: skip
+
+
+def router_folder(config: Config, base: Base) -> Path | None:
+    """The folder with the routers that a training starts from; ``None``: there are none."""
+    if config.model.routers is not None:
+        return Path(config.model.routers)
+    beside = base.path / ROUTERS
+    return beside if beside.is_dir() else None
+
+
+def fixed_routing(config: Config, base: Base) -> RoutingConfig | None:
+    """What routers decide that stay as they are, with their own thresholds and without computing
+    what they skip; ``None``: routers train. Read before ranks meet.
+
+    Raises:
+        ValueError: there are none, or settings say something else of them than they do.
+    """
+    if "routers" in config.train.parts:
+        return None
+    if config.router.layers == []:
+        return NO_ROUTERS
+    theirs = _of_run(Path(config.checkpoint.save))
+    if theirs is None:
+        folder = router_folder(config, base)
+        if folder is None:
+            raise ValueError(
+                "train.trainable = lora: there are no routers to stay as they are; name a folder "
+                "with some (model.routers), or set router.layers to [] to train adapters of the "
+                "dense model."
+            )
+        theirs = read_routing(folder)
+        _require_same(config.router, theirs, base, folder=folder)
+    return replace(theirs, training_compute="sparse", capacity_warmup_fraction=0.0)
+
+
+def _of_run(run: Path) -> RoutingConfig | None:
+    """That of a run that has a checkpoint and is gone on with; a damaged one is found later."""
+    for step in step_folders(run):
+        with contextlib.suppress(ValueError):
+            return RoutingConfig.from_dict(read_manifest(step)["routing"])
+    return None
+
+
+def _require_same(
+    settings: RouterConfig, theirs: RoutingConfig, base: Base, *, folder: Path
+) -> None:
+    """Refuse settings of routers that stay as they are and have others; a default says nothing."""
+    default = RouterConfig()
+    given = {
+        field.name
+        for field in fields(settings)
+        if getattr(settings, field.name) != getattr(default, field.name)
+    } - _HOW_TO_TRAIN
+    if "granularity" not in given:
+        settings = replace(settings, granularity=cast(Granularity, theirs.granularity))
+    if "layers" not in given:
+        settings = replace(settings, layers=list(theirs.layers))
+    arch = base.arch
+    ours = settings.resolve(num_layers=arch.num_layers, hidden_size=arch.hidden_size)
+    for name in sorted(given):
+        key = "stand_in_rank" if name == "stand_in" else name
+        have = getattr(theirs, key)
+        if getattr(ours, key) != have:
+            raise ValueError(
+                f"router.{name} = {getattr(settings, name)}: the routers in {folder} have "
+                f"{'none' if have is None else have} and stay as they are (train.trainable = "
+                "lora); leave it out, or start from other routers (model.routers)."
+            )
