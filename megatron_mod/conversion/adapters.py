@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_mod.checkpoint.manifest import MANIFEST, resolve_step, verify_checkpoint
-from megatron_mod.config.lora import LoraSettings
+from megatron_mod.checkpoint.manifest import (
+    MANIFEST,
+    read_manifest,
+    resolve_step,
+    verify_checkpoint,
+)
+from megatron_mod.config.lora import LoraSettings, lora_of
 from megatron_mod.config.model_folder import ADAPTER, LORA
 from megatron_mod.conversion.lora import read_step_adapters
 from megatron_mod.conversion.peft import Adapters, read_peft
@@ -21,19 +26,36 @@ def read_adapters(folder: str | Path, arch: Architecture) -> tuple[LoraSettings,
     """
     step = resolve_step(folder)
     if not (step / MANIFEST).is_file():
-        if Path(folder, LORA, ADAPTER).is_file():
-            raise ValueError(
-                f"{folder}: is an export; its adapters are in {Path(folder, LORA)}, give that."
-            )
-        return read_peft(folder, arch)
-    manifest = verify_checkpoint(step)
-    found = read_step_adapters(step) if manifest["kind"] == "routers" else None
-    if found is None:
-        raise ValueError(
-            f"{folder}: holds no adapters; give a PEFT folder, or a training run that has lora."
-        )
+        return _of_peft(folder, arch)
+    _settings(verify_checkpoint(step), folder)
+    found = read_step_adapters(step)
+    assert found is not None, "a manifest's adapters"
     _check_fit(Path(folder), *found, arch)
     return found
+
+
+def read_settings(folder: str | Path, arch: Architecture) -> LoraSettings:
+    """The settings alone, as ``read_adapters`` reads them; before ranks meet."""
+    step = resolve_step(folder)
+    if not (step / MANIFEST).is_file():
+        return _of_peft(folder, arch)[0]
+    return _settings(read_manifest(step), folder)
+
+
+def _of_peft(folder: str | Path, arch: Architecture) -> tuple[LoraSettings, Adapters]:
+    if Path(folder, LORA, ADAPTER).is_file():
+        raise ValueError(
+            f"{folder}: is an export; its adapters are in {Path(folder, LORA)}, give that."
+        )
+    return read_peft(folder, arch)
+
+
+def _settings(manifest: dict, folder: str | Path) -> LoraSettings:
+    if (settings := lora_of(manifest)) is None:
+        raise ValueError(
+            f"{folder}: holds no adapters; give a PEFT folder, or a training run that has some."
+        )
+    return settings
 
 
 def _check_fit(

@@ -40,7 +40,7 @@ def add_to(model: nn.Module, settings: LoraSettings, adapters: Adapters) -> None
     """Add adapters to the weights of a Hugging Face model, in fp32 and then in their dtype."""
     for layer in settings.layers:
         for target in settings.targets:
-            weight = model.get_submodule(module_name(layer, target)).weight
+            weight = model.get_parameter(f"{module_name(layer, target)}.weight")
             weight.copy_(_added(weight, adapters[layer], target, settings))
 
 

@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 import torch
-from megatron_mod.conversion.lora import read_step_adapters
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_mod.config.recipes import PUBLISHED
 from megatron_mod.conversion.convert import export_routers, hf_to_megatron, megatron_to_hf
+from megatron_mod.conversion.lora import read_step_adapters
 from megatron_mod.conversion.peft import module_name, read_peft
 from megatron_mod.conversion.source import open_source
 from megatron_mod.evaluation.huggingface import load_model
@@ -25,7 +26,11 @@ from tests.helpers.tools import run_tool
 peft = pytest.importorskip("peft", reason="needs the 'test' extra")
 pytestmark = pytest.mark.usefixtures("single_process")
 IDS = torch.tensor([[70, 71, 72, 73, 74, 75]])
-ALONE = {"train__trainable": "lora", "router__layers__deepest": None, "router__layers": "[]"}
+ALONE = {
+    **{name.replace(".", "__"): None for name in PUBLISHED},
+    **dict.fromkeys(("router__layers__deepest", "router__granularity", "router__pooling")),
+    "router__capacity_loss_weight": None, "router__layers": "[]", "train__trainable": "lora",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
