@@ -286,7 +286,7 @@ def _matcher(config: dict, field: str, path: Path) -> Callable[[str], bool]:
             return lambda name: name not in _OTHERS
         try:
             pattern = re.compile(value)
-        except (re.error, RecursionError) as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{path}: {field} = {value!r}: is no regular expression: {error}."
             ) from error

@@ -67,6 +67,7 @@ def test_of_families_with_more_in_their_projections(family, tmp_path, single_pro
     check(found, hf, adapter, samples)
 
 
+@pytest.mark.slow
 def test_on_two_ranks_that_share_each_layer(case, tmp_path):
     hf, base, adapter, samples = case
     for (found,) in run_ranks(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -186,6 +187,22 @@ def test_a_peft_adapter_goes_in_and_comes_out(trainer, adapter, tmp_path, settin
     assert first[0].targets == SETTINGS.targets
     for layer, own in first[1].items():
         assert all(torch.equal(again[1][layer][name], tensor) for name, tensor in own.items())
+
+
+def test_adapters_stay_as_they_are_where_routers_train(trainer, tmp_path):
+    folder = save_adapter(tmp_path / "adapter", trainer.hf, lora_dropout=0.5)
+    expected = read_peft(folder, open_source(trainer.base).base.arch)
+    settings = {"model__lora": folder, "train__trainable": "routers"}
+    for name, value in {"dropout": 0.1, "lr": 0.1}.items():
+        with pytest.raises(ValueError, match=f"lora.{name} = 0.1: would be ignored, because the"):
+            trainer.train(tmp_path / "run", **settings, **{f"lora__{name}": value})
+    trainer.train(tmp_path / "run", **settings, train__steps=2)
+    folder.rename(tmp_path / "elsewhere")  # of which a run that goes on reads nothing
+    trainer.train(tmp_path / "run", **settings, train__steps=3)
+    found = adapters_of(tmp_path / "run")
+    assert found[0] == replace(expected[0], dropout=0.0)
+    for layer, own in expected[1].items():
+        assert all(torch.equal(found[1][layer][name], tensor) for name, tensor in own.items())
 
 
 def test_settings_agree_with_the_adapters_given(trainer, adapter, runs, tmp_path):

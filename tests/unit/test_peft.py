@@ -155,6 +155,7 @@ REFUSED = [  # field, value, what the message says of it
     ("target_modules", r"model\.layers\.9\..*", "another one"),
     ("target_modules", r".*layers\.(1.*q_proj|2.*k_proj)", "adapts q_proj in layer 1 and k_proj"),
     ("target_modules", "(", "is no regular expression"),
+    ("target_modules", "a{99999999999}", "is no regular expression"),
     ("target_modules", [], "no projections"),
     ("target_modules", None, "is missing"),
     ("target_modules", 5, "must be"),
