@@ -166,50 +166,6 @@ class RouterConfig:
 
 
 @dataclass
-class LoraConfig:
-    """Low-rank adapters (LoRA) on the frozen model's projections, which train with the routers or
-    without them (train.trainable). Of adapters that are given (model.lora) rank, alpha, targets and
-    layers are theirs, unset or said again.
-
-    Args:
-        rank: of each adapter, at least 1; unset: there are none.
-        alpha: what an adapter adds is multiplied by alpha / rank; above 0; unset: twice the rank.
-        dropout: share of its inputs that an adapter does not see in training; 0 to 1, the latter
-            excluded; unset: 0.
-        targets: the projections that have one: `all-linear` (unset), all of a layer's; or some, by
-            Hugging Face's names (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj) or
-            Megatron's, each for all projections in it (linear_qkv, linear_proj, linear_fc1,
-            linear_fc2).
-        layers: the layers that have them: `all` (unset), or as router.layers.
-        lr: peak learning rate of the adapters, above 0; unset: optimizer.lr.
-    """
-
-    rank: int | None = setting(COUNT, default=None)
-    alpha: float | None = setting(Range(above=0), default=None)
-    dropout: float | None = setting(Range(least=0, below=1), default=None)
-    targets: list[str] | str | None = None
-    layers: Layers | None = setting(AT_LEAST_0, default=None)
-    lr: float | None = setting(Range(above=0), default=None)
-
-    def resolve(self, *, num_layers: int) -> LoraSettings | None:
-        """These settings for a model of ``num_layers`` layers; ``None``: it has no adapters.
-
-        Raises:
-            ValueError: layers or projections that the model does not have.
-        """
-        if self.rank is None:
-            return None
-        layers = "all" if self.layers is None else self.layers
-        return LoraSettings(
-            rank=self.rank,
-            alpha=2.0 * self.rank if self.alpha is None else self.alpha,
-            dropout=self.dropout or 0.0,
-            targets=resolve_targets(ALL_LINEAR if self.targets is None else self.targets),
-            layers=resolve_layers(layers, num_layers=num_layers, field="lora.layers"),
-        )
-
-
-@dataclass
 class DataConfig:
     """What is trained on.
 
@@ -371,6 +327,50 @@ class OptimizerConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA) on the frozen model's projections, which train with the routers or
+    without them (train.trainable). Of adapters that are given (model.lora) rank, alpha, targets and
+    layers are theirs, unset or said again.
+
+    Args:
+        rank: of each adapter, at least 1; unset: there are none.
+        alpha: what an adapter adds is multiplied by alpha / rank; above 0; unset: twice the rank.
+        dropout: share of its inputs that an adapter does not see in training; 0 to 1, the latter
+            excluded; unset: 0.
+        targets: the projections that have one: `all-linear` (unset), all of a layer's; or some, by
+            Hugging Face's names (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj) or
+            Megatron's, each for all projections in it (linear_qkv, linear_proj, linear_fc1,
+            linear_fc2).
+        layers: the layers that have them: `all` (unset), or as router.layers.
+        lr: peak learning rate of the adapters, above 0; unset: optimizer.lr.
+    """
+
+    rank: int | None = setting(COUNT, default=None)
+    alpha: float | None = setting(Range(above=0), default=None)
+    dropout: float | None = setting(Range(least=0, below=1), default=None)
+    targets: list[str] | str | None = None
+    layers: Layers | None = setting(AT_LEAST_0, default=None)
+    lr: float | None = setting(Range(above=0), default=None)
+
+    def resolve(self, *, num_layers: int) -> LoraSettings | None:
+        """These settings for a model of ``num_layers`` layers; ``None``: it has no adapters.
+
+        Raises:
+            ValueError: layers or projections that the model does not have.
+        """
+        if self.rank is None:
+            return None
+        layers = "all" if self.layers is None else self.layers
+        return LoraSettings(
+            rank=self.rank,
+            alpha=2.0 * self.rank if self.alpha is None else self.alpha,
+            dropout=self.dropout or 0.0,
+            targets=resolve_targets(ALL_LINEAR if self.targets is None else self.targets),
+            layers=resolve_layers(layers, num_layers=num_layers, field="lora.layers"),
+        )
+
+
+@dataclass
 class CheckpointConfig:
     """What is kept of the training.
 
@@ -429,10 +429,10 @@ class Config:
 
     model: ModelConfig
     router: RouterConfig
-    lora: LoraConfig
     data: DataConfig
     parallel: ParallelConfig
     train: TrainConfig
     optimizer: OptimizerConfig
+    lora: LoraConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig

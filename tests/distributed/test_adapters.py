@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mod.conversion.peft import module_name
-from tests.distributed import adapter_cases
+from megatron_mod.conversion.peft import module_name, read_peft
+from megatron_mod.conversion.source import open_base
+from megatron_mod.model.trainable import LORA
+from megatron_mod.routing.config import NO_ROUTERS
+from tests.distributed import cases
 from tests.distributed.test_granularities import make_case
 from tests.helpers import tiny
 from tests.helpers.adapters import save_adapter
@@ -29,33 +32,37 @@ def case(tmp_path_factory, single_process):
     return made(tmp_path_factory.mktemp("adapters"), "llama", tiny.LLAMAS["odd_vocabulary"])
 
 
-def check(found: tuple, hf, adapter, samples: list) -> None:
-    logits, gradients = found
+def question(base, adapter, samples: list, **topology: object) -> tuple:
+    """What ``cases.gradients`` is asked about a PEFT folder's adapters in a dense model."""
+    settings, adapters = read_peft(adapter, open_base(base).arch)
+    asked = cases.Asked(NO_ROUTERS, lora=settings, adapters=adapters, trained=(LORA,))
+    return base, samples, {}, [{"logits": True, **topology}], [asked]
+
+
+def check(found: dict, hf, adapter, samples: list) -> None:
+    (found,) = found.values()
     model = peft.PeftModel.from_pretrained(load(hf), adapter, is_trainable=True)
     summed, num_labels = 0.0, sum(sample.num_labels for sample in samples)
-    for sample, ours in zip(samples, logits, strict=True):
+    for sample, ours in zip(samples, found["logits"], strict=True):
         ids = torch.tensor([sample.ids])
         theirs = model(ids).logits[0]
-        assert relative(ours, theirs) < EXACT
+        assert relative(ours, theirs.detach()) < EXACT
         labels = ids[0].masked_fill(~torch.tensor(sample.labelled), -100)[1:]
         summed += torch.nn.functional.cross_entropy(theirs[:-1], labels, reduction="sum")
     (summed / num_labels).backward()
-    compared = 0
-    for layer, own in gradients.items():
-        for name, ours in own.items():
-            target, matrix = name.split(".")
-            module = model.base_model.model.get_submodule(module_name(layer, target))
-            theirs = getattr(module, f"lora_{matrix.upper()}")["default"].weight.grad
-            assert theirs.any()
-            assert relative(ours, theirs) < EXACT, (layer, name)
-            compared += 1
-    assert compared == sum("lora_" in name for name, _ in model.named_parameters())
+    for (layer, name), ours in found["gradients"].items():
+        _, target, matrix = name.split(".")
+        module = model.base_model.model.get_submodule(module_name(layer, target))
+        theirs = getattr(module, f"lora_{matrix.upper()}")["default"].weight.grad
+        assert theirs.any()
+        assert relative(ours, theirs) < EXACT, (layer, name)
+    theirs = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert len(found["gradients"]) == len(theirs)
 
 
 def test_logits_and_gradients_equal_pefts(case, single_process):
     hf, base, adapter, samples = case
-    (found,) = adapter_cases.logits_and_gradients(base, adapter, samples, [{}])
-    check(found, hf, adapter, samples)
+    check(cases.gradients(*question(base, adapter, samples)), hf, adapter, samples)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -63,17 +70,12 @@ def test_of_families_with_more_in_their_projections(family, tmp_path, single_pro
     """Biases on query, key and value; a norm on each head's query and key."""
     some = {"target_modules": ["k_proj", "o_proj", "up_proj"], "layers_to_transform": [1, 3]}
     hf, _, adapter, samples = made(tmp_path, *tiny.FAMILIES[family], **some)
-    (found,) = adapter_cases.logits_and_gradients(hf, adapter, samples, [{}])
-    check(found, hf, adapter, samples)
+    check(cases.gradients(*question(hf, adapter, samples)), hf, adapter, samples)
 
 
 @pytest.mark.slow
 def test_on_two_ranks_that_share_each_layer(case, tmp_path):
     hf, base, adapter, samples = case
-    for (found,) in run_ranks(
-        adapter_cases.logits_and_gradients,
-        *(base, adapter, samples, [{"tensor": 2}]),
-        world=2,
-        folder=tmp_path,
-    ):
+    asked = question(base, adapter, samples, tensor=2)
+    for found in run_ranks(cases.gradients, *asked, world=2, folder=tmp_path):
         check(found, hf, adapter, samples)
