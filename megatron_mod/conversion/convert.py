@@ -26,6 +26,7 @@ from megatron_mod.checkpoint.manifest import (
     resolve_step,
     write_manifest,
 )
+from megatron_mod.config.lora import lora_of
 from megatron_mod.config.model_folder import LORA
 from megatron_mod.conversion import mappings, routers
 from megatron_mod.conversion.check import check_hf_names, check_tied, megatron_shapes
@@ -153,7 +154,7 @@ def megatron_to_hf(
             adapters; nothing is left behind.
     """
     source = open_source(load, base=base)
-    adapters = read_step_adapters(source.step) if source.step else None
+    adapters = read_step_adapters(source.step) if source.step and source.lora else None
     if lora and adapters is None:
         raise ValueError(f"--lora {lora}: {load} has no adapters; leave it out.")
     chosen = routers.read_source(source)
@@ -226,7 +227,7 @@ def _read_routers(folder: str | Path, arch: Architecture) -> tuple[RoutingConfig
 
 def _refuse_adapters(step: Path, option: str) -> None:
     """Refuse to leave a run's adapters behind unsaid."""
-    if (step / MANIFEST).is_file() and read_manifest(step).get("lora"):
+    if (step / MANIFEST).is_file() and lora_of(read_manifest(step)):
         raise ValueError(
             f"{option}: these routers were trained with adapters, which they would be without; "
             "export the whole run, or train on from it (model.routers and model.lora)."

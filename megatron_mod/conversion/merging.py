@@ -17,14 +17,19 @@ if TYPE_CHECKING:
     from megatron_mod.conversion.weights import Weight
 
 
-def merged(weights: Iterable[Weight], settings: LoraSettings, adapters: Adapters) -> list[Weight]:
-    """Weights of which the adapted ones are read as ``W + alpha / rank * B A``, in fp32 whatever
-    dtype they are to be."""
-    own = {
+def adapted_weights(settings: LoraSettings) -> dict[str, tuple[int, str]]:
+    """The weights that have adapters, by Hugging Face's names; layer and projection of each."""
+    return {
         f"{module_name(layer, target)}.weight": (layer, target)
         for layer in settings.layers
         for target in settings.targets
     }
+
+
+def merged(weights: Iterable[Weight], settings: LoraSettings, adapters: Adapters) -> list[Weight]:
+    """Weights of which the adapted ones are read as ``W + alpha / rank * B A``, in fp32 whatever
+    dtype they are to be."""
+    own = adapted_weights(settings)
 
     def read(weight: Weight) -> Tensor:
         layer, target = own[weight.name]
@@ -38,10 +43,9 @@ def merged(weights: Iterable[Weight], settings: LoraSettings, adapters: Adapters
 @torch.no_grad()
 def add_to(model: nn.Module, settings: LoraSettings, adapters: Adapters) -> None:
     """Add adapters to the weights of a Hugging Face model, in fp32 and then in their dtype."""
-    for layer in settings.layers:
-        for target in settings.targets:
-            weight = model.get_parameter(f"{module_name(layer, target)}.weight")
-            weight.copy_(_added(weight, adapters[layer], target, settings))
+    for name, (layer, target) in adapted_weights(settings).items():
+        weight = model.get_parameter(name)
+        weight.copy_(_added(weight, adapters[layer], target, settings))
 
 
 def _added(weight: Tensor, own: dict[str, Tensor], target: str, settings: LoraSettings) -> Tensor:

@@ -116,6 +116,18 @@ def test_all_forms_of_a_run_are_one_model(trainer, runs, exports, run):
     )
 
 
+def test_half_precision_weights_are_compared_as_what_they_are(tmp_path):
+    """Merged ones as rounded sums; apart nothing is rounded."""
+    trainer = Trainer(tmp_path, dtype=torch.bfloat16)
+    run = tmp_path / "run"
+    trainer.train(run, train__steps=2, lora__rank=2, **ALONE)
+    for how, tolerance in (("merge", 8 / 128), ("apart", 1e-4)):
+        megatron_to_hf(run, tmp_path / how, lora=how)
+        difference, tolerated = compare(run, tmp_path / how, ONE_RANK)
+        assert difference < tolerated == tolerance
+        assert (difference > 1e-4) == (how == "merge")
+
+
 def test_adapters_alone_are_exported_as_a_plain_dense_model(trainer, runs, exports):
     original = json.loads((trainer.hf / "config.json").read_text())
     for how in ("merge", "apart"):
