@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -149,7 +149,10 @@ class Training:
             batch = self.data.step(step - 1)
         state.controller.start_step((step - 1) / self.plan.steps)
         groups = state.optimizer.param_groups
-        rates = [group["lr"] for group in groups] or [0.0]
+        rates = {"learning_rate": groups[0]["lr"] if groups else 0.0}
+        for group in groups:
+            if group["max_lr"] == config.lora.lr:
+                rates["lora_learning_rate"] = group["lr"]
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
@@ -213,9 +216,9 @@ class Training:
             if mean is not None:  # after the block it is not the model's own
                 mean += shift
 
-    def _log(self, step: int, result: StepResult, rates: Sequence[float], grad_norm: float) -> None:
-        """``rates``: the learning rates of the optimizer's groups, that of routers first."""
-        own = {} if self.config.lora.lr is None else {"lora_learning_rate": rates[-1]}
+    def _log(
+        self, step: int, result: StepResult, rates: Mapping[str, float], grad_norm: float
+    ) -> None:
         target = self.state.controller.target
         penalty = float(self.state.controller.penalty(result.capacity))
         self.state.metrics.log(
@@ -223,8 +226,7 @@ class Training:
             loss=float(result.loss) + penalty,
             task_loss=float(result.task_loss),
             capacity=result.capacity.tolist(),
-            learning_rate=rates[0],
-            **own,
+            **rates,
             grad_norm=float(grad_norm),
             data_position=step * self.config.train.global_batch_size,
             penalty=penalty,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_mod.config.lora import LoraSettings
 from megatron_mod.conversion.convert import hf_to_megatron
@@ -25,6 +26,7 @@ from megatron_mod.evaluation.parity import (
     prompt_batch,
 )
 from megatron_mod.model.cost import training_costs
+from megatron_mod.model.lora import seed_dropout
 from megatron_mod.model.pipeline import cheapest_layout, even_layout
 from megatron_mod.model.trainable import LORA, ROUTERS, STAND_INS, count_changed, frozen_digests
 from megatron_mod.parallel import device
@@ -160,6 +162,7 @@ def gradients(
             )
             put_added(model, only(own or added, routing))
             put_adapters(model, asked.adapters or {})
+            seed_dropout(asked.lora, seed=3, groups=model.groups)
             frozen = frozen_digests(model)
             chunks = wrap_ddp(model, use_distributed_optimizer=distributed)
             for chunk in chunks:
@@ -218,6 +221,7 @@ def gradients(
                 "evaluated_capacity": evaluated.capacity.tolist(),
                 "capacity": result.capacity.tolist(),
                 "gradients": grads,
+                "random": get_cuda_rng_tracker().get_states(),
                 "frozen_changed": count_changed(frozen, frozen_digests(model)),
             }
     torch.set_float32_matmul_precision("highest")
