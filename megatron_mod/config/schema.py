@@ -44,6 +44,9 @@ class ModelConfig:
             config.json and tokenizer.
         routers: folder with routers to start from: a training run, or one of the published
             Router-Tuning code; unset: those beside the checkpoint, if any, else untrained ones.
+        lora: folder with adapters to start from: a PEFT adapter of this model, or a training run;
+            they train if train.trainable says so, and else stay as they are; unset: new ones, if
+            lora.rank asks for any.
         dtype: what the frozen weights and activations are held in; what trains stays in float32.
         transformer_impl: the layers' modules: `transformer_engine` (GPUs only) or `local`,
             Megatron's own with torch's attention; unset: Transformer Engine where it works, but
@@ -53,6 +56,7 @@ class ModelConfig:
     checkpoint: str | None = None
     hf_path: str | None = None
     routers: str | None = None
+    lora: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     transformer_impl: Literal["local", "transformer_engine"] | None = None
 
@@ -325,7 +329,8 @@ class OptimizerConfig:
 @dataclass
 class LoraConfig:
     """Low-rank adapters (LoRA) on the frozen model's projections, which train with the routers or
-    without them (train.trainable).
+    without them (train.trainable). Of adapters that are given (model.lora) rank, alpha, targets and
+    layers are theirs, unset or said again.
 
     Args:
         rank: of each adapter, at least 1; unset: there are none.

@@ -94,8 +94,18 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
 
 
 def _check_lora(config: Config, place: Callable[[str], str]) -> None:
-    lora, trainable = config.lora, config.train.trainable
+    lora, trainable, given = config.lora, config.train.trainable, config.model.lora
     trains = "lora" in config.train.parts
+    for name in ("dropout", "lr"):
+        value = getattr(lora, name)
+        if given and value is not None and not trains:
+            raise ValueError(
+                f"lora.{name} = {value}{place(f'lora.{name}')}: would be ignored, because the "
+                f"adapters of model.lora stay as they are (train.trainable = {trainable}); leave "
+                f"it out, or train them ({trainable}+lora)."
+            )
+    if given:
+        return
     if lora.rank is not None and not trains:
         raise ValueError(
             f"lora.rank = {lora.rank}{place('lora.rank')}: would be ignored, because "
@@ -105,7 +115,8 @@ def _check_lora(config: Config, place: Callable[[str], str]) -> None:
     if lora.rank is None and trains:
         raise ValueError(
             f"train.trainable = {trainable}{place('train.trainable')}: there are no adapters to "
-            "train; set lora.rank (16, for example), or train.trainable to routers."
+            "train; set lora.rank (16, for example), name some (model.lora), or set "
+            "train.trainable to routers."
         )
     for name, value in vars(lora).items():
         if value is not None and lora.rank is None:

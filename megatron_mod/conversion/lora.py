@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias
-
-from torch import Tensor
 
 from megatron_mod.checkpoint.distributed import StateReader
 from megatron_mod.checkpoint.manifest import STATE, read_manifest
 from megatron_mod.config.lora import LoraSettings, lora_of
 from megatron_mod.conversion.finite import require_finite
+from megatron_mod.conversion.peft import Adapters
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.model.trainable import AVERAGE
-
-Adapters: TypeAlias = dict[int, dict[str, Tensor]]
-"""Whole tensors of adapters, fp32, by layer and by their names in it (``LoraSettings.shapes``)."""
 
 KEY = "decoder.layers.{}.lora.{}"
 

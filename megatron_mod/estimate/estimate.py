@@ -115,7 +115,12 @@ def estimate(
     Raises:
         ValueError: settings that do not fit the model or the number of devices.
     """
-    placed = Placed.of(arrange(config, arch, world_size=nodes * per_node))
+    lora = None
+    if config.model.lora is not None:  # reading it imports Megatron, which takes seconds
+        from megatron_mod.training.given import given_adapters
+
+        lora = given_adapters(config, arch)
+    placed = Placed.of(arrange(config, arch, world_size=nodes * per_node, lora=lora))
     kind = kind_of(placed)
     rank, held = memory.fullest(placed, kind)
     return Estimate(

@@ -1,4 +1,4 @@
-"""Routers that a training is given, and what they are if they stay so while adapters train."""
+"""Routers and adapters that a training is given: where they are, and what they are."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import cast
 
 from megatron_mod.checkpoint.manifest import ROUTERS, read_manifest, step_folders
+from megatron_mod.config.lora import LoraSettings, lora_of
 from megatron_mod.config.schema import Config, RouterConfig
+from megatron_mod.conversion.adapters import read_settings
 from megatron_mod.conversion.routers import read_routing
 from megatron_mod.conversion.source import Base
+from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import NO_ROUTERS, RoutingConfig
 from megatron_mod.routing.scheme import Granularity
 
@@ -40,8 +43,10 @@ def fixed_routing(config: Config, base: Base) -> RoutingConfig | None:
         return None
     if config.router.layers == []:
         return NO_ROUTERS
-    theirs = _of_run(Path(config.checkpoint.save))
-    if theirs is None:
+    before = _manifest_of(Path(config.checkpoint.save))
+    if before is not None:
+        theirs = RoutingConfig.from_dict(before["routing"])
+    else:
         folder = router_folder(config, base)
         if folder is None:
             raise ValueError(
@@ -54,11 +59,38 @@ def fixed_routing(config: Config, base: Base) -> RoutingConfig | None:
     return replace(theirs, training_compute="sparse", capacity_warmup_fraction=0.0)
 
 
-def _of_run(run: Path) -> RoutingConfig | None:
+def given_adapters(config: Config, arch: Architecture) -> LoraSettings | None:
+    """Settings of the adapters that a training starts from; ``None``: it is given none. Read before
+    ranks meet.
+
+    Raises:
+        ValueError: the folder holds none for this model, or settings say something else of them
+            than they do.
+    """
+    folder, trains = config.model.lora, "lora" in config.train.parts
+    if folder is None:
+        return None
+    if before := _manifest_of(Path(config.checkpoint.save)):
+        return lora_of(before)
+    theirs = read_settings(folder, arch)
+    ours = replace(config.lora, rank=config.lora.rank or theirs.rank)
+    resolved = ours.resolve(num_layers=arch.num_layers)
+    for name in ("rank", "alpha", "targets", "layers"):
+        value, have = getattr(resolved, name), getattr(theirs, name)
+        if getattr(config.lora, name) is not None and value != have:
+            raise ValueError(
+                f"lora.{name} = {value}: the adapters in {folder} have {have}; leave it out, or "
+                "start from other adapters (model.lora)."
+            )
+    dropout = theirs.dropout if config.lora.dropout is None else config.lora.dropout
+    return replace(theirs, dropout=dropout if trains else 0.0)
+
+
+def _manifest_of(run: Path) -> dict | None:
     """That of a run that has a checkpoint and is gone on with; a damaged one is found later."""
     for step in step_folders(run):
         with contextlib.suppress(ValueError):
-            return RoutingConfig.from_dict(read_manifest(step)["routing"])
+            return read_manifest(step)
     return None
 
 

@@ -49,11 +49,13 @@ def arrange(
     *,
     world_size: int,
     routing: RoutingConfig | None = None,
+    lora: LoraSettings | None = None,
 ) -> Job:
     """Check the settings against the model's shape and the number of ranks.
 
     Args:
         routing: of routers that stay as they are; without, what the settings say.
+        lora: of adapters that are given; without, what the settings say.
 
     Raises:
         ValueError: naming the field, its value, the constraint and the remedy.
@@ -61,7 +63,7 @@ def arrange(
     p = config.parallel
     shape = {"num_layers": arch.num_layers, "hidden_size": arch.hidden_size}
     routing = routing or config.router.resolve(**shape)
-    lora = config.lora.resolve(num_layers=arch.num_layers)
+    lora = lora or config.lora.resolve(num_layers=arch.num_layers)
     computed = _computed(config, routing, lora, num_layers=arch.num_layers)
     ranks = topology.plan(
         tensor=p.tensor_model_parallel_size,

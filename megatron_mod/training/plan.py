@@ -19,7 +19,7 @@ from megatron_mod.model.specs import choose_implementation
 from megatron_mod.monitoring.weights_and_biases import check_installed
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.training.given import fixed_routing
+from megatron_mod.training.given import fixed_routing, given_adapters
 from megatron_mod.training.job import arrange
 from megatron_mod.training.kernels import kernels
 from megatron_mod.training.losses import CrossEntropy, Distillation, Loss
@@ -71,8 +71,13 @@ def prepare(config: Config) -> Plan:
     base = open_base(config.model.checkpoint or config.model.hf_path, hf_path=config.model.hf_path)
     arch = base.arch
     check_settings(config)
-    world_size, fixed = topology.environment_world_size(), fixed_routing(config, base)
-    job = arrange(config, arch, world_size=world_size, routing=fixed)
+    job = arrange(
+        config,
+        arch,
+        world_size=topology.environment_world_size(),
+        routing=fixed_routing(config, base),
+        lora=given_adapters(config, arch),
+    )
     routing, plan, computed = job.routing, job.topology, job.computed
     tokenizer = load_tokenizer(
         config.data.tokenizer or base.huggingface, vocab_size=arch.vocab_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_mod.config.schema import Config
+from megatron_mod.conversion.adapters import read_adapters
 from megatron_mod.conversion.lora import put_adapters
 from megatron_mod.conversion.restore import put_added
 from megatron_mod.conversion.routers import read_routers
@@ -21,17 +22,20 @@ LABELS = 600  # on which a layer's importance is measured
 
 
 def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
-    """Fill adapters, routers and stand-ins: these from ``model.routers``, or those beside the base,
-    and what they do not have is solved or measured on the training's first samples, unless they are
-    to stay as they are; routers of zeros are untrained, whatever else is given with them. Called by
-    all ranks.
+    """Fill adapters (from ``model.lora``, or new ones), routers and stand-ins: these from
+    ``model.routers``, or those beside the base, and what they do not have is solved or measured on
+    the training's first samples, unless they are to stay as they are; routers of zeros are
+    untrained, whatever else is given with them. Called by all ranks.
 
     Raises:
         ValueError: they were made for other layers or another way of deciding than the settings'.
     """
     routing, arch = plan.routing, plan.base.arch
     if plan.lora is not None:
-        adapters = initial_adapters(plan.lora, arch.projections, seed=config.train.seed)
+        if config.model.lora is not None:
+            _, adapters = read_adapters(config.model.lora, arch)
+        else:
+            adapters = initial_adapters(plan.lora, arch.projections, seed=config.train.seed)
         put_adapters(model, adapters)
     if not routing.layers:
         return

@@ -416,6 +416,21 @@ def test_files_that_are_missing_are_all_named(dry_run):
     assert "IT DOES NOT FIT" in said
 
 
+def test_adapters_that_are_given_are_looked_for(dry_run, trainer):
+    from tests.helpers.adapters import save_adapter
+
+    pytest.importorskip("peft", reason="needs the 'test' extra")
+    folder = save_adapter(trainer.folder / "adapter", trainer.hf)
+    trains = {"train__trainable": "routers+lora"}
+    status, said, _ = dry_run("--dry-run", model__lora=folder, **trains)
+    assert status == 0
+    assert re.search(r"found +model\.lora", said)
+    status, said, error = dry_run("--dry-run", model__lora="no/adapter", **trains)
+    assert status == 2
+    assert re.search(r"missing +model\.lora +no/adapter", said)
+    assert error.startswith("error: model.lora = no/adapter: no adapters (PEFT's, or a run's)")
+
+
 def test_only_the_first_rank_of_torchrun_speaks(dry_run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "data 2)" in dry_run("--dry-run")[1]
