@@ -12,7 +12,6 @@ from megatron_mod.config.lora import LoraSettings, lora_of
 from megatron_mod.config.schema import Config, RouterConfig
 from megatron_mod.conversion.adapters import read_settings
 from megatron_mod.conversion.routers import read_routing
-from megatron_mod.conversion.source import Base
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import NO_ROUTERS, RoutingConfig
 from megatron_mod.routing.scheme import Granularity
@@ -24,17 +23,20 @@ _HOW_TO_TRAIN = {
 }  # fmt: skip
 
 
-def router_folder(config: Config, base: Base) -> Path | None:
-    """The folder with the routers that a training starts from; ``None``: there are none."""
+def router_folder(config: Config, base: Path) -> Path | None:
+    """The folder with the routers that a training of a ``base`` starts from; ``None``: there are
+    none."""
     if config.model.routers is not None:
         return Path(config.model.routers)
-    beside = base.path / ROUTERS
+    beside = base / ROUTERS
     return beside if beside.is_dir() else None
 
 
-def fixed_routing(config: Config, base: Base) -> RoutingConfig | None:
+def fixed_routing(config: Config, arch: Architecture, *, base: Path) -> RoutingConfig | None:
     """What routers decide that stay as they are, with their own thresholds and without computing
     what they skip; ``None``: routers train. Read before ranks meet.
+
+    ``base``: the folder of the frozen model, which may have routers in it.
 
     Raises:
         ValueError: there are none, or settings say something else of them than they do.
@@ -55,7 +57,7 @@ def fixed_routing(config: Config, base: Base) -> RoutingConfig | None:
                 "dense model."
             )
         theirs = read_routing(folder)
-        _require_same(config.router, theirs, base, folder=folder)
+        _require_same(config.router, theirs, arch, folder=folder)
     return replace(theirs, training_compute="sparse", capacity_warmup_fraction=0.0)
 
 
@@ -95,7 +97,7 @@ def _manifest_of(run: Path) -> dict | None:
 
 
 def _require_same(
-    settings: RouterConfig, theirs: RoutingConfig, base: Base, *, folder: Path
+    settings: RouterConfig, theirs: RoutingConfig, arch: Architecture, *, folder: Path
 ) -> None:
     """Refuse settings of routers that stay as they are and have others; a default says nothing."""
     default = RouterConfig()
@@ -108,7 +110,6 @@ def _require_same(
         settings = replace(settings, granularity=cast(Granularity, theirs.granularity))
     if "layers" not in given:
         settings = replace(settings, layers=list(theirs.layers))
-    arch = base.arch
     ours = settings.resolve(num_layers=arch.num_layers, hidden_size=arch.hidden_size)
     for name in sorted(given):
         key = "stand_in_rank" if name == "stand_in" else name

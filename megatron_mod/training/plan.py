@@ -75,7 +75,7 @@ def prepare(config: Config) -> Plan:
         config,
         arch,
         world_size=topology.environment_world_size(),
-        routing=fixed_routing(config, base),
+        routing=fixed_routing(config, arch, base=base.path),
         lora=given_adapters(config, arch),
     )
     routing, plan, computed = job.routing, job.topology, job.computed

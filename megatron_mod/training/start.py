@@ -83,7 +83,7 @@ def _reads(config: Config, plan: Plan, data: Loader) -> tuple[range, int, int]:
 
 
 def _given(config: Config, plan: Plan) -> dict | None:
-    folder = router_folder(config, plan.base)
+    folder = router_folder(config, plan.base.path)
     if folder is None:
         return None
     found, added = read_routers(folder, plan.base.arch)
