@@ -50,8 +50,9 @@ KNOBS = (
          ("data.max_train_samples",)),
     Knob("GRANULARITY", "attn, mlp or block, each _sequence or _token", "attn_token",
          ("router.granularity",)),
-    Knob("ROUTER_LAYERS", "how many of the deepest layers but the last are routed, or a list of\n"
-         f"{'':22}zero-based indices (formerly mod_n, mindskip_n)", "16", ("router.layers",)),
+    Knob("ROUTER_LAYERS", "how many of the deepest layers but the last are routed, `all`, or a\n"
+         f"{'':22}list of zero-based indices (formerly mod_n, mindskip_n)", "16",
+         ("router.layers",)),
     Knob("TARGET_CAPACITY", "share of sequences or tokens that keep a layer", "0.5",
          ("router.capacity",)),
     Knob("LEARNING_RATE", "peak", "0.01", ("optimizer.lr",)),
@@ -209,7 +210,7 @@ def settings_of(knobs: Mapping[str, str | None], hf_path: Path) -> list[str]:
         field = knob.fields[0]
         if knob.name == "DATA_TYPE":
             value = _data_of(value)
-        elif knob.name == "ROUTER_LAYERS" and not value.lstrip().startswith(("[", "{")):
+        elif knob.name == "ROUTER_LAYERS" and not value.lstrip().startswith(("[", "{", "all")):
             field = "router.layers.deepest"
         options.append(f"--{field}={value}")
     return options

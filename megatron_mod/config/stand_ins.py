@@ -13,6 +13,7 @@ from megatron_mod.config.model_folder import ModelFolder, is_run
 from megatron_mod.config.ranks import Degrees
 from megatron_mod.config.rules import COUNT, InputFile, InputFolder, NewFolder, Range, setting
 from megatron_mod.config.schema import RouterConfig
+from megatron_mod.routing.config import Layers
 from megatron_mod.routing.scheme import Granularity
 
 _LAYERS = typing.get_type_hints(RouterConfig)["layers"]
@@ -22,7 +23,7 @@ class LayerChoice:
     """Layers as ``router.layers`` names them: a rule or a list, in the form of a YAML value."""
 
     @staticmethod
-    def read(text: str) -> dict[str, int] | list[int]:
+    def read(text: str) -> Layers:
         return yaml.safe_load(text)
 
     def problem(self, value: str) -> str | None:
@@ -30,7 +31,8 @@ class LayerChoice:
             found = self.read(value)
         except yaml.YAMLError:
             found = None
-        if isinstance(found, dict | list) and mistakes.accepts(_LAYERS, found):
+        is_rule = found == "all" or isinstance(found, dict | list)
+        if is_rule and mistakes.accepts(_LAYERS, found):
             return None
         return f"must be {mistakes.describe(_LAYERS)}, such as '{{deepest: 16}}' or '[3, 5, 7]'"
 
@@ -56,8 +58,8 @@ class StandInRequest(Degrees):
             same model.
         granularity: of the routers to be trained; what stands in depends on its unit, attention,
             MLP or block.
-        layers: routed layers, as router.layers of a training: '{deepest: n}', '{every: n, offset:
-            k}' or '[3, 5, 7]'; unset: its default.
+        layers: routed layers, as router.layers of a training: 'all', '{deepest: n}', '{every: n,
+            offset: k}' or '[3, 5, 7]'; unset: its default.
         rank: of the map; unset: 32 for attention, 64 for MLPs and blocks, or half the hidden size
             where that is less.
         tokens: of the data, from samples in random order; read as far as needed, once.

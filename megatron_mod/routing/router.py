@@ -34,7 +34,10 @@ class Router(nn.Module):
         self.noted: list[tuple[Tensor, Tensor]] = []  # inputs [N, H], and which of them are units
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Logits ``[...]`` in fp32 of hidden states ``[..., H]``."""
+        """Logits ``[...]`` in fp32 of hidden states ``[..., H]``; of a router that does not train a
+        constant, which nothing below it hears of."""
+        if not self.weight.requires_grad:
+            hidden_states = hidden_states.detach()
         logits = nn.functional.linear(hidden_states.float(), self.weight, self.bias)
         return logits.squeeze(-1)
 

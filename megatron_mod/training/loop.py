@@ -1,7 +1,9 @@
-"""Trains the routers of a frozen model."""
+"""Trains what was added to a frozen model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,12 +14,13 @@ from megatron_mod.config.schema import Config
 from megatron_mod.conversion.restore import load_model
 from megatron_mod.conversion.routers import KEY
 from megatron_mod.data.dataset import write_rejects
+from megatron_mod.model.lora import seed_dropout
 from megatron_mod.model.trainable import Trainable, count_changed, frozen_digests
 from megatron_mod.monitoring.environment import record_start
 from megatron_mod.parallel import device, topology
 from megatron_mod.parallel.agree import largest, on_first_rank
 from megatron_mod.routing.capacity import CapacityController
-from megatron_mod.routing.config import ROUTER
+from megatron_mod.routing.config import AUTO, ROUTER, RoutingConfig
 from megatron_mod.training.average import ParameterAverage
 from megatron_mod.training.borders import TOKENS, move, settle, shifts
 from megatron_mod.training.checkpoint import RunState, write_json
@@ -45,6 +48,7 @@ def train(config: Config, plan: Plan) -> dict:
         folder.held(),
         device.deterministic(config.train.deterministic),
     ):
+        seed_dropout(plan.lora, seed=config.train.seed, groups=topology.process_groups())
         run = RunCheckpoints(config, folder, plan)
         training = Training(config, plan, run)
         with training.state.metrics:
@@ -70,6 +74,7 @@ class Training:
             trained=config.train.parts,
             computed=plan.computed,
             recompute=config.train.recompute,
+            lora=plan.lora,
         )
         trainable = Trainable(self.model)
         text = description(config, plan, parameters=trainable.count())
@@ -80,12 +85,14 @@ class Training:
         self.data = make_loader(config, plan, plan.train, data_rank=rank)
         if plan.validation:
             self.validation = make_loader(config, plan, plan.validation, data_rank=rank)
+        self.routers_train = "routers" in config.train.parts
+        self.moves_borders = self.routers_train and plan.routing.bias
         optimizer, scheduler = build_optimizer(self.chunks, config, steps=plan.steps)
         self.state = RunState(
             trainable,
             optimizer,
             scheduler,
-            CapacityController(plan.routing, device=device.device()),
+            CapacityController(self._held_to(), device=device.device()),
             ParameterAverage(trainable.parameters),
             Metrics(config, plan, self.model),
             FaultCounter(most_in_a_row=config.train.max_skipped_steps),
@@ -102,6 +109,12 @@ class Training:
             on_first_rank(lambda: write_rejects(rejects, plan.train, plan.validation))
         self.stop = StopRequest()
         self.state.metrics.ending = lambda: self.stop.asked
+
+    def _held_to(self) -> RoutingConfig:
+        """What capacity is held to: of routers that stay as they are nothing pulls at it."""
+        if self.routers_train:
+            return self.plan.routing
+        return replace(self.plan.routing, capacity_loss_weight=AUTO)
 
     def to_the_end(self) -> dict:
         """Take the steps that are left, validating and saving in between; returns the summary.
@@ -136,7 +149,10 @@ class Training:
             batch = self.data.step(step - 1)
         state.controller.start_step((step - 1) / self.plan.steps)
         groups = state.optimizer.param_groups
-        learning_rate = groups[0]["lr"] if groups else 0.0
+        rates = {"learning_rate": groups[0]["lr"] if groups else 0.0}
+        for group in groups:
+            if group["max_lr"] == config.lora.lr:
+                rates["lora_learning_rate"] = group["lr"]
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
@@ -150,7 +166,7 @@ class Training:
                 controller=state.controller,
                 loss=self.plan.loss,
                 check_decisions=bool(check) and step % check == 0,
-                note_units=self.plan.routing.bias,
+                note_units=self.moves_borders,
             )
         state.metrics.operations.add(batch, result.capacity)
         wrong, asked = largest(not_finite(result.loss, self.model), self.stop.asked)
@@ -164,7 +180,7 @@ class Training:
             state.metrics.log_skipped(step, samples=sources())
             return int(asked)
         if step in (1, self.plan.steps) or step % config.logging.interval == 0:
-            self._log(step, result, learning_rate, grad_norm)
+            self._log(step, result, rates, grad_norm)
         state.metrics.advance(step)
         state.controller.end_step(result.capacity, result.pull, result.num_units)
         return int(asked)
@@ -174,7 +190,7 @@ class Training:
         made would have kept of this one's units; returns the gradient norm."""
         routing = self.plan.routing
         norm = self.state.optimizer.step()[1]
-        if routing.bias:
+        if self.moves_borders:
             target = self.state.controller.target_at(step / self.plan.steps)
             move(self.model, routing, shifts(self.model, routing, target))
         return norm
@@ -183,7 +199,7 @@ class Training:
     def _settle(self) -> None:
         """Set the biases of what is exported so that the last steps' samples, with real skipping,
         are kept to the target."""
-        if not self.plan.routing.bias:
+        if not self.moves_borders:
             return
         topology.at("setting the borders on data")
         batches = self.data.until(reversed(range(self.plan.steps)), tokens=TOKENS)
@@ -202,18 +218,21 @@ class Training:
             if mean is not None:  # after the block it is not the model's own
                 mean += shift
 
-    def _log(self, step: int, result: StepResult, learning_rate: float, grad_norm: float) -> None:
+    def _log(
+        self, step: int, result: StepResult, rates: Mapping[str, float], grad_norm: float
+    ) -> None:
+        target = self.state.controller.target
         penalty = float(self.state.controller.penalty(result.capacity))
         self.state.metrics.log(
             step,
             loss=float(result.loss) + penalty,
             task_loss=float(result.task_loss),
             capacity=result.capacity.tolist(),
-            learning_rate=learning_rate,
+            **rates,
             grad_norm=float(grad_norm),
             data_position=step * self.config.train.global_batch_size,
             penalty=penalty,
-            capacity_target=float(self.state.controller.target.mean()),
+            capacity_target=float(target.mean()) if len(target) else 1.0,
         )
 
     def _validate_if_due(self, step: int) -> int:

@@ -211,9 +211,9 @@ def test_ranges(rule, inside, outside):
         ("reformat_datasets", ["--datasets", "alpacca"], "--datasets alpacca: must be vicuna_sha"),
         ("mix_datasets", ["--portions", "a=0"], "--portions a=0: must be a number above 0"),
         ("benchmark_data", ["--micro-batch-size", "3"], "must be a multiple of --micro-batch-size"),
-        ("fit_stand_ins", ["--layers", "deepest"], "--layers deepest: must be a mapping to whole"),
+        ("fit_stand_ins", ["--layers", "deepest"], "--layers deepest: must be all, a mapping to"),
         ("fit_stand_ins", ["--layers", "{deepest: x}"], "or a list of whole numbers, such as"),
-        ("fit_stand_ins", ["--layers", "[1, 2"], "--layers [1, 2: must be a mapping"),
+        ("fit_stand_ins", ["--layers", "[1, 2"], "--layers [1, 2: must be all, a mapping"),
         ("fit_stand_ins", ["--tokens", "0"], "--tokens 0: must be at least 1"),
     ],
 )

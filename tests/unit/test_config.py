@@ -57,6 +57,10 @@ def test_a_section_comes_from_a_file_or_inline(parse, tmp_path):
 
 
 def test_lists_are_lists(parse):
+    assert parse(router={"layers": "all"}).router.layers == "all"
+    assert parse("--router.layers", "all").router.layers == "all"
+    config = parse("--router.layers.deepest", "3", router={"layers": "all"})
+    assert config.router.layers == {"deepest": 3}
     config = parse("--router.layers", "[3, 4]", router={"capacity": [0.5, 0.25]})
     assert config.router.layers == [3, 4]
     assert config.router.capacity == [0.5, 0.25]
@@ -134,7 +138,7 @@ def test_what_is_saved_parses_to_the_same(parse, tmp_path):
             {"train": {"trainable": "routers+stand_ins"}},
             "there are no stand-ins to train",
         ),
-        (["--train.trainable", "stand_ins"], {}, "must be routers or routers+stand_ins"),
+        (["--train.trainable", "stand_ins"], {}, "routers+stand_ins+lora or lora"),
         (["--train.loss", "kl"], {}, "train.loss = kl: must be task, distill or both"),
         (["--parallel.sequence_parallel", "true"], {}, "tensor_model_parallel_size above 1"),
         (["--train.validation_interval", "5"], {}, "data.validation = None"),
@@ -261,8 +265,12 @@ def test_a_file_that_ends_anywhere_is_one_message_at_most(tmp_path):
     [
         ("router.capacity", "x", "a number or a list of numbers"),
         ("router.capacity_loss_weight", "automatic", "a number or auto"),
-        ("router.layers", "x", "a mapping to whole numbers or a list of whole numbers"),
-        ("router.layers.deepest", "x", "a mapping to whole numbers or a list of whole numbers"),
+        ("router.layers", "x", "all, a mapping to whole numbers or a list of whole numbers"),
+        (
+            "router.layers.deepest",
+            "x",
+            "all, a mapping to whole numbers or a list of whole numbers",
+        ),
         ("data.max_train_samples", "x", "a whole number or null"),
         ("model.transformer_impl", "x", "local, transformer_engine or null"),
         ("data.packing", "x", "true or false or auto"),

@@ -86,6 +86,8 @@ def test_knobs_become_settings_and_the_model_is_converted_once(one_node, place):
     (dry,) = one_node(*SMALL, "--dry-run", MEGATRON_PATH="new")
     assert {"--model.checkpoint=null", "--model.hf_path=hf", "--dry-run"} <= set(dry)
     assert "torch.distributed.run" not in dry
+    (everywhere,) = one_node(*SMALL, ROUTER_LAYERS="all")
+    assert "--router.layers=all" in everywhere
     (by_steps,) = one_node(*SMALL, "--train.steps=3", "--router.layers=[1]", ROUTER_LAYERS="")
     assert not [
         word for word in by_steps if word.startswith(("--train.epochs", "--router.layers.d"))

@@ -259,6 +259,10 @@ def test_deepest_leaves_out_the_last_layer_as_published():
     assert resolve_layers([5, 1], num_layers=6) == (1, 5)
 
 
+def test_all_layers_are_all_with_the_first_and_the_last():
+    assert resolve_layers("all", num_layers=3) == (0, 1, 2)
+
+
 def test_every_counts_from_its_offset():
     assert resolve_layers({"every": 2}, num_layers=6) == (1, 3, 5)
     assert resolve_layers({"every": 2, "offset": 0}, num_layers=6) == (0, 2, 4)
@@ -293,14 +297,14 @@ def test_settings_belong_to_their_granularity(granularity, pooling, keys_values)
     [
         ({"deepest": 6}, "use 1 to 5"),
         ({"deepest": 0}, "use 1 to 5"),
-        ({"evry": 2}, "'every: n'"),
+        ({"evry": 2}, "the rules are 'all', 'deepest: n' and 'every: n'"),
         ({"deepest": 2, "offset": 1}, "'every: n'"),
         ({"every": 7}, "must be 1 to 6"),
         ({"every": 0}, "must be 1 to 6"),
         ({"every": 2, "offset": 6}, "must be 0 to 5"),
         ([0, 6], r"\[6\] out of range; this model has layers 0 to 5"),
         ([2, 2], "twice"),
-        ([], "at least one layer"),
+        ([], "at least one layer, or use 'deepest: n' or 'all'"),
     ],
 )
 def test_layers_that_do_not_fit_are_refused(layers, message):
