@@ -13,7 +13,7 @@ from megatron_mod.checkpoint.distributed import load_tensors
 from megatron_mod.config import cli
 from megatron_mod.config.lora import TARGETS, LoraSettings, resolve_targets
 from megatron_mod.routing.config import NO_ROUTERS, RoutingConfig
-from tests.helpers.formula import SCHEMES
+from tests.helpers.formula import SCHEMES, targets_of
 from tests.helpers.runs import DEFAULT, Trainer, metrics, saved
 
 ALL = LoraSettings(2, 4.0, 0.0, tuple(TARGETS), (0, 1, 2))
@@ -135,14 +135,17 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_target_takes_part(build, name, compute):
     routing = RoutingConfig(
-        layers=(1,), capacity=(0.5,), training_compute="sparse", **SCHEMES[name]
+        layers=(1,),
+        capacity=(0.5,) * len(targets_of(SCHEMES[name]["granularity"])),
+        training_compute="sparse",
+        **SCHEMES[name],
     )
     model = build(routing).train(compute == "sparse")
     ids = torch.randint(3, 100, (4, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         before, own = logits(model, ids), model.adapters()[1]
-        router = model.routers()[1]
-        assert 0 < router.kept < router.valid
+        for router in model.routers().values():
+            assert 0 < router.kept < router.valid
         for target in TARGETS:
             for key in "ab":
                 own.of(target)[key].data.add_(0.1)
@@ -160,7 +163,7 @@ def test_no_tokens_are_no_trouble(build, granularity):
     model = build(routing)
     ids = torch.randint(3, 100, (2, 9))
     logits(model, ids).sum().backward()
-    assert model.routers()[1].kept == 0
+    assert all(router.kept == 0 for router in model.routers().values())
     skipped = ("q_proj", "down_proj")[granularity == "mlp_token"]
     grad = model.adapters()[1].of(skipped)["b"].grad
     assert grad is None or not grad.any()
