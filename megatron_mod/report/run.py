@@ -20,8 +20,8 @@ class Run:
     """A run's files as they are now, while it goes on or after it.
 
     ``steps``, ``validations`` and ``skipped`` are the records of ``metrics.jsonl``; ``routing``
-    that of the newest checkpoint, ``None`` before the first and without routers; ``summary``: ``None`` until the end;
-    ``starts``: what ``environment.json`` has.
+    that of the newest checkpoint, ``None`` before the first and of a run without routers;
+    ``summary``: ``None`` until the end; ``starts``: what ``environment.json`` has.
     """
 
     folder: Path

@@ -91,8 +91,8 @@ def _given(config: Config, plan: Plan) -> dict | None:
     found, added = read_routers(folder, plan.base.arch)
     if config.model.lora is None and has_adapters(folder):
         topology.print_once(
-            f"warning: the routers in {folder} were trained with adapters, which are left out here; "
-            "model.lora names them.",
+            f"warning: the routers in {folder} were trained with adapters, which are left out "
+            "here; model.lora names them.",
             level=logging.WARNING,
         )
     for field in ("granularity", "layers", "threshold"):
