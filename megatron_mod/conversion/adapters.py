@@ -42,6 +42,12 @@ def read_settings(folder: str | Path, arch: Architecture) -> LoraSettings:
     return _settings(read_manifest(step), folder)
 
 
+def has_adapters(folder: str | Path) -> bool:
+    """Whether it is a run of ours, or one of its steps, with adapters."""
+    step = resolve_step(folder)
+    return (step / MANIFEST).is_file() and lora_of(read_manifest(step)) is not None
+
+
 def _of_peft(folder: str | Path, arch: Architecture) -> tuple[LoraSettings, Adapters]:
     if Path(folder, LORA, ADAPTER).is_file():
         raise ValueError(

@@ -55,7 +55,8 @@ def next_steps(config: Config, *, steps: int) -> str:
 def _what(config: Config) -> str:
     """What has been trained, in words."""
     words = {"stand_ins": "stand-ins", "lora": "adapters"}
-    return " and ".join(words.get(part, part) for part in config.train.parts)
+    *others, last = (words.get(part, part) for part in config.train.parts)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def command(script: str, *options: object) -> str:

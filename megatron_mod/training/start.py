@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+
 from megatron_mod.config.schema import Config
-from megatron_mod.conversion.adapters import read_adapters
+from megatron_mod.conversion.adapters import has_adapters, read_adapters
 from megatron_mod.conversion.lora import put_adapters
 from megatron_mod.conversion.restore import put_added
 from megatron_mod.conversion.routers import read_routers
@@ -89,6 +91,12 @@ def _given(config: Config, plan: Plan) -> dict | None:
     if folder is None:
         return None
     found, added = read_routers(folder, plan.base.arch)
+    if config.model.lora is None and has_adapters(folder):
+        topology.print_once(
+            f"warning: the routers in {folder} were trained with adapters, which are left out "
+            "here; model.lora names them.",
+            level=logging.WARNING,
+        )
     for field in ("granularity", "layers", "threshold"):
         theirs, ours = getattr(found, field), getattr(plan.routing, field)
         if theirs != ours:

@@ -268,6 +268,7 @@ def test_a_run_is_restored_with_its_adapters(trainer, both):
 
 def test_adapters_of_a_dense_model(trainer, tmp_path, capsys):
     from megatron_mod.conversion.source import open_source
+    from megatron_mod.report.run import read_run
 
     run = tmp_path / "run"
     validation = {"data__validation_split": 0.3, "train__validation_interval": 3}
@@ -282,6 +283,7 @@ def test_adapters_of_a_dense_model(trainer, tmp_path, capsys):
     source = open_source(run)
     assert source.routing is None
     assert source.lora.rank == 4
+    assert read_run(run).routing is None
     trainer.train(run, **DENSE, **validation)  # finished
 
 
@@ -293,6 +295,7 @@ def test_routers_that_stay_as_they_are_decide(trainer, both, tmp_path, capsys):
     after = tmp_path / "after"
     trainer.train(after, model__routers=given, **ALONE)
     said = capsys.readouterr().out
+    assert f"warning: the routers in {given} were trained with adapters" in said
     assert "training lora (" in said
     assert "routers as they are, attn_token on layers [1, 2]" in said
     for line in metrics(after):
