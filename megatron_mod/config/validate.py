@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_mod.config import rules
 
 if TYPE_CHECKING:
-    from megatron_mod.config.schema import Config, DataConfig, TrainConfig
+    from megatron_mod.config.schema import Config, DataConfig, RouterConfig, TrainConfig
 
 
 def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "") -> None:
@@ -26,6 +26,7 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
         )
     r, d, p, t = config.router, config.data, config.parallel, config.train
     _check_length(t, place)
+    _check_work(r, place)
     if r.check_decisions_interval and p.tensor_model_parallel_size == 1:
         raise ValueError(
             f"router.check_decisions_interval = {r.check_decisions_interval}: compares "
@@ -87,6 +88,34 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
                 "that to true, or leave the name out."
             )
     _check_data(d, validation_interval=t.validation_interval)
+
+
+def _check_work(r: RouterConfig, place: Callable[[str], str]) -> None:
+    if r.work is None:
+        return
+    work = f"router.work = {r.work:g}{place('router.work')}"
+    if r.capacity is not None:
+        raise ValueError(
+            f"router.capacity = {r.capacity}{place('router.capacity')} and {work}: both say what "
+            "may be kept; leave one of them out, or set it to null."
+        )
+    if r.scope == "layer":
+        raise ValueError(
+            f"router.scope = layer{place('router.scope')}: has no meaning for {work}, which is of "
+            "the whole model; set it to model, or give router.capacity in place of router.work."
+        )
+    if not r.bias:
+        raise ValueError(
+            f"router.bias = false{place('router.bias')}: nothing but biases holds {work}; set it "
+            "to true, or give router.capacity in place of router.work."
+        )
+    if r.capacity_loss_weight != "auto":
+        raise ValueError(
+            f"router.capacity_loss_weight = {r.capacity_loss_weight:g}"
+            f"{place('router.capacity_loss_weight')}: is a penalty on capacity, and {work} is held "
+            "by a price per operation; set it to auto, or give router.capacity in place of "
+            "router.work."
+        )
 
 
 def _check_length(t: TrainConfig, place: Callable[[str], str]) -> None:

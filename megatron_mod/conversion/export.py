@@ -102,6 +102,7 @@ ROUTING = {
     "pooling": TEXT,
     "keys_values": TEXT,
     "training_compute": TEXT,
+    "work": Kind("a number from 0 to 1, or null", lambda v: v is None or is_share(v)),
     "bias": BOOLEAN,
     "stand_in_rank": Kind(
         "a whole number above 0, or null", lambda v: v is None or COUNT.accepts(v)

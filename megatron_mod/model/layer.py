@@ -203,41 +203,49 @@ class RoutedTransformerLayer(TransformerLayer):
 
     def _decide_tokens(self, normed: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """Which tokens are kept, bool ``[S, B]``, and the mask with its gradient."""
-        mask = self._decide(self.router(normed), layout.valid, layout)
+        sizes = layout.sizes(self._window)
+        mask = self._decide(self.router(normed), layout.valid, sizes, layout)
         if every := self.router.notes_every:
             places = layout.every(every, context_rank=self.pg_collection.cp.rank())
             flat = normed.flatten(0, 1), layout.valid.flatten()
-            self.router.note_inputs(*(tokens[places] for tokens in flat))
+            noted = [tokens[places] for tokens in flat]
+            self.router.note_inputs(*noted, sizes.flatten(1)[:, places])
         return mask.detach().bool(), mask
 
     def _decide_sequences(self, normed: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """As ``_decide_tokens``, with one decision for all tokens of a document."""
         pooled = layout.pooled(self.routing.pooling)
         total = layout.pool(self.router(normed), pooled)
-        counts = torch.stack(
-            [layout.pool(tokens.to(total.dtype), tokens) for tokens in (pooled, layout.valid)]
-        )
+        # In float64, which holds the pairs of the longest documents.
+        counted = (pooled, *layout.sizes(self._window))
+        counts = torch.stack([layout.pool(each.double(), layout.valid) for each in counted])
         cp = self.pg_collection.cp
         if cp.size() > 1:
             total = reduce_from_tensor_model_parallel_region(total, group=cp)
             counts = reduce_from_tensor_model_parallel_region(counts, group=cp)
-        is_valid = counts[1] > 0
-        logits = total / counts[0].clamp(min=1)
-        mask = self._decide(logits, is_valid, layout)
+        of, sizes = counts[0].clamp(min=1).to(total.dtype), counts[1:]
+        is_valid = sizes[0] > 0
+        mask = self._decide(total / of, is_valid, sizes, layout)
         if every := self.router.notes_every:
             read = layout.pool(normed.detach().float(), pooled[..., None])
             if cp.size() > 1:
                 read = reduce_from_tensor_model_parallel_region(read, group=cp)
-            read = read / counts[0].clamp(min=1)[:, None]
-            self.router.note_inputs(read[::every], is_valid[::every])
+            read = read / of[:, None]
+            self.router.note_inputs(read[::every], is_valid[::every], sizes[:, ::every])
         if cp.size() > 1:
             # Each rank's use of the mask sees only its tokens: add up what comes back.
             mask = copy_to_tensor_model_parallel_region(mask, group=cp)
         mask = layout.per_token(mask)
         return mask.detach().bool(), mask
 
-    def _decide(self, logits: Tensor, valid: Tensor, layout: TokenLayout) -> Tensor:
-        """The mask of units with these logits, zero where there is none; noted in the layout."""
+    @property
+    def _window(self) -> int | None:
+        """How many tokens a query attends to, its own included; ``None``: all before it."""
+        return self.config.window_size and self.config.window_size[0] + 1
+
+    def _decide(self, logits: Tensor, valid: Tensor, sizes: Tensor, layout: TokenLayout) -> Tensor:
+        """The mask of units with these logits, zero where there is none; noted in the layout, and
+        with their ``sizes`` in the router."""
         penalty = layout.step.penalty_per_unit.get(self.index)
         finds_price = self.routing.capacity_loss_weight == AUTO
         mask = keep_mask(
@@ -250,7 +258,7 @@ class RoutedTransformerLayer(TransformerLayer):
             only_kept=finds_price and self.routing.training_compute == "sparse",
         )
         layout.decisions[self.index] = made = Decisions(logits, mask, valid)
-        self.router.note(made)
+        self.router.note(made, sizes)
         return mask
 
     def _attend(

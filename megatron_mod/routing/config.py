@@ -23,6 +23,8 @@ class RoutingConfig:
     (``attn_token`` and ``block_token``, default ``all``); elsewhere they are ``None``.
     ``threshold`` is one number or, once calibrated, one per routed layer; 0 keeps and 1 skips
     everything. ``stand_in_rank`` is that of what skipped units add, ``None`` if they add nothing.
+    ``work``: the share of the dense model's operations that all places together are held to in
+    place of ``capacity``, which is then what each of them was found to keep.
 
     Raises:
         ValueError: an unknown granularity, or a setting that this granularity would ignore.
@@ -40,6 +42,7 @@ class RoutingConfig:
     training_compute: str = "dense"
     bias: bool = False
     stand_in_rank: int | None = None
+    work: float | None = None
 
     def __post_init__(self) -> None:
         scheme = self.scheme

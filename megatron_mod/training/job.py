@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
 from megatron_mod.model.architecture import Architecture, check_parallel
+from megatron_mod.model.cost import LENGTH, workload
 from megatron_mod.model.pipeline import Layout
 from megatron_mod.parallel import topology
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.costs import Workload
 from megatron_mod.training.pipeline import asked_layout
 
 
@@ -41,6 +43,8 @@ def arrange(config: Config, arch: Architecture, *, world_size: int) -> Job:
     """
     p = config.parallel
     routing = config.router.resolve(num_layers=arch.num_layers, hidden_size=arch.hidden_size)
+    if routing.work is not None:
+        routing = evenly(routing, workload(arch, routing, [LENGTH]))
     computed = _computed(config, routing, num_layers=arch.num_layers)
     ranks = topology.plan(
         tensor=p.tensor_model_parallel_size,
@@ -70,6 +74,14 @@ def arrange(config: Config, arch: Architecture, *, world_size: int) -> Job:
         )
     dense_passes = int(config.train.loss != "task")
     return Job(config, arch, routing, ranks, computed, layout, dense_passes)
+
+
+def evenly(routing: RoutingConfig, counted: Workload) -> RoutingConfig:
+    """With the capacities that are the budget of work's if all places keep alike, for counting
+    what a training will compute before they are found."""
+    assert routing.work is not None
+    capacity = counted.even_capacity(routing.work)
+    return replace(routing, capacity=(capacity,) * len(routing.places))
 
 
 def _computed(config: Config, routing: RoutingConfig, *, num_layers: int) -> range:

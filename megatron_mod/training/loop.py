@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from megatron_mod import verbosity
 from megatron_mod.checkpoint.folders import writing
@@ -17,8 +18,9 @@ from megatron_mod.monitoring.environment import record_start
 from megatron_mod.parallel import device, topology
 from megatron_mod.parallel.agree import largest, on_first_rank
 from megatron_mod.routing.capacity import CapacityController
+from megatron_mod.routing.costs import UnitCosts
 from megatron_mod.training.average import ParameterAverage
-from megatron_mod.training.borders import TOKENS, move, settle, shifts
+from megatron_mod.training.borders import TOKENS, move, settle, shifts, spent_share
 from megatron_mod.training.checkpoint import RunState, write_json
 from megatron_mod.training.ending import next_steps, summary
 from megatron_mod.training.faults import FaultCounter, not_finite
@@ -84,7 +86,7 @@ class Training:
             trainable,
             optimizer,
             scheduler,
-            CapacityController(plan.routing, device=device.device()),
+            CapacityController(plan.routing, device=device.device(), workload=plan.workload),
             ParameterAverage(trainable.parameters),
             Metrics(config, plan, self.model),
             FaultCounter(most_in_a_row=config.train.max_skipped_steps),
@@ -93,6 +95,7 @@ class Training:
         if step is None:
             start(self.model, config, plan, self.data)
         self.start = step or 0
+        self.settled: list[float] = []  # capacities, once the last borders are set
         if step is None or step < plan.steps:
             record_start(config, after=self.start)
         self.frozen = frozen_digests(self.model)
@@ -124,7 +127,7 @@ class Training:
             asked = asked or self._validate_if_due(step) or self._asked_at(step)
             self._leave_if(self._save_if_due(step, asked), step)
         if steps == 0:
-            self.run.save(0, self.state)
+            self.run.save(0, self.state, capacity=self._reached())
         changed = count_changed(self.frozen, frozen_digests(self.model))
         return summary(self.config, self.plan, self.state, changed=changed)
 
@@ -175,7 +178,7 @@ class Training:
         norm = self.state.optimizer.step()[1]
         if routing.bias:
             target = self.state.controller.target_at(step / self.plan.steps)
-            move(self.model, routing, shifts(self.model, routing, target))
+            move(self.model, routing, shifts(self.model, routing, target, costs=self._costs))
         return norm
 
     @torch.no_grad()
@@ -187,20 +190,34 @@ class Training:
         topology.at("setting the borders on data")
         batches = self.data.until(reversed(range(self.plan.steps)), tokens=TOKENS)
         with self.state.average.applied():
-            moved = settle(
+            settled = settle(
                 self.chunks,
                 self.model,
                 batches,
                 self.plan.routing,
                 shares=self.state.controller.final_target,
+                costs=self._costs,
             )
-        for layer, shift in zip(self.plan.routing.layers, moved, strict=True):
+        self.settled = settled.capacity.tolist()
+        for layer, shift in zip(self.plan.routing.layers, settled.moved, strict=True):
             mean = self.state.average.mean.get(KEY.format(layer, "router.bias"))
             if mean is not None:  # after the block it is not the model's own
                 mean += shift
 
+    @property
+    def _costs(self) -> UnitCosts | None:
+        """What units cost that the budget is of; ``None``: all the same."""
+        return None if self.plan.routing.work is None else self.plan.workload.costs
+
+    def _work(self, kept: Tensor, valid: Tensor) -> float:
+        """The share of the dense model's operations, when units of these sizes are kept."""
+        workload = self.plan.workload
+        return workload.work(float(spent_share(workload.costs, kept, valid)))
+
     def _log(self, step: int, result: StepResult, learning_rate: float, grad_norm: float) -> None:
         penalty = float(self.state.controller.penalty(result.capacity))
+        target = float(self.state.controller.target.mean())
+        is_work = self.plan.routing.work is not None
         self.state.metrics.log(
             step,
             loss=float(result.loss) + penalty,
@@ -210,7 +227,9 @@ class Training:
             grad_norm=float(grad_norm),
             data_position=step * self.config.train.global_batch_size,
             penalty=penalty,
-            capacity_target=float(self.state.controller.target.mean()),
+            capacity_target=None if is_work else target,
+            work=self._work(result.kept, result.valid),
+            work_target=self.plan.workload.work(target) if is_work else None,
         )
 
     def _validate_if_due(self, step: int) -> int:
@@ -223,27 +242,31 @@ class Training:
             measured = self._validate()
         if isinstance(measured, int):
             return measured
-        self.state.metrics.log_validation(step, loss=measured[0], capacity=measured[1])
+        loss, capacity, work = measured
+        self.state.metrics.log_validation(step, loss=loss, capacity=capacity, work=work)
         return 0
 
     @torch.no_grad()
-    def _validate(self) -> tuple[float, list[float]] | int:
-        """Mean loss (nats per labelled token) and capacity per routed layer, with real skipping.
+    def _validate(self) -> tuple[float, list[float], float] | int:
+        """Mean loss (nats per labelled token), capacity per routed layer, and work, with real
+        skipping.
 
         Or what the ranks broke off for.
         """
         routing = self.plan.routing
         self.model.eval()
-        loss, capacity, labels, units = 0.0, 0.0, 0, 0
+        loss, labels = 0.0, 0
+        kept = valid = torch.zeros((), device=device.device())
         for batch in self.validation.passes():
             if asked := self.stop.agreed():
                 return asked
             result = run_schedule(self.chunks, self.model, batch, routing, controller=None)
             loss = loss + result.task_loss * batch.num_labels
-            capacity = capacity + result.capacity * result.num_units
-            labels, units = labels + batch.num_labels, units + result.num_units
+            kept, valid = kept + result.kept, valid + result.valid
+            labels += batch.num_labels
         self.model.train()
-        return float(loss / labels), (capacity / units).tolist()
+        capacity = kept[:, 0] / valid[:, 0].clamp(min=1)
+        return float(loss / labels), capacity.tolist(), self._work(kept, valid)
 
     def _asked_at(self, step: int) -> int:
         """``EXIT_INTERVAL`` where the job stops after this step, or 0."""
@@ -258,8 +281,14 @@ class Training:
             return 0
         topology.at(f"the checkpoint of step {step}")
         with self.state.metrics.apart(CHECKPOINT):
-            self.run.save(step, self.state, leaving=bool(asked))
+            self.run.save(step, self.state, capacity=self._reached(), leaving=bool(asked))
         return asked or (0 if last else self.stop.agreed())
+
+    def _reached(self) -> list[float] | None:
+        """The capacity of each place where training finds it; ``None``: the settings say it."""
+        if self.plan.routing.work is None:
+            return None
+        return self.settled or self.state.controller.previous.tolist()
 
     def _leave_if(self, asked: int, step: int) -> None:
         if asked:

@@ -143,7 +143,8 @@ class Metrics:
 
         ``values``: ``loss``, ``task_loss``, ``capacity`` (list per routed layer),
         ``learning_rate``, ``grad_norm``, ``data_position`` (sequences taken so far), ``penalty``,
-        ``capacity_target`` (mean over the layers).
+        ``capacity_target`` (mean over the layers), ``work`` (share of the dense model's operations)
+        and ``work_target``; targets are ``None`` where there is none.
         """
         now = time.perf_counter()
         seconds = max(now - self._since - sum(self._apart.values()), 1e-9)
@@ -181,13 +182,14 @@ class Metrics:
         """A step has been made, recorded or not."""
         self._screen.advance(step)
 
-    def log_validation(self, step: int, *, loss: float, capacity: list[float]) -> None:
+    def log_validation(self, step: int, *, loss: float, capacity: list[float], work: float) -> None:
         """Record a measurement on the validation data, with real skipping."""
         record = {
             "step": step,
             "validation_loss": loss,
             "validation_capacity": capacity,
             "validation_capacity_mean": fmean(capacity),
+            "validation_work": work,
         }
         if self.timers.on:
             record["seconds"] = {VALIDATION: self._apart[VALIDATION]}

@@ -1,0 +1,189 @@
+"""A budget of work: what it counts, and that a training ends there on text it has not seen."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+
+from megatron_mod.calibration.routed import load_routed
+from megatron_mod.calibration.search import Calibration
+from megatron_mod.checkpoint.manifest import read_manifest, resolve_step
+from megatron_mod.config import cli
+from megatron_mod.conversion.source import open_base
+from megatron_mod.evaluation.perplexity import read_rows
+from megatron_mod.evaluation.work import Work
+from megatron_mod.model.cost import workload
+from megatron_mod.parallel.topology import ONE_RANK
+from megatron_mod.process import Stopped
+from megatron_mod.routing.config import RoutingConfig
+from tests.helpers.runs import DEFAULT, Trainer, metrics, saved
+
+LENGTHS = (7, 19, 40)
+
+
+def write(path: Path, *, seed: int) -> Path:
+    letters = random.Random(seed)
+    rows = [
+        {
+            "prompt": "".join(letters.choices("abcdefgh", k=letters.randint(4, 30))),
+            "completion": "".join(letters.choices("stuvwxyz", k=letters.randint(4, 20))),
+        }
+        for _ in range(100)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory, single_process):
+    made = Trainer(tmp_path_factory.mktemp("trainer"))
+    write(made.text, seed=1)
+    made.unseen = write(made.folder / "unseen.jsonl", seed=2)
+    return made
+
+
+def settings(**changes) -> dict:
+    return {
+        **DEFAULT, "router__layers.deepest": None, "router__layers": "all", "router__work": 0.7,
+        "router__granularity": "block_token", "router__stand_in_rank": 4, "train__steps": 8,
+        "train__global_batch_size": 12, "train__micro_batch_size": 4, "optimizer__lr": 0.01,
+        "checkpoint__interval": 0, "optimizer__average_fraction": 0.0, **changes,
+    }  # fmt: skip
+
+
+def counted_work(run: Path, data: Path) -> tuple[float, list[float]]:
+    """The share of the dense model's operations on a text, and each place's capacity."""
+    model = load_routed(run, ONE_RANK, dtype="float32", max_length=64, batch_size=20, pooling=None)
+    rows = read_rows(data, model.backend.tokenizer, max_length=64)
+    calibration = Calibration(model.backend, rows, model.work, scope="model")
+    point = calibration.at(model.backend.thresholds)
+    return point.flops / calibration.dense_flops, list(point.capacity)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"router__granularity": "attn_token", "router__work": 0.92},
+        {"router__keys_values": "selected", "router__work": 0.6},
+        {"router__granularity": "block_sequence", "router__training_compute": "sparse"},
+    ],
+    ids=["attn_token", "selected", "sequence"],
+)
+def test_a_budget_is_met_on_text_not_seen(trainer, tmp_path, changes):
+    run, wanted = tmp_path / "run", changes.get("router__work", 0.7)
+    data = {"data__validation": trainer.unseen, "train__validation_interval": 8}
+    summary = trainer.train(run, **settings(**changes, **data))
+    work, capacity = counted_work(run, trainer.unseen)
+    assert work == pytest.approx(wanted, abs=0.02)
+    *steps, validation = metrics(run)
+    assert validation["validation_work"] == pytest.approx(work, abs=0.005)
+    assert [steps[0]["work_target"], steps[4]["work_target"]] == pytest.approx(
+        [1, wanted], abs=0.01
+    )
+    assert summary["work_target"] == wanted
+    assert summary["work_last"] == steps[-1]["work"] == pytest.approx(wanted, abs=0.06)
+    assert all(step["capacity_target"] is None for step in steps)
+    routing = RoutingConfig.from_dict(read_manifest(resolve_step(run))["routing"])
+    assert routing.work == wanted
+    assert list(routing.capacity) == pytest.approx(capacity, abs=0.1)
+    assert max(routing.capacity) - min(routing.capacity) > 0.3, "the budget is shared unevenly"
+
+
+def test_a_run_with_a_budget_goes_on_to_the_last_bit(trainer, tmp_path):
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    trainer.train(whole, **settings())
+    with pytest.raises(Stopped):
+        trainer.train(parted, **settings(train__exit_interval=3))
+    routing = read_manifest(resolve_step(parted))["routing"]
+    assert routing["capacity"] == metrics(parted)[-1]["capacity"]
+    trainer.train(parted, **settings())
+    assert metrics(parted) == metrics(whole)
+    found, wanted = saved(parted), saved(whole)
+    assert found.pop("random.torch") and wanted.pop("random.torch")  # of a process that went on
+    assert found == wanted
+
+
+@pytest.mark.parametrize("keys_values", ["all", "selected", None])
+@pytest.mark.parametrize("target", ["attn", "mlp", "block"])
+def test_what_is_counted_is_what_evaluation_counts(trainer, target, keys_values):
+    """Of any decisions; of selected keys as many pairs as if kept tokens lay evenly."""
+    if keys_values and target == "mlp":
+        pytest.skip("no keys to choose")
+    unit = "sequence" if keys_values is None and target != "mlp" else "token"
+    routing = RoutingConfig(
+        f"{target}_{unit}", (0, 2), (0.5, 0.5), keys_values=keys_values, stand_in_rank=3
+    )
+    arch = open_base(trainer.base).arch
+    counted, exact = workload(arch, routing, LENGTHS), Work(arch, routing)
+    generator, flops = torch.Generator().manual_seed(4), 0
+    kept, valid = torch.zeros(2, 2, 3, dtype=torch.float64).unbind()
+    for length in LENGTHS:
+        made = torch.rand(2, length, generator=generator) < torch.tensor([[0.3], [0.8]])
+        if unit == "sequence":
+            made = made[:, :1].expand(-1, length)
+        flops += exact.prefill(length, dict(zip(routing.layers, made, strict=True)))
+        seen = torch.arange(1, length + 1)
+        for sums, which in ((kept, made), (valid, torch.ones_like(made))):
+            units = which[:, :1] if unit == "sequence" else which
+            sums += torch.stack([units.sum(1), which.sum(1), (which * seen).sum(1)], 1)
+    assert valid[0].tolist() == list(counted.sizes)
+    assert counted.dense == sum(exact.prefill(length, {}) for length in LENGTHS)
+    share = float(counted.costs.spent(kept, valid).sum() / counted.costs.spent(valid, valid).sum())
+    near = 0.01 if keys_values == "selected" else 1e-12
+    assert counted.work(share) == pytest.approx(flops / counted.dense, rel=near)
+    assert counted.share(counted.work(share)) == pytest.approx(share)
+    even = counted.even_capacity(counted.work(share))
+    at_even = float(
+        counted.costs.spent(valid * even, valid).sum() / counted.costs.spent(valid, valid).sum()
+    )
+    assert at_even == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"router__capacity": 0.5}, r"router.capacity = 0.5 and router.work = 0.7: both say what"),
+        ({"router__work": 1.2}, r"router.work = 1.2: must be above 0 and at most 1"),
+        ({"router__scope": "layer"}, "router.scope = layer: has no meaning for router.work = 0.7"),
+        (
+            {"router__bias": "false", "router__init": "zeros", "router__capacity_loss_weight": 1.0},
+            "router.bias = false: nothing but biases holds router.work = 0.7",
+        ),
+        (
+            {"router__capacity_loss_weight": 0.3},
+            "router.capacity_loss_weight = 0.3: is a penalty on capacity, and router.work = 0.7",
+        ),
+    ],
+)
+def test_what_cannot_hold_a_budget_is_refused(trainer, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        cli.parse(trainer.arguments(tmp_path / "run", **settings(**changes)))
+
+
+def test_a_budget_that_cannot_be_met_says_what_the_least_is(trainer, tmp_path):
+    from megatron_mod.training.plan import prepare
+
+    def refused(**changes) -> str:
+        with pytest.raises(ValueError) as caught:
+            prepare(cli.parse(trainer.arguments(tmp_path / "run", **settings(**changes))))
+        return str(caught.value)
+
+    said = refused(router__work=0.5, router__granularity="attn_token")
+    least = float(said.partition(" leaves ")[2].split()[0])
+    assert 0.7 < least < 0.9
+    assert said.startswith("router.work = 0.5: skipping everything that is routed, attn_token on 4")
+    assert "router.keys_values: selected" in said
+    plan = prepare(
+        cli.parse(
+            trainer.arguments(
+                tmp_path / "run",
+                **settings(router__work=least + 0.001, router__granularity="attn_token"),
+            )
+        )
+    )
+    assert fmean(plan.routing.capacity) < 0.02
