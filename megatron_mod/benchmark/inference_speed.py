@@ -24,9 +24,9 @@ from megatron_mod.evaluation.work import Work
 from megatron_mod.hf.modeling_mod import MoDLlamaConfig, MoDLlamaForCausalLM
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig, resolve_layers
-from megatron_mod.routing.scheme import Scheme
+from megatron_mod.routing.scheme import Place, Scheme
 
-Decisions = Mapping[int, Tensor]  # layer -> bool, [B] of sequences or [B, tokens of the call]
+Decisions = Mapping[Place, Tensor]  # bool, [B] of sequences or [B, tokens of the call]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Pair:
         routing = RoutingConfig(
             granularity,
             chosen,
-            capacity=(0.5,) * len(chosen),
+            capacity=(0.5,) * len(chosen) * len(Scheme.parse(granularity).targets),
             scope="layer",
             keys_values=keys_values,
         )
@@ -95,8 +95,8 @@ class Pair:
             dense = LlamaForCausalLM._from_config(plain, dtype=dtype)
         dense.load_state_dict(routed.state_dict(), strict=False, assign=True)
         for layer in chosen:
-            router = routed.model.layers[layer].router.float()
-            torch.nn.init.normal_(router.weight, std=shape["hidden_size"] ** -0.5)
+            for weight in routed.model.layers[layer].router.float().parameters():
+                torch.nn.init.normal_(weight, std=shape["hidden_size"] ** -0.5)
 
         def prompts(batch: int, context: int) -> Tensor:
             generator = torch.Generator().manual_seed(context)
@@ -153,13 +153,13 @@ def hold(routed, capacity: float, ids: Tensor) -> None:
     """Set the thresholds so that ``capacity`` of the prompts' ``[B, S]`` units is kept.
 
     It is in the scope the routers were trained in, but that by ``layer``, where a batch may have
-    too few sequences for the share, layers keep numbers of them that come out right in sum.
+    too few sequences for the share, routers keep numbers of them that come out right in sum.
     """
     routing = routed.config.routing
     shares: float | list[float] = capacity
     if routing["scope"] == "layer" and Scheme.parse(routing["granularity"]).per_sequence:
-        batch, layers = len(ids), len(routing["layers"])
-        kept = [int(capacity * batch * n + 0.5) for n in range(layers + 1)]
+        batch, routers = len(ids), len(routed.config.places)
+        kept = [int(capacity * batch * n + 0.5) for n in range(routers + 1)]
         shares = [(b - a) / batch for a, b in pairwise(kept)]
     routed.set_capacity(shares, ids.to(routed.device))
 
@@ -170,7 +170,8 @@ def decisions_of(routed) -> Iterator[list[Decisions]]:
     made: list[Decisions] = []
 
     def take(*_: object) -> None:
-        made.append({n: kept for n, (kept,) in routed.model.record.decisions.items()})
+        decisions = routed.model.record.decisions.items()
+        made.append({Place(*place): kept for place, (kept,) in decisions})
 
     hook = routed.register_forward_hook(take)
     try:
@@ -188,7 +189,8 @@ def prefill_flops(work: Work, made: Decisions, *, length: int) -> int:
     """Floating-point operations of a batch's forward pass of ``length`` tokens each."""
     kept = _by_token(work, made, length)
     batch = len(next(iter(made.values())))
-    return sum(work.prefill(length, {n: k[row] for n, k in kept.items()}) for row in range(batch))
+    rows = ({place: k[row] for place, k in kept.items()} for row in range(batch))
+    return sum(work.prefill(length, row) for row in rows)
 
 
 def decode_bytes(
@@ -201,28 +203,34 @@ def decode_bytes(
         now = _by_token(work, step, 1)
         total += work.decode_bytes(
             [length + number] * batch,
-            {n: kept[:, 0] for n, kept in now.items()},
-            {n: _stored(work, kept) for n, kept in history.items()},
+            {place: kept[:, 0] for place, kept in now.items()},
+            _stored(work, history),
             element_size=element_size,
         )
-        history = {n: torch.cat([kept, now[n]], 1) for n, kept in history.items()}
+        history = {place: torch.cat([kept, now[place]], 1) for place, kept in history.items()}
     return total / len(steps)
 
 
-def _by_token(work: Work, made: Decisions, length: int) -> dict[int, Tensor]:
+def _by_token(work: Work, made: Decisions, length: int) -> dict[Place, Tensor]:
     """A call's decisions as ``[B, length]`` on the CPU; of a dense model, none."""
     if work.routing is None:
         return {}
-    return {n: kept.cpu().view(len(kept), -1).expand(-1, length) for n, kept in made.items()}
+    return {at: kept.cpu().view(len(kept), -1).expand(-1, length) for at, kept in made.items()}
 
 
-def _stored(work: Work, kept: Tensor) -> list[int]:
-    """How many keys each sequence has in a routed layer's cache after it decided ``[B, T]``."""
-    if not work.routing.scheme.covers_attention or work.routing.keys_values == "all":
-        kept = torch.ones_like(kept)
-    if window := work.arch.window_size:
-        kept = kept[:, -(window - 1) :]
-    return kept.sum(1).tolist()
+def _stored(work: Work, history: Mapping[Place, Tensor]) -> dict[int, list[int]]:
+    """How many keys each sequence has in each routed layer's cache after its routers decided
+    ``[B, T]``."""
+    found, target = {}, work.routing and work.routing.scheme.attention_target
+    for place, kept in history.items():
+        if target not in (None, place.target):
+            continue
+        if target is None or work.routing.keys_values == "all":
+            kept = torch.ones_like(kept)
+        if window := work.arch.window_size:
+            kept = kept[:, -(window - 1) :]
+        found[place.layer] = kept.sum(1).tolist()
+    return found
 
 
 def _beside(dense_s: float, routed_s: float, ideal: float) -> dict[str, float | None]:

@@ -23,7 +23,7 @@ from megatron_mod.evaluation.perplexity import read_rows
 from megatron_mod.evaluation.rows import Row, evenly
 from megatron_mod.evaluation.static import METHOD, Greedy, thresholds_without
 from megatron_mod.parallel import topology
-from megatron_mod.routing.scheme import Scheme
+from megatron_mod.routing.scheme import Place, Scheme
 from megatron_mod.training.loop import train
 from megatron_mod.training.plan import prepare
 
@@ -121,17 +121,18 @@ class Model:
             found[name] = self._describe(measured, measured.at(thresholds))
         return found
 
-    def without(self, removed: Sequence[int]) -> dict[str, dict]:
-        """Each text's measured half, with layers removed for good."""
-        thresholds = thresholds_without(self.routed.backend.layers, removed)
+    def without(self, removed: Sequence[Place]) -> dict[str, dict]:
+        """Each text's measured half, with what these routers decide about removed for good."""
+        thresholds = thresholds_without(self.routed.backend.places, removed)
         return {
             name: self._describe(measured, measured.at(thresholds))
             for name, (_, measured) in self.calibrations.items()
         }
 
     def greedy(self) -> Greedy:
-        """Chooses the layers to remove on the first text's calibration half."""
-        return Greedy(self.routed.backend, next(iter(self.rows.values()))[::2])
+        """Chooses what to remove on the first text's calibration half."""
+        rows = next(iter(self.rows.values()))[::2]
+        return Greedy(self.routed.backend, rows, work=self.routed.work)
 
     @staticmethod
     def _describe(calibration: Calibration, point: Point) -> dict:
@@ -165,16 +166,16 @@ def compare(
         for seed in own
         for point in _train(setup, measured, recipe, granularity, wanted, seed=seed)
     ]
-    least = {}
+    least: dict[tuple[str, ...], float] = {}
     for point in routed:
-        target = Scheme.parse(point["granularity"]).target
+        targets = Scheme.parse(point["granularity"]).targets
         works = [text["work"] for text in point["texts"].values()]
-        least[target] = min(least.get(target, 1.0), *works)
+        least[targets] = min(least.get(targets, 1.0), *works)
     static = [
         entry
-        for target, work in least.items()
+        for targets, work in least.items()
         for stand_ins in (False, True)
-        for entry in _remove(setup, measured, target, stand_ins=stand_ins, work=work)
+        for entry in _remove(setup, measured, targets, stand_ins=stand_ins, work=work)
     ]
     dense = {name: text["perplexity"] for name, text in static[0]["texts"].items()}
     table = list(summarise(routed, static, dense))
@@ -219,12 +220,18 @@ def _train(
 
 
 def _remove(
-    setup: Setup, measured: Measurements, target: str, *, stand_ins: bool, work: float
+    setup: Setup,
+    measured: Measurements,
+    targets: tuple[str, ...],
+    *,
+    stand_ins: bool,
+    work: float,
 ) -> Iterator[dict]:
     """Removals from none on, until one takes no more than a share of ``work`` on every text."""
+    scheme, target = Scheme(targets, "token"), "+".join(targets)
     changes = {
         **UNTRAINED,
-        "router.granularity": f"{target}_token",
+        "router.granularity": str(scheme),
         **({"router.stand_in": "linear"} if stand_ins else NO_STAND_INS),
     }
     run = setup.run(f"static_{target}_{'with' if stand_ins else 'without'}_stand_ins", **changes)
@@ -236,11 +243,11 @@ def _remove(
             model = Model(setup, run)
             opened.append((model, model.greedy()))
         model, greedy = opened[0]
-        removed = list(greedy.first(count))
-        return {"removed": removed, "texts": model.without(removed)}
+        removed = greedy.first(count)
+        return {"removed": list(map(scheme.label, removed)), "texts": model.without(removed)}
 
     with topology.single_process():
-        for count in range(setup.layers + 1):
+        for count in range(setup.layers * len(targets) + 1):
             found = measured.once(f"{kind} {count}", lambda count=count: measure(count))
             yield {"target": target, "stand_ins": stand_ins, **found}
             if all(text["work"] <= work for text in found["texts"].values()):
@@ -257,7 +264,7 @@ def summarise(
         key = (point["recipe"], point["granularity"], point["capacity"])
         groups.setdefault(key, []).append(point)
     for (recipe, granularity, capacity), points in groups.items():
-        target = Scheme.parse(granularity).target
+        target = "+".join(Scheme.parse(granularity).targets)
         for text, without_routers in dense.items():
             found = [point["texts"][text] for point in points]
             losses = [math.log(one["perplexity"]) for one in found]

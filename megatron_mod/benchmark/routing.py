@@ -17,7 +17,7 @@ from megatron_mod.model.builder import build_model, transformer_config
 from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.routing.scheme import GRANULARITIES
+from megatron_mod.routing.scheme import GRANULARITIES, Scheme
 
 # hidden size, MLP channels, heads, query groups, channels a head; SmolLM2's, Llama-3-8B's and less
 SIZES = {
@@ -86,15 +86,18 @@ class Timed:
         self.times.append(time.perf_counter() - start)
 
     def set_capacity(self, capacity: float) -> float:
-        """Move the threshold between the units' logits; returns the share that is kept."""
+        """Move each router's threshold between its units' logits; returns the share that is
+        kept."""
         layer = self.layer
         with torch.no_grad():
-            logits = layer.router(layer.input_layernorm(self.hidden))
+            normed = layer.input_layernorm(self.hidden)
+            logits = [router(normed) for router in layer.routers.values()]
             if layer.routing.scheme.per_sequence:
-                logits = logits.mean(0)
-        border = border_at(logits.flatten(), capacity)
-        layer.routing = replace(layer.routing, threshold=threshold_at(border))
-        return float((logits >= border).double().mean())
+                logits = [of_tokens.mean(0) for of_tokens in logits]
+        borders = [border_at(units.flatten(), capacity) for units in logits]
+        layer.routing = replace(layer.routing, threshold=tuple(map(threshold_at, borders)))
+        kept = [units >= border for units, border in zip(logits, borders, strict=True)]
+        return float(torch.stack(kept).double().mean())
 
     @torch.no_grad()
     def work(self) -> int:
@@ -114,7 +117,11 @@ def compare(size: str, args: Setting) -> list[dict]:
         routed = []
         for capacity in CAPACITIES:
             routing = RoutingConfig(
-                granularity, (0,), (capacity,), keys_values=keys_values, training_compute="sparse"
+                granularity,
+                (0,),
+                (capacity,) * len(Scheme.parse(granularity).targets),
+                keys_values=keys_values,
+                training_compute="sparse",
             )
             timed = Timed(granularity, *layer_of(size, routing, args), args, size)
             timed.capacity = timed.set_capacity(capacity)

@@ -37,17 +37,17 @@ class Ours:
         self.training = Training(config, plan, RunCheckpoints(config, folder, plan))
         self.loader = self.training.data
         self.shape = (plan.base.arch.hidden_size, plan.base.arch.ffn_hidden_size)
-        self.layers = plan.routing.layers
+        self.places = plan.routing.places
         self.gradient: Tensor | None = None
-        self.found = torch.zeros(len(self.layers), self.shape[0], device=device.device())
+        self.found = torch.zeros(len(self.places), self.shape[0], device=device.device())
         self.hooks = [
-            router.weight.register_hook(partial(self._add, self.layers.index(layer)))
-            for layer, router in self.training.model.routers().items()
+            router.weight.register_hook(partial(self._add, self.places.index(place)))
+            for place, router in self.training.model.routers().items()
         ]
 
-    def _add(self, place: int, grad: Tensor) -> None:
+    def _add(self, number: int, grad: Tensor) -> None:
         """Take in what a micro-batch's backward pass gives a router."""
-        self.found[place] += grad[0]
+        self.found[number] += grad[0]
 
     def step(self, number: int) -> Taken:
         """Take a step, counted from 0; the gradient is that of the first one."""

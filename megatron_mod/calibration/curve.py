@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from megatron_mod.calibration.search import Calibration, Point
 from megatron_mod.evaluation.rows import Row
-from megatron_mod.evaluation.static import METHOD, Greedy, count_at_work, thresholds_without
+from megatron_mod.evaluation.static import METHOD, Greedy, thresholds_without
+from megatron_mod.routing.scheme import Place, Scheme
 
 NEAR = 0.02  # what a curve's capacity may differ from the one asked for
 
@@ -20,9 +21,10 @@ class CurvePoint:
     measured.
     """
 
+    scheme: Scheme
     point: Point
     speedup: float
-    removed: list[int]
+    removed: list[Place]
     static: Point
     static_speedup: float
     prefill: float | None = None
@@ -36,7 +38,7 @@ class CurvePoint:
             "perplexity": self.point.perplexity,
             "static_method": METHOD,
             "static_perplexity": self.static.perplexity,
-            "static_removed_layers": self.removed,
+            "static_removed_layers": list(map(self.scheme.label, self.removed)),
             "static_capacity": self.static.mean_capacity,
             "static_counted_speedup": self.static_speedup,
             "counted_speedup": self.speedup,
@@ -64,15 +66,18 @@ class Curve:
         self.removal = Greedy(
             calibration.backend,
             calibration.rows if ranking is None else ranking,
+            work=calibration.work,
             after_pass=calibration.after_pass,
         )
 
     def at(self, point: Point) -> CurvePoint:
         """What belongs to a point of the calibration."""
         calibration = self.calibration
-        count = count_at_work(calibration.work, calibration.rows, point.flops)
-        removed = sorted(self.removal.first(count))
-        static = calibration.at(thresholds_without(calibration.backend.layers, removed))
+        removed = sorted(self.removal.nearest(calibration.rows, point.flops))
+        static = calibration.at(thresholds_without(calibration.backend.places, removed))
         times = self.timing(point.thresholds) if self.timing else (None, None)
-        speedup = calibration.speedup
-        return CurvePoint(point, speedup(point), removed, static, speedup(static), *times)
+        routing, speedup = calibration.work.routing, calibration.speedup
+        assert routing is not None
+        return CurvePoint(
+            routing.scheme, point, speedup(point), removed, static, speedup(static), *times
+        )

@@ -15,6 +15,7 @@ from megatron_mod.evaluation.rows import Row
 from megatron_mod.evaluation.work import Work
 from megatron_mod.hf.thresholds_mod import border_at, common_border, settled_border, threshold_at
 from megatron_mod.routing.config import logit_border
+from megatron_mod.routing.scheme import Place
 
 TOLERANCE = 0.005  # between capacities that are told apart
 HALVINGS = 6  # of the capacities between which a speed-up or a perplexity lies
@@ -24,8 +25,8 @@ HALVINGS = 6  # of the capacities between which a speed-up or a perplexity lies
 class Point:
     """What a model does at some thresholds, on the calibration text.
 
-    ``capacity``: kept share of the units of each routed layer; ``nats``: loss of all labels
-    together; ``flops``: counted work of a prefill of every row; ``logits``: each layer's, of all
+    ``capacity``: kept share of the units of each router; ``nats``: loss of all labels
+    together; ``flops``: counted work of a prefill of every row; ``logits``: each router's, of all
     units (``[num_units]``).
     """
 
@@ -34,7 +35,7 @@ class Point:
     perplexity: float
     nats: float
     flops: int
-    logits: dict[int, Tensor]
+    logits: dict[Place, Tensor]
 
     @property
     def mean_capacity(self) -> float:
@@ -42,7 +43,7 @@ class Point:
 
     @property
     def all_logits(self) -> Tensor:
-        """Of all units in all layers."""
+        """Of all units of all routers."""
         return torch.cat(list(self.logits.values()))
 
     def decides_as(self, thresholds: Sequence[float]) -> bool:
@@ -77,12 +78,12 @@ class Calibration:
         self.after_pass = after_pass
         self._known: dict[tuple[float, ...], Point] = {}
         self.labels = sum(row.num_labels for row in rows)
-        self.dense = self.at([0.0] * len(backend.layers))
+        self.dense = self.at([0.0] * len(backend.places))
         self.dense_flops = sum(work.prefill(len(row.ids), {}) for row in rows)
         self.points = [self.dense]
 
     def at(self, thresholds: Sequence[float]) -> Point:
-        """The model at these thresholds, one per routed layer; equal decisions are run once."""
+        """The model at these thresholds, one per router; equal decisions are run once."""
         thresholds = tuple(thresholds)
         if thresholds not in self._known:
             alike = (point for point in self._known.values() if point.decides_as(thresholds))
@@ -98,16 +99,16 @@ class Calibration:
 
     def _run(self, thresholds: tuple[float, ...]) -> Point:
         found = self.backend.observe(self.rows, thresholds=thresholds)
-        borders = dict(zip(self.backend.layers, map(logit_border, thresholds), strict=True))
+        borders = dict(zip(self.backend.places, map(logit_border, thresholds), strict=True))
         logits = {
-            layer: torch.cat([observed.logits[layer] for observed in found]) for layer in borders
+            place: torch.cat([observed.logits[place] for observed in found]) for place in borders
         }
         nats = -math.fsum(observed.score.log_probability for observed in found)
         return Point(
             thresholds=thresholds,
             capacity=tuple(
-                float((logits[layer] >= border).double().mean())
-                for layer, border in borders.items()
+                float((logits[place] >= border).double().mean())
+                for place, border in borders.items()
             ),
             perplexity=math.exp(nats / self.labels),
             nats=nats,
@@ -115,16 +116,16 @@ class Calibration:
             logits=logits,
         )
 
-    def _flops(self, thresholds: tuple[float, ...], logits: dict[int, Tensor]) -> int:
+    def _flops(self, thresholds: tuple[float, ...], logits: dict[Place, Tensor]) -> int:
         work, lengths = self.work.at(thresholds), [len(row.ids) for row in self.rows]
         units = [1] * len(lengths) if self.backend.by_sequence else lengths
         kept = {
-            layer: (logits[layer] >= logit_border(threshold)).split(units)
-            for layer, threshold in zip(self.backend.layers, thresholds, strict=True)
+            place: (logits[place] >= logit_border(threshold)).split(units)
+            for place, threshold in zip(self.backend.places, thresholds, strict=True)
         }
         flops = 0
         for row, length in enumerate(lengths):
-            made = {layer: parts[row].expand(length) for layer, parts in kept.items()}
+            made = {place: parts[row].expand(length) for place, parts in kept.items()}
             flops += work.prefill(length, made)
         return flops
 
@@ -151,14 +152,14 @@ class Calibration:
         if self.scope == "model":
             known = {logit_border(p.thresholds[0]): p.all_logits for p in self.points}
             border = common_border(
-                lambda border: self._try([border] * len(self.backend.layers)).all_logits,
+                lambda border: self._try([border] * len(self.backend.places)).all_logits,
                 capacity,
                 known=known,
                 tolerance=tolerance,
             )
-            return self._try([border] * len(self.backend.layers))
+            return self._try([border] * len(self.backend.places))
         point = min(self.points, key=lambda point: abs(point.mean_capacity - capacity))
-        for _ in self.backend.layers:  # a round settles at least one more of them, from the top
+        for _ in self.backend.places:  # a round settles at least one more of them, from the top
             near = tolerance is not None and self._miss(point, capacity) <= tolerance
             if near and point in self.points:
                 break

@@ -30,6 +30,7 @@ from megatron_mod.model.trainable import Trainable
 from megatron_mod.parallel.agree import on_first_rank
 from megatron_mod.parallel.topology import Topology, print_once
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.scheme import Place
 from megatron_mod.training.ending import command
 from megatron_mod.training.stand_ins import describe, fit_stand_ins
 
@@ -39,10 +40,10 @@ AT_A_TIME = 8  # micro-batches of a rank, between two movements of the progress 
 _OPTION_OF = {"router.layers": "--layers", "router.stand_in_rank": "--rank"}
 
 
-def make_stand_ins(request: StandInRequest, ranks: Topology) -> dict[int, float]:
+def make_stand_ins(request: StandInRequest, ranks: Topology) -> dict[Place, float]:
     """Solve the stand-ins of a base and write them with untrained routers; called by all ranks.
 
-    Returns the explained share of each layer's variance.
+    Returns the explained share of the variance at each router's place.
 
     Raises:
         ValueError: a base, layers, a rank or a layout of ranks that do not fit, or data with fewer
@@ -55,7 +56,6 @@ def make_stand_ins(request: StandInRequest, ranks: Topology) -> dict[int, float]
         degrees = {"tensor": ranks.tensor, "pipeline": ranks.pipeline}
         check_parallel(arch, **degrees, names=OPTIONS)
         routing = _routing(request, base)
-        assert routing.stand_in_rank is not None
         samples = _samples(request, base)
         tokens = sum(len(sample.ids) for sample in samples)
 
@@ -74,15 +74,9 @@ def make_stand_ins(request: StandInRequest, ranks: Topology) -> dict[int, float]
             data_ranks=ranks.data,
         )
         explained = fit_stand_ins(model, _shown(loader.passes(), tokens))
-        print_once(
-            describe(
-                explained,
-                rank=routing.stand_in_rank,
-                tokens=tokens,
-                hidden_size=arch.hidden_size,
-            )
-        )
-        about = {"data": request.data, "tokens": tokens, "explained": explained}
+        print_once(describe(explained, routing, tokens=tokens, hidden_size=arch.hidden_size))
+        shares = {routing.scheme.label(place): share for place, share in explained.items()}
+        about = {"data": request.data, "tokens": tokens, "explained": shares}
         manifest = {
             "routing": routing.to_dict(),
             "implementation": implementation,
@@ -112,7 +106,7 @@ def _routing(request: StandInRequest, base: Base) -> RoutingConfig:
     return RoutingConfig(  # a router of zeros keeps everything
         wanted.granularity,
         wanted.layers,
-        capacity=(1.0,) * len(wanted.layers),
+        capacity=(1.0,) * len(wanted.places),
         stand_in_rank=wanted.stand_in_rank,
     )
 

@@ -62,14 +62,16 @@ class RouterConfig:
 
     Args:
         granularity: what one decision covers: a layer's attention, its MLP or the whole block, for
-            one sequence or one token (the units of this section).
+            one sequence or one token (the units of this section); or attention and MLP apart, each
+            with a router and a stand-in of its own (`attn_token+mlp_token`).
         layers: routed layers: `all`; `{deepest: n}`, the n deepest but the last; `{every: n,
             offset: k}`, every n-th from index k on (offset defaults to n - 1); or a list of
             zero-based indices.
         capacity: target share of units that keep a layer, above 0 and at most 1; one number, or
-            one per routed layer; unset: 0.5, or what router.work leaves.
+            one per router (of a layer that has two, its attention's first); unset: 0.5, or what
+            router.work leaves.
         work: in its place, the share of the dense model's operations (a prefill's, head included,
-            at the training data's lengths) that may remain, above 0 and at most 1: what each layer
+            at the training data's lengths) that may remain, above 0 and at most 1: what each router
             keeps of that is found in training, at a price per operation.
         scope: `layer` holds every layer to its target, `model` only their mean, so that
             important layers may stay on.
@@ -85,13 +87,13 @@ class RouterConfig:
         stand_in: what a skipped unit adds: `none`, nothing; `linear`, a small affine map of what
             the router reads, solved in closed form on the first samples, unless the routers that
             training starts from have them.
-        stand_in_rank: rank of that map, at least 1; unset: 32 for attention, 64 for MLPs and
-            blocks, or half the hidden size where that is less.
+        stand_in_rank: rank of that map, at least 1; unset: 32 for attention alone, 64 for MLPs
+            and blocks, or half the hidden size where that is less.
         stand_in_tokens: tokens it is solved on, at least 1; unset: 16384.
         threshold: a unit keeps a layer when sigmoid(logit) is at least this; between 0 and 1.
         pooling: tokens a sequence's decision averages over: `prompt` (the default) those before
             the first label, what a generation's prefill sees; `all` every token but padding.
-        keys_values: with attn_token or block_token, whose keys and values kept tokens attend to:
+        keys_values: with tokens that skip attention, whose keys and values kept tokens attend to:
             `all` (the default, as published) or those of `selected` tokens only.
         training_compute: `dense` computes skipped units too, for the full straight-through
             gradient; `sparse` skips them in training as well, and their routers hear from the
@@ -144,7 +146,11 @@ class RouterConfig:
         return RoutingConfig(
             granularity=self.granularity,
             layers=layers,
-            capacity=resolve_capacity(capacity, num_routed=len(layers)),
+            capacity=resolve_capacity(
+                capacity,
+                num_layers=len(layers),
+                targets=len(Scheme.parse(self.granularity).targets),
+            ),
             work=self.work,
             scope=self.scope,
             capacity_loss_weight=self.capacity_loss_weight,
@@ -165,8 +171,8 @@ class RouterConfig:
                 f"router.stand_in_rank = {self.stand_in_rank}: must be at most the model's hidden "
                 f"size, {hidden_size}."
             )
-        target = Scheme.parse(self.granularity).target
-        return self.stand_in_rank or default_rank(target, hidden_size=hidden_size)
+        scheme = Scheme.parse(self.granularity)
+        return self.stand_in_rank or default_rank(scheme, hidden_size=hidden_size)
 
 
 @dataclass

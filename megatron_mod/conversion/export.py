@@ -130,10 +130,11 @@ def routing_of(config: dict, path: Path) -> RoutingConfig | None:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     layers = routing.layers
-    if len(routing.capacity) != len(layers) or len(routing.thresholds) != len(layers):
+    routers = len(routing.places)
+    if len(routing.capacity) != routers or len(routing.thresholds) != routers:
         raise ValueError(
             f"{path}: routing: capacity and a threshold that is a list must have one number for "
-            f"each of the {len(layers)} layers."
+            f"each of the {routers} routers."
         )
     if list(layers) != sorted(set(layers)) or (layers and layers[0] < 0):
         raise ValueError(f"{path}: routing.layers = {list(layers)}: must be ascending indices.")

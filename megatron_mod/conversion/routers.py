@@ -155,6 +155,11 @@ def write_published(folder: Path, routing: RoutingConfig, added: Added, hf_confi
             "--routers-only: what is skipped has a stand-in, which the published format does not "
             "know; train with router.stand_in none, or export the whole model."
         )
+    if len(routing.scheme.targets) > 1:
+        raise ValueError(
+            f"--routers-only: router.granularity = {routing.granularity}: the published format has "
+            "one router a layer; export the whole model."
+        )
     thresholds = {
         logit_border(threshold) - float(added[layer].get(BIAS, 0.0))
         for layer, threshold in zip(routing.layers, routing.thresholds, strict=True)

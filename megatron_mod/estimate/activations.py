@@ -41,24 +41,27 @@ def _routed(placed: Placed, layer: int, recompute: str, *, goes_on: bool) -> int
     if recompute == "full":
         stream = 0 if is_wide and goes_on else states
         return router + norm * goes_on + stream + (0 if is_wide else states)
-    found = router + states + _stand_in(placed, is_wide=is_wide)  # what the mask multiplies
+    targets = job.routing.scheme.targets
+    # What each mask multiplies.
+    found = router + len(targets) * states + _stand_ins(placed, is_wide=is_wide)
     if goes_on:
         found += norm + _attention(placed, layer)
-        if job.routing.scheme.target == "mlp" and job.routing.stand_in_rank and not is_wide:
+        if "mlp" in targets and job.routing.stand_in_rank and not is_wide:
             found += norm  # the stand-in's own
-    if goes_on or not job.routing.scheme.covers_mlp:
+    if goes_on or "attn" in targets:
         found += states if recompute == "selective" else norm + _mlp(placed)
     return found
 
 
-def _stand_in(placed: Placed, *, is_wide: bool) -> int:
-    """Its inputs, if it trains; else its weights alone are needed."""
-    routing, tokens = placed.job.routing, placed.tokens
+def _stand_ins(placed: Placed, *, is_wide: bool) -> int:
+    """Their inputs, if they train; else their weights alone are needed."""
+    routing, found = placed.job.routing, 0
     if "stand_ins" not in placed.job.config.train.parts:
         return 0
-    shared = is_wide and routing.scheme.target != "mlp"
-    width = (routing.stand_in_rank or 0) + (0 if shared else placed.job.arch.hidden_size)
-    return tokens * width * placed.element
+    for target in routing.scheme.targets:
+        shared = is_wide and target != "mlp"
+        found += (routing.stand_in_rank or 0) + (0 if shared else placed.job.arch.hidden_size)
+    return placed.tokens * found * placed.element
 
 
 def _norm(placed: Placed, tokens: int) -> int:

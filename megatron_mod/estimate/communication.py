@@ -77,7 +77,7 @@ def _of_layer(placed: Placed, layer: int) -> Counter[str]:
         entered, left = entered + 2, left + 1
     elif recompute == "selective" and layer > first and not is_routed:
         entered, left = entered + 1, left + 1
-    ends_in_mlp = layer == first and not job.routing.scheme.covers_mlp
+    ends_in_mlp = layer == first and "attn" in job.routing.scheme.targets
     back = 2 if layer > first else int(ends_in_mlp)
     if not job.topology.sequence_parallel:
         return Counter({ALL_REDUCE: left + back})

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from megatron_mod.checkpoint.companions import read_json
 from megatron_mod.conversion.config_types import TOKENS, check_fields
 from megatron_mod.evaluation.rows import Row, Score
-from megatron_mod.routing.scheme import Scheme
+from megatron_mod.routing.scheme import Place, Scheme
 
 T = TypeVar("T")
 GENERATION_CONFIG = "generation_config.json"
@@ -26,11 +26,11 @@ NOT_FINITE = -1  # in a generated token's place: the logits were no numbers
 
 @dataclass(frozen=True)
 class Observation:
-    """A row's score, and the logits of its units in each routed layer: ``[1]`` of a sequence,
+    """A row's score, and the logits that each router gave its units: ``[1]`` of a sequence,
     ``[len(ids)]`` of its tokens."""
 
     score: Score
-    logits: dict[int, Tensor]
+    logits: dict[Place, Tensor]
 
 
 class Backend(abc.ABC):
@@ -39,7 +39,7 @@ class Backend(abc.ABC):
     Every rank makes the same calls and gets all results: batches are dealt to the data-parallel
     ranks, and what they find is gathered.
 
-    A subclass sets ``layers``, the routed layers' indices, and ``thresholds``, what they decide by.
+    A subclass sets ``places``, those of the routers, and ``thresholds``, what they decide by.
 
     Args:
         tokenizer: the model's, fast.
@@ -55,7 +55,7 @@ class Backend(abc.ABC):
         ValueError: a length the model does not have, or a pooling where no sequence is routed.
     """
 
-    layers: Sequence[int]
+    places: Sequence[Place]
     thresholds: Sequence[float]
 
     def __init__(
@@ -110,7 +110,7 @@ class Backend(abc.ABC):
 
     def observe(self, rows: Sequence[Row], *, thresholds: Sequence[float]) -> list[Observation]:
         """Each row's score and router logits, in order, with the routers at ``thresholds``, one
-        per routed layer.
+        for each.
 
         Raises:
             ValueError: a score is not finite.
@@ -120,18 +120,18 @@ class Backend(abc.ABC):
         parts = [[rows[index] for index in batch] for batch in batches]
         with self._deciding_by(thresholds) as watched:
             scores = _finite(self._collect(batches, self._score(parts), len(rows)))
-        mine: dict[int, dict[int, Tensor]] = {}
-        for layer, found in watched.items():
+        mine: dict[int, dict[Place, Tensor]] = {}
+        for place, found in watched.items():
             for part, batch, logits in zip(parts, batches, found, strict=True):
                 sizes = [1 if self.by_sequence else len(row.ids) for row in part]
                 for index, units in zip(batch, logits.cpu().split(sizes), strict=True):
-                    mine.setdefault(index, {})[layer] = units
-        everybody: dict[int, dict[int, Tensor]] = {}
+                    mine.setdefault(index, {})[place] = units
+        everybody: dict[int, dict[Place, Tensor]] = {}
         for one in _gather(mine):
             for index, logits in one.items():
                 everybody.setdefault(index, {}).update(logits)
         return [
-            Observation(score, {layer: everybody[index][layer] for layer in self.layers})
+            Observation(score, {place: everybody[index][place] for place in self.places})
             for index, score in enumerate(scores)
         ]
 
@@ -151,13 +151,13 @@ class Backend(abc.ABC):
             raise _not_finite(sum(NOT_FINITE in new for new in tokens), len(tokens))
         return [self._text(new, until) for new in tokens]
 
-    def capacity(self) -> dict[int, float]:
+    def capacity(self) -> dict[Place, float]:
         """Share of the units (sequences or tokens) of all scored texts and prompts so far that
-        kept each routed layer; the same on every rank. Generated tokens are not counted."""
+        each router kept; the same on every rank. Generated tokens are not counted."""
         pairs = sum(_gather(self._counts())).t().tolist()
         return {
-            layer: kept / units if units else 1.0
-            for layer, (kept, units) in zip(self.layers, pairs, strict=True)
+            place: kept / units if units else 1.0
+            for place, (kept, units) in zip(self.places, pairs, strict=True)
         }
 
     @abc.abstractmethod
@@ -167,9 +167,9 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def _deciding_by(
         self, thresholds: Sequence[float]
-    ) -> AbstractContextManager[dict[int, list[Tensor]]]:
-        """Lets the routed layers decide by these thresholds, one for each, in the block; by their
-        own again after it. Yields, for each routed layer that this rank holds, a list that each
+    ) -> AbstractContextManager[dict[Place, list[Tensor]]]:
+        """Lets the routers decide by these thresholds, one for each, in the block; by their
+        own again after it. Yields, for each router that this rank holds, a list that each
         batch run in the block adds its units' logits to, row by row ``[num_units]``."""
 
     @abc.abstractmethod

@@ -22,7 +22,7 @@ from megatron_mod.evaluation.rows import (
 )
 from megatron_mod.routing.config import logit_border
 from megatron_mod.routing.masks import TokenRole, valid_tokens
-from megatron_mod.routing.scheme import Scheme
+from megatron_mod.routing.scheme import Place, Scheme
 
 
 class HuggingFaceBackend(Backend):
@@ -51,28 +51,28 @@ class HuggingFaceBackend(Backend):
             data_ranks=data_ranks,
         )
         self.model = model.eval()
-        self.layers = tuple(routing["layers"]) if routing else ()
+        self.places = tuple(Place(*place) for place in model.config.places) if routing else ()
         self.thresholds = tuple(model.config.thresholds().values()) if routing else ()
-        self._prefix = KnownPrefix(model, self.layers[0]) if self.layers else None
+        self._prefix = KnownPrefix(model, self.places[0].layer) if self.places else None
         self._borders: _WatchedBorders | None = None
-        self._kept: Counter[int] = Counter()
-        self._units: Counter[int] = Counter()
+        self._kept: Counter[Place] = Counter()
+        self._units: Counter[Place] = Counter()
 
     def _counts(self) -> Tensor:
         return torch.tensor(
-            [[c[layer] for layer in self.layers] for c in (self._kept, self._units)]
+            [[c[place] for place in self.places] for c in (self._kept, self._units)]
         )
 
     @contextmanager
-    def _deciding_by(self, thresholds: Sequence[float]) -> Iterator[dict[int, list[Tensor]]]:
-        self._borders = _WatchedBorders(self.layers, thresholds)
-        if self.layers:
+    def _deciding_by(self, thresholds: Sequence[float]) -> Iterator[dict[Place, list[Tensor]]]:
+        self._borders = _WatchedBorders(self.places, thresholds)
+        if self.places:
             self.model.set_thresholds(list(thresholds))
         try:
             yield self._borders.watched
         finally:
             self._borders = None
-            if self.layers:
+            if self.places:
                 self.model.set_thresholds(list(self.thresholds))
 
     @torch.no_grad()
@@ -135,23 +135,27 @@ class HuggingFaceBackend(Backend):
 
     def _count(self) -> None:
         """Add up what the model reports of its last call."""
-        if self.layers:
+        if self.places:
             for layer, report in self.model.routing_report()["layers"].items():
-                self._kept[layer] += report["kept"]
-                self._units[layer] += report["units"]
+                for place in self.places:
+                    if place.layer == layer:
+                        own = report.get(place.target, report)
+                        self._kept[place] += own["kept"]
+                        self._units[place] += own["units"]
 
 
 class _WatchedBorders:
     """Tells an export its borders, as its ``CapacityBorders`` does, and keeps the logits."""
 
-    def __init__(self, layers: Sequence[int], thresholds: Sequence[float]) -> None:
-        pairs = zip(layers, thresholds, strict=True)
-        self.borders = {layer: logit_border(threshold) for layer, threshold in pairs}
-        self.watched: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    def __init__(self, places: Sequence[Place], thresholds: Sequence[float]) -> None:
+        pairs = zip(places, thresholds, strict=True)
+        self.borders = {place: logit_border(threshold) for place, threshold in pairs}
+        self.watched: dict[Place, list[Tensor]] = {place: [] for place in places}
 
-    def find(self, layer: int, logits: Tensor) -> float:
-        self.watched[layer].append(logits)
-        return self.borders[layer]
+    def find(self, place: tuple[int, str], logits: Tensor) -> float:
+        at = Place(*place)
+        self.watched[at].append(logits)
+        return self.borders[at]
 
 
 class _WatchedLogits(LogitsProcessor):

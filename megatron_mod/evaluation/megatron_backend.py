@@ -25,6 +25,7 @@ from megatron_mod.model.head import CHUNK
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.decision import Decisions
+from megatron_mod.routing.scheme import Place
 
 
 class MegatronBackend(Backend):
@@ -51,13 +52,13 @@ class MegatronBackend(Backend):
             data_ranks=model.groups.dp.size(),
         )
         self.model = model.eval()
-        self.layers = routing.layers if routing else ()
+        self.places = routing.places if routing else ()
         self.thresholds = routing.thresholds if routing else ()
         for layer in model.routed_layers().values():
             # Rows say what a decision sees, whatever the routers were trained with.
             layer.routing = replace(routing, pooling=self.pooling and "prompt")
-        self._counted = torch.zeros(2, len(self.layers), dtype=torch.float64)
-        self._watched: dict[int, list[Tensor]] = {}
+        self._counted = torch.zeros(2, len(self.places), dtype=torch.float64)
+        self._watched: dict[Place, list[Tensor]] = {}
 
     def _counts(self) -> Tensor:
         """Only the first tensor-parallel rank's: the others hold copies."""
@@ -65,8 +66,8 @@ class MegatronBackend(Backend):
         return torch.zeros_like(self._counted) if is_copy else self._counted
 
     @contextmanager
-    def _deciding_by(self, thresholds: Sequence[float]) -> Iterator[dict[int, list[Tensor]]]:
-        self._watched = {layer: [] for layer in self.model.routers()}
+    def _deciding_by(self, thresholds: Sequence[float]) -> Iterator[dict[Place, list[Tensor]]]:
+        self._watched = {place: [] for place in self.model.routers()}
         self._set_thresholds(thresholds)
         try:
             yield self._watched
@@ -78,10 +79,10 @@ class MegatronBackend(Backend):
         for layer in self.model.routed_layers().values():
             layer.routing = replace(layer.routing, threshold=tuple(thresholds))
 
-    def _watch(self, decisions: Mapping[int, Decisions]) -> None:
-        for layer, made in decisions.items():
-            if layer in self._watched:
-                self._watched[layer].append(made.logits.t()[made.valid.t()])
+    def _watch(self, decisions: Mapping[Place, Decisions]) -> None:
+        for place, made in decisions.items():
+            if place in self._watched:
+                self._watched[place].append(made.logits.t()[made.valid.t()])
 
     def _score(self, batches: Collection[Sequence[Row]]) -> list[list[Score]]:
         return self._run(batches, read=_scores)
@@ -125,10 +126,10 @@ class MegatronBackend(Backend):
         cut = map(collate_rows, batches)
         found = run_batches(self.model, cut, len(batches), finish=read, watch=self._watch)
         if counted:
-            for place, layer in enumerate(self.layers):
-                if layer in routers:
-                    self._counted[0, place] += float(routers[layer].kept)
-                    self._counted[1, place] += float(routers[layer].valid)
+            for number, place in enumerate(self.places):
+                if place in routers:
+                    self._counted[0, number] += float(routers[place].kept)
+                    self._counted[1, number] += float(routers[place].valid)
         return found
 
     def _from_last_stage(self, found: list[list[int]], count: int) -> list[int]:

@@ -14,6 +14,7 @@ from megatron_mod.conversion.export import dense_config, routing_of
 from megatron_mod.conversion.families import family_of
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.scheme import Place
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,10 @@ class Work:
     Counted are the matrix products: two floating-point operations for each multiplication, of
     attention only those of a query with the keys it sees. ``routing``: ``None`` for a dense model.
 
-    A layer's decisions are bool tensors, one entry a token; a sequence that decides as one says the
-    same for all of its tokens. A layer whose threshold is 1 is removed for good: nobody will ever
-    ask for its keys and values, so none are made, with ``keys_values = all`` neither.
+    Decisions are bool tensors, by the router's place, one entry a token; a sequence that decides as
+    one says the same for all of its tokens. An attention whose threshold is 1 is removed for good:
+    nobody will ever ask for its keys and values, so none are made, with ``keys_values = all``
+    neither.
     """
 
     arch: Architecture
@@ -43,29 +45,33 @@ class Work:
         return cls(family_of(dense).architecture_of(dense), routing_of(hf_config, path))
 
     def at(self, thresholds: Sequence[float]) -> Work:
-        """Of the same model with other thresholds, one per routed layer."""
+        """Of the same model with other thresholds, one per router."""
         return replace(self, routing=replace(self.routing, threshold=tuple(thresholds)))
 
-    def prefill(self, length: int, kept: Mapping[int, Tensor]) -> int:
+    def prefill(self, length: int, kept: Mapping[Place, Tensor]) -> int:
         """Floating-point operations of one sequence's forward pass, up to its last token's logits.
 
         Args:
             length: tokens of the sequence, S.
-            kept: each routed layer's decisions ``[S]``.
+            kept: each router's decisions ``[S]``.
         """
         arch = self.arch
-        dense = self._layer(torch.ones(length, dtype=torch.bool), routed=None)
-        layers = dense * (arch.num_layers - len(kept))
-        for layer, decisions in kept.items():
-            layers += self._layer(decisions, routed=layer)
-            layers += 2 * arch.hidden_size * length  # the router
-            layers += 2 * self._stand_in_weights * int(decisions.logical_not().sum())
-        return layers + 2 * arch.hidden_size * arch.vocab_size
+        everyone = torch.ones(length, dtype=torch.bool)
+        routed = {place.layer for place in kept}
+        found = self._layer(everyone, everyone, everyone) * (arch.num_layers - len(routed))
+        for layer in routed:
+            attending, feeding = self._parts(layer, kept, everyone)
+            keys = everyone if self._offers_all_keys(layer) else attending
+            found += self._layer(attending, keys, feeding)
+        for decisions in kept.values():
+            found += 2 * arch.hidden_size * length  # the router
+            found += 2 * self._stand_in_weights * int(decisions.logical_not().sum())
+        return found + 2 * arch.hidden_size * arch.vocab_size
 
     def decode_bytes(
         self,
         stored: Sequence[int],
-        kept: Mapping[int, Tensor],
+        kept: Mapping[Place, Tensor],
         stored_by: Mapping[int, Sequence[int]],
         *,
         element_size: int,
@@ -76,50 +82,59 @@ class Work:
 
         Args:
             stored: tokens of each sequence so far, ``B`` of them.
-            kept: each routed layer's decisions ``[B]`` in this step.
+            kept: each router's decisions ``[B]`` in this step.
             stored_by: how many keys each sequence has in each routed layer's cache.
             element_size: bytes of a weight.
         """
         arch = self.arch
+        everyone = torch.ones(len(stored), dtype=torch.bool)
         elements = arch.hidden_size * arch.vocab_size
         for layer in range(arch.num_layers):
-            decisions = kept.get(layer)
-            if decisions is None:
-                elements += arch.query_weights + arch.key_weights + arch.mlp_weights
-                elements += 2 * arch.key_channels * sum(map(self._in_window, stored))
-                continue
-            elements += arch.hidden_size  # the router, of fp32: too little to tell apart
-            elements += self._stand_in_weights * (not decisions.all())
-            some, scheme = bool(decisions.any()), self.routing.scheme
-            attends = some or not scheme.covers_attention
+            attending, feeding = self._parts(layer, kept, everyone)
+            attends = bool(attending.any())
             needs_keys = attends or self._offers_all_keys(layer)
             elements += arch.query_weights * attends + arch.key_weights * needs_keys
-            elements += arch.mlp_weights * (some or not scheme.covers_mlp)
-            readers = decisions.tolist() if scheme.covers_attention else [True] * len(stored)
-            read = [n for n, reads in zip(stored_by[layer], readers, strict=True) if reads]
+            elements += arch.mlp_weights * bool(feeding.any())
+            held = zip(stored_by.get(layer, stored), attending.tolist(), strict=True)
+            read = [tokens for tokens, reads in held if reads]
             elements += 2 * arch.key_channels * sum(map(self._in_window, read))
+        for decisions in kept.values():
+            elements += arch.hidden_size  # the router, of fp32: too little to tell apart
+            elements += self._stand_in_weights * (not decisions.all())
         return elements * element_size
 
-    def _layer(self, kept: Tensor, *, routed: int | None) -> int:
-        """Floating-point operations of this routed layer, or of a dense one, over a sequence."""
-        arch, scheme = self.arch, None if routed is None else self.routing.scheme
-        length, chosen = len(kept), int(kept.sum())
-        everyone = torch.ones_like(kept)
-        queries, keys = everyone, everyone
-        if scheme and scheme.covers_attention:
-            queries = kept
-            keys = everyone if self._offers_all_keys(routed) else kept
-        mlp = chosen if scheme and scheme.covers_mlp else length
+    def _parts(
+        self, layer: int, kept: Mapping[Place, Tensor], everyone: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Who goes through a layer's attention, and who through its MLP: bool as ``everyone``."""
+        if self.routing is None:
+            return everyone, everyone
+        scheme = self.routing.scheme
+        targets = (scheme.attention_target, scheme.mlp_target)
+        attending, feeding = (
+            everyone if target is None else kept.get(Place(layer, target), everyone)
+            for target in targets
+        )
+        return attending, feeding
+
+    def _layer(self, queries: Tensor, keys: Tensor, feeding: Tensor) -> int:
+        """Floating-point operations of a layer over a sequence, of which so many tokens attend,
+        are attended to, and go through the MLP; all bool ``[S]``."""
+        arch = self.arch
         return (
             2 * arch.query_weights * int(queries.sum())
             + 2 * arch.key_weights * int(keys.sum())
             + 4 * arch.query_channels * self._pairs(queries, keys)
-            + 2 * arch.mlp_weights * mlp
+            + 2 * arch.mlp_weights * int(feeding.sum())
         )
 
     def _offers_all_keys(self, layer: int) -> bool:
-        """Whether units that skip this routed layer make keys and values for those that do not."""
-        is_removed = self.routing.logit_border(layer) == math.inf
+        """Whether units that skip this routed layer's attention make keys and values for those that
+        do not."""
+        target = self.routing and self.routing.scheme.attention_target
+        if target is None:
+            return True
+        is_removed = self.routing.logit_border(Place(layer, target)) == math.inf
         return self.routing.keys_values == "all" and not is_removed
 
     def _pairs(self, queries: Tensor, keys: Tensor) -> int:

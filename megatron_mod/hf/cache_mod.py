@@ -26,6 +26,10 @@ class Choice:
         self.keep = keep
         self.index = keep.flatten().nonzero().squeeze(-1)
 
+    @property
+    def is_everything(self) -> bool:
+        return len(self.index) == self.keep.numel()
+
     @cached_property
     def others(self) -> Tensor:
         """Where the units are that are not kept, without waiting for the device."""
@@ -44,7 +48,7 @@ class Choice:
     ) -> Tensor:
         """``values`` ``[N, ...]`` with ``function`` of the kept in their place, and ``instead`` of
         the others in theirs; without it they stay."""
-        if len(self.index) == len(values):
+        if self.is_everything:
             return function(values)
         if not len(self.index):
             return instead(values) if instead else values
@@ -143,24 +147,25 @@ class RoutedCacheLayer(DynamicLayer):
 
 
 class SequenceCacheLayer(RoutedCacheLayer):
-    """One decision per sequence, and the keys and values ``[stored, heads, T, D]``.
+    """One decision per sequence and router, and the keys and values ``[stored, heads, T, D]``.
 
-    Stored are the sequences that keep the layer, or with ``everyone`` (the attention is not
-    routed) all of them.
+    Stored are the sequences that keep ``attention``, the target that covers it, or without one (the
+    attention is not routed) all of them.
     """
 
-    def __init__(self, window: int | None = None, *, everyone: bool = False) -> None:
+    def __init__(self, window: int | None = None, *, attention: str | None = None) -> None:
         super().__init__(window)
-        self.everyone = everyone
-        self.choice: Choice | None = None  # among the B sequences, set by the prefill
+        self.attention = attention
+        self.choices: dict[str, Choice] = {}  # among the B sequences, set by the prefill
 
     @property
-    def kept(self) -> Tensor | None:
-        """``[B]`` bool."""
-        return self.choice and self.choice.keep
+    def batch(self) -> int | None:
+        """How many sequences have been decided on, if they have."""
+        return next((len(choice.keep) for choice in self.choices.values()), None)
 
-    def decide(self, kept: Tensor) -> None:
-        self.choice = Choice(kept)
+    def decide(self, kept: dict[str, Tensor]) -> None:
+        """Take on the decisions ``[B]`` bool about each target."""
+        self.choices = {target: Choice(keep) for target, keep in kept.items()}
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(keys, values)
@@ -170,21 +175,25 @@ class SequenceCacheLayer(RoutedCacheLayer):
         return keys, values
 
     def reset(self) -> None:
-        self.__init__(self.window, everyone=self.everyone)
+        self.__init__(self.window, attention=self.attention)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Let sequence ``indices[i]`` become sequence ``i``."""
-        if self.kept is None:
+        if (stored := self._rows()) is None:
             return
-        indices = indices.to(self.kept.device)
-        stored = self._rows() if self.everyone else self.kept.cumsum(0) - 1
-        self.decide(self.kept[indices])
+        indices = indices.to(stored.device)
+        if self.attention:
+            stored = self.choices[self.attention].keep.cumsum(0) - 1
+        self.decide({target: choice.keep[indices] for target, choice in self.choices.items()})
         if self.is_initialized:
-            stored = stored[indices if self.everyone else indices[self.choice.index]]
+            if self.attention:
+                indices = indices[self.choices[self.attention].index]
+            stored = stored[indices]
             self.keys, self.values = self.keys[stored], self.values[stored]
 
     def _rows(self) -> Tensor | None:
-        return None if self.kept is None else torch.arange(len(self.kept), device=self.kept.device)
+        keep = next((choice.keep for choice in self.choices.values()), None)
+        return None if keep is None else torch.arange(len(keep), device=keep.device)
 
     def _keep_first(self, tokens: int) -> None:
         if self.is_initialized:
@@ -313,9 +322,9 @@ def prepare_cache(cache: Cache, config: RoutedConfig, removed: Collection[int] =
     if cache.get_seq_length() == 0:
         cache.layers = DynamicCache(config=config).layers
         cache.layer_class_to_replicate = None
-        everyone = {"everyone": config.target == "mlp"} if config.per_sequence else {}
+        own = {"attention": config.attention_target} if config.per_sequence else {}
         for index, kind in kinds.items():
-            cache.layers[index] = kind(config.window(index), **everyone)
+            cache.layers[index] = kind(config.window(index), **own)
         return cache
     found = {n: type(c) for n, c in enumerate(cache.layers) if isinstance(c, RoutedCacheLayer)}
     if found != kinds or len(cache.layers) != config.num_hidden_layers:

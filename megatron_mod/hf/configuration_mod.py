@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-# A granularity's name and its two parts: what is computed or skipped, and who decides.
+# A granularity's name and its two parts: what is computed or skipped, each by a router of its own,
+# and who decides.
 GRANULARITIES = {
-    f"{target}_{unit}": (target, unit)
-    for target in ("attn", "mlp", "block")
+    "+".join(f"{target}_{unit}" for target in targets): (targets, unit)
+    for targets in (("attn",), ("mlp",), ("block",), ("attn", "mlp"))
     for unit in ("sequence", "token")
 }
 NO_ROUTING = {"granularity": "attn_sequence", "layers": [], "threshold": 0.5}
@@ -17,10 +18,11 @@ class RoutedConfig:
     """What a family's configuration gains: a ``routing`` entry.
 
     ``granularity`` (one of ``GRANULARITIES``), ``layers`` (zero-based indices of the routed
-    layers), ``threshold`` (keep when ``sigmoid(logit)`` reaches it: a number, or one per routed
-    layer; 0 keeps and 1 skips everything), ``keys_values`` (``all`` or ``selected``; for
-    ``attn_token`` and ``block_token``), ``bias`` (whether routers have one), ``stand_in_rank`` (of
-    what skipped units add; none without), and what the routers were trained for.
+    layers), ``threshold`` (keep when ``sigmoid(logit)`` reaches it: a number, or one per router, in
+    the order of ``places``; 0 keeps and 1 skips everything), ``keys_values`` (``all`` or
+    ``selected``; where tokens skip attention), ``bias`` (whether routers have one),
+    ``stand_in_rank`` (of what skipped units add; none without), and what the routers were trained
+    for.
     """
 
     routing: dict[str, Any]
@@ -33,9 +35,20 @@ class RoutedConfig:
         self.check_routing()
 
     @property
-    def target(self) -> str:
-        """What is computed or skipped: a layer's ``attn``, its ``mlp`` or the ``block``."""
+    def targets(self) -> tuple[str, ...]:
+        """What is computed or skipped, each by a router of its own: a layer's ``attn``, its
+        ``mlp``, both, or the ``block``."""
         return GRANULARITIES[self.routing["granularity"]][0]
+
+    @property
+    def attention_target(self) -> str | None:
+        """The target whose router decides about attention."""
+        return next((target for target in self.targets if target != "mlp"), None)
+
+    @property
+    def places(self) -> list[tuple[int, str]]:
+        """Of the routers: layer and target."""
+        return [(layer, target) for layer in self.routing["layers"] for target in self.targets]
 
     @property
     def per_sequence(self) -> bool:
@@ -59,7 +72,7 @@ class RoutedConfig:
             raise ValueError(
                 f"routing.layers = {layers}: must be from 0 to {self.num_hidden_layers - 1}."
             )
-        chooses_keys = self.target != "mlp" and not self.per_sequence
+        chooses_keys = self.attention_target is not None and not self.per_sequence
         allowed = ("all", "selected") if chooses_keys else (None,)
         if routing.get("keys_values", allowed[0]) not in allowed:
             raise ValueError(
@@ -77,16 +90,21 @@ class RoutedConfig:
             )
         self.thresholds()
 
-    def thresholds(self) -> dict[int, float]:
-        """Each routed layer's threshold."""
-        layers, threshold = self.routing["layers"], self.routing["threshold"]
-        values = threshold if isinstance(threshold, list) else [threshold] * len(layers)
-        if len(values) != len(layers) or any(not 0.0 <= value <= 1.0 for value in values):
+    def thresholds(self) -> dict[tuple[int, str], float]:
+        """Each router's threshold, by its place."""
+        places, threshold = self.places, self.routing["threshold"]
+        values = threshold if isinstance(threshold, list) else [threshold] * len(places)
+        if len(values) != len(places) or any(not 0.0 <= value <= 1.0 for value in values):
             raise ValueError(
                 f"routing.threshold = {threshold}: must be a number from 0 to 1, or a list of one "
-                f"per routed layer ({len(layers)})."
+                f"per {self.of_each} ({len(places)})."
             )
-        return dict(zip(layers, values, strict=True))
+        return dict(zip(places, values, strict=True))
+
+    @property
+    def of_each(self) -> str:
+        """What has a threshold of its own, for messages."""
+        return "routed layer" if len(self.targets) == 1 else "router: attention and MLP of a layer"
 
     def window(self, layer: int) -> int | None:
         """How many tokens back a layer's attention sees, itself included; None: all of them."""

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 
-from .cache_mod import CACHE, SequenceCacheLayer, TokenCacheLayer, TokenSelection, check_batch
+from .cache_mod import (
+    CACHE,
+    Choice,
+    SequenceCacheLayer,
+    TokenCacheLayer,
+    TokenSelection,
+    check_batch,
+)
 from .configuration_mod import RoutedConfig
 from .thresholds_mod import CapacityBorders, WatchedBorders, logit_border
 
@@ -24,7 +31,8 @@ class RoutingCall:
     pooled: Tensor | None  # [B, S]: tokens a sequence's decision may see; None: all
     tokens: Tensor | None  # [B, past + S]: tokens that are no padding; None: all
     borders: CapacityBorders | WatchedBorders | None = None  # found, or given, on the way
-    decisions: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B] or [B, S] bool
+    # of each router, by layer and target: [B] or [B, S] bool
+    decisions: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
 
 class Router(nn.Module):
@@ -56,7 +64,7 @@ class StandIn(nn.Module):
 
 
 class RoutedLayer:
-    """Mixed into a family's decoder layer: what its router skips is not computed.
+    """Mixed into a family's decoder layer: what its routers skip is not computed.
 
     Of the family it uses ``input_layernorm``, ``self_attn``, ``post_attention_layernorm`` and
     ``mlp``, each added to the residual stream as it is.
@@ -67,18 +75,32 @@ class RoutedLayer:
         self.layer_idx = layer_idx
         self.router = None
         if layer_idx in config.routing["layers"]:
-            self.router = Router(config.hidden_size, config.routing.get("bias", False))
+            hidden_size, bias = config.hidden_size, config.routing.get("bias", False)
             rank = config.routing.get("stand_in_rank")
-            self.stand_in = StandIn(config.hidden_size, rank) if rank else None
-            self.logit_border = logit_border(config.thresholds()[layer_idx])
-            self.target, self.per_sequence = config.target, config.per_sequence
+            self.targets, self.per_sequence = config.targets, config.per_sequence
+            self.router = self._of_each(lambda: Router(hidden_size, bias))
+            self.stand_in = self._of_each(lambda: StandIn(hidden_size, rank)) if rank else None
+            self.set_thresholds(config.thresholds())
+            self.attention_target = config.attention_target
             self.stores_selected = config.stores_selected
             self.window = config.window(layer_idx)
 
+    def _of_each(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """A module for the one target, or one for each in a dict of them."""
+        if len(self.targets) == 1:
+            return make()
+        return nn.ModuleDict({target: make() for target in self.targets})
+
+    def set_thresholds(self, thresholds: dict[tuple[int, str], float]) -> None:
+        """Take on this layer's of all routers' thresholds."""
+        self.logit_borders = {
+            target: logit_border(thresholds[self.layer_idx, target]) for target in self.targets
+        }
+
     @property
     def is_removed(self) -> bool:
-        """Whether no unit will ever be kept."""
-        return self.logit_border == math.inf
+        """Whether no unit will ever go through the attention."""
+        return self.logit_borders.get(self.attention_target) == math.inf
 
     def forward(self, hidden_states: Tensor, *, routing: RoutingCall, **context: Any) -> Tensor:
         """``[B, S, H]`` to the same; ``context`` is what the family's layer takes."""
@@ -92,12 +114,14 @@ class RoutedLayer:
         storage = SequenceCacheLayer() if cache is None else cache.layers[self.layer_idx]
         batch, length, _ = hidden_states.shape
         normed = None
-        if storage.kept is None:
+        if storage.batch is None:
             normed = self.input_layernorm(hidden_states)
-            storage.decide(self._sequences_to_keep(normed, routing))
-        check_batch(batch, cached=len(storage.kept))
-        routing.decisions[self.layer_idx] = storage.kept
-        choice = storage.choice
+            keep = {each: self._sequences_to_keep(each, normed, routing) for each in self.targets}
+            storage.decide(keep)
+        check_batch(batch, cached=storage.batch)
+        for target, made in storage.choices.items():
+            routing.decisions[self.layer_idx, target] = made.keep
+        choice = storage.choices.get(self.attention_target)
 
         def attend(kept: Tensor) -> Tensor:
             everyone = len(kept) == batch
@@ -108,84 +132,99 @@ class RoutedLayer:
             chosen = context if everyone else _select(context, choice.index, batch)
             return kept + self.self_attn(hidden_states=inputs, **chosen)[0]
 
+        def finish(kept: Tensor) -> Tensor:
+            kept = attend(kept)
+            return self._mlp(kept) if "block" in self.targets else kept
+
         def stand_in(skipped: Tensor) -> Tensor:
             read = self.input_layernorm(skipped) if normed is None else choice.left(normed)
-            return skipped + self.stand_in(read)
+            return skipped + self._own(self.stand_in, self.attention_target)(read)
 
-        if self.target == "attn":
-            hidden_states = self._mlp(choice.apply(hidden_states, attend, self._instead(stand_in)))
-        elif self.target == "mlp":
-            hidden_states = attend(hidden_states)
-            hidden_states = choice.apply(
-                hidden_states, self._mlp, self._instead(self._mlp_stand_in)
-            )
+        if choice:
+            hidden_states = choice.apply(hidden_states, finish, self._instead(stand_in))
         else:
-            hidden_states = choice.apply(
-                hidden_states, lambda kept: self._mlp(attend(kept)), self._instead(stand_in)
-            )
+            hidden_states = attend(hidden_states)
+        if "block" not in self.targets:
+            hidden_states = self._feed_forward(hidden_states, storage.choices.get("mlp"))
         storage.advance(length)
         return hidden_states
 
     def _by_token(self, hidden_states: Tensor, routing: RoutingCall, context: dict) -> Tensor:
         normed = self.input_layernorm(hidden_states)
-        keep = self._tokens_to_keep(normed, routing)
-        routing.decisions[self.layer_idx] = keep
-        kept = TokenSelection(keep)
-        everything = len(kept.index) == keep.numel()
-        if self.target == "mlp" or (everything and not self.stores_selected):
+        choices: dict[str, TokenSelection] = {}
+        for target in self.targets:
+            keep = self._tokens_to_keep(target, normed, routing)
+            routing.decisions[self.layer_idx, target] = keep
+            choices[target] = TokenSelection(keep)
+        kept = choices.get(self.attention_target)
+        if kept is None or (kept.is_everything and not self.stores_selected):
             hidden_states = hidden_states + self.self_attn(hidden_states=normed, **context)[0]
-            if self.target == "attn":
-                return self._mlp(hidden_states)
-            tokens = kept.apply(
-                hidden_states.flatten(0, 1), self._mlp, self._instead(self._mlp_stand_in)
-            )
-            return tokens.view_as(normed)
+            return self._feed_forward(hidden_states, choices.get("mlp"))
         update = self._attend_tokens(normed, kept, routing, context)
 
         def finish(tokens: Tensor) -> Tensor:
             tokens = tokens + update
-            return self._mlp(tokens) if self.target == "block" else tokens
+            return self._mlp(tokens) if "block" in self.targets else tokens
 
         def stand_in(skipped: Tensor) -> Tensor:
-            return skipped + self.stand_in(kept.left(normed.flatten(0, 1)))
+            own = self._own(self.stand_in, self.attention_target)
+            return skipped + own(kept.left(normed.flatten(0, 1)))
 
         tokens = kept.apply(hidden_states.flatten(0, 1), finish, self._instead(stand_in))
         hidden_states = tokens.view_as(normed)
-        return self._mlp(hidden_states) if self.target == "attn" else hidden_states
+        if "block" in self.targets:
+            return hidden_states
+        return self._feed_forward(hidden_states, choices.get("mlp"))
+
+    def _own(self, modules: nn.Module, target: str) -> nn.Module:
+        """A target's among what ``_of_each`` made."""
+        return modules if len(self.targets) == 1 else modules[target]
 
     def _instead(self, stand_in: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor] | None:
         """What becomes of skipped units; None: they stay."""
         return stand_in if self.stand_in else None
 
+    def _feed_forward(self, hidden_states: Tensor, choice: Choice | None) -> Tensor:
+        """The MLP of the chosen units of ``[B, S, H]``, sequences or tokens; None: of all."""
+        if choice is None:
+            return self._mlp(hidden_states)
+        by_token = isinstance(choice, TokenSelection)
+        units = hidden_states.flatten(0, 1) if by_token else hidden_states
+        units = choice.apply(units, self._mlp, self._instead(self._mlp_stand_in))
+        return units.view_as(hidden_states)
+
     def _mlp(self, hidden_states: Tensor) -> Tensor:
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     def _mlp_stand_in(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states + self.stand_in(self.post_attention_layernorm(hidden_states))
+        own = self._own(self.stand_in, "mlp")
+        return hidden_states + own(self.post_attention_layernorm(hidden_states))
 
-    def _sequences_to_keep(self, normed: Tensor, routing: RoutingCall) -> Tensor:
+    def _sequences_to_keep(self, target: str, normed: Tensor, routing: RoutingCall) -> Tensor:
         """``[B]`` bool: the mean logit of the pooled tokens reaches the border."""
-        logits = self.router(normed)
+        logits = self._own(self.router, target)(normed)
         if routing.pooled is None:
             logits = logits.mean(1)
         else:
             logits = (logits * routing.pooled).sum(1) / routing.pooled.sum(1).clamp(min=1)
-        return logits >= self._border(logits, routing)
+        return logits >= self._border(target, logits, routing)
 
-    def _tokens_to_keep(self, normed: Tensor, routing: RoutingCall) -> Tensor:
+    def _tokens_to_keep(self, target: str, normed: Tensor, routing: RoutingCall) -> Tensor:
         """``[B, S]`` bool: the token's logit reaches the border, and it is no padding."""
-        logits = self.router(normed)
+        logits = self._own(self.router, target)(normed)
         if routing.tokens is None:
-            return logits >= self._border(logits.flatten(), routing)
+            return logits >= self._border(target, logits.flatten(), routing)
         valid = routing.tokens[:, -logits.shape[1] :]
-        border = self._border(logits[valid], routing) if routing.borders else self.logit_border
+        border = self.logit_borders[target]
+        if routing.borders:
+            border = self._border(target, logits[valid], routing)
         return (logits >= border) & valid
 
-    def _border(self, logits: Tensor, routing: RoutingCall) -> float:
-        """The logit from which on this layer is kept, or the one that these ``[N]`` ask for."""
+    def _border(self, target: str, logits: Tensor, routing: RoutingCall) -> float:
+        """The logit from which on a router keeps, or the one that these ``[N]`` ask for."""
         if routing.borders is None:
-            return self.logit_border
-        return routing.borders.find(self.layer_idx, logits)
+            return self.logit_borders[target]
+        return routing.borders.find((self.layer_idx, target), logits)
 
     def _attend_tokens(
         self, normed: Tensor, kept: TokenSelection, routing: RoutingCall, context: dict

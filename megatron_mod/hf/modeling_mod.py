@@ -7,7 +7,8 @@ This file and the ones it imports from beside it travel with an exported model a
 
 A routed layer's router reads the output of the input norm and decides what is computed:
 ``y = x + m * F(x)``, F = the attention, the MLP or both (``attn``, ``mlp``, ``block``), m one
-number per sequence or per token (``attn_sequence``, ``attn_token``, ...). What is skipped is
+number per sequence or per token (``attn_sequence``, ``attn_token``, ...); with
+``attn_token+mlp_token`` the attention and the MLP have a router each. What is skipped is
 not computed; where the layer has a stand-in S, a small affine map of what the router reads (of an
 MLP: of what the MLP reads), it adds ``(1 - m) * S``, computed for what is skipped only.
 
@@ -24,7 +25,7 @@ for thresholds in ``thresholds_mod.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,6 @@ from .thresholds_mod import (
     CapacityBorders,
     WatchedBorders,
     common_border,
-    logit_border,
     threshold_at,
 )
 
@@ -83,10 +83,11 @@ class RoutingControls:
 
     def set_thresholds(self, threshold: float | Sequence[float]) -> None:
         """Keep a unit where ``sigmoid(logit)`` reaches ``threshold``: one number from 0 (keep all)
-        to 1 (skip all), or one per routed layer. ``save_pretrained`` writes it.
+        to 1 (skip all), or one per router (per routed layer; of one that has two, its attention's
+        first). ``save_pretrained`` writes it.
 
         Raises:
-            ValueError: another number of thresholds than routed layers, or one out of range.
+            ValueError: another number of thresholds than routers, or one out of range.
         """
         before = self.config.routing
         listed = list(threshold) if isinstance(threshold, (list, tuple)) else threshold
@@ -96,8 +97,8 @@ class RoutingControls:
         except ValueError:
             self.config.routing = before
             raise
-        for index, layer in self._routed_layers().items():
-            layer.logit_border = logit_border(thresholds[index])
+        for layer in self._routed_layers().values():
+            layer.set_thresholds(thresholds)
 
     @torch.no_grad()
     def set_capacity(
@@ -108,14 +109,14 @@ class RoutingControls:
         *,
         scope: str | None = None,
     ) -> None:
-        """Set the routed layers' thresholds so that ``capacity`` of a text's units is kept.
+        """Set the routers' thresholds so that ``capacity`` of a text's units is kept.
 
         Args:
             capacity: share of the units (sequences or tokens) from 0 to 1; one number, or with
-                ``scope="layer"`` one per routed layer.
+                ``scope="layer"`` one per router, in the order of ``set_thresholds``.
             input_ids, attention_mask: ``[B, S]``, a text of the kind the model will see. For
                 a sequence granularity: prompts, and enough of them.
-            scope: ``layer`` holds every layer to its capacity (in one pass, each layer sees what
+            scope: ``layer`` holds every router to its capacity (in one pass, each layer sees what
                 the ones before it leave); ``model`` gives all one threshold, at which their mean
                 has it (in at most 20 passes). None: as the routers were trained.
 
@@ -123,17 +124,17 @@ class RoutingControls:
         ``routing_report`` tells of the next call.
 
         Raises:
-            ValueError: a capacity or scope out of range, another number of capacities than routed
-                layers, or scores that no threshold can tell apart.
+            ValueError: a capacity or scope out of range, another number of capacities than
+                routers, or scores that no threshold can tell apart.
         """
-        routed = self.config.routing["layers"]
+        places = self.config.places
         several = isinstance(capacity, (list, tuple))
         scope = scope or ("layer" if several else self.config.routing.get("scope", "layer"))
-        targets = list(capacity) if several else [capacity] * len(routed)
-        if len(targets) != len(routed) or any(not 0.0 <= value <= 1.0 for value in targets):
+        targets = list(capacity) if several else [capacity] * len(places)
+        if len(targets) != len(places) or any(not 0.0 <= value <= 1.0 for value in targets):
             raise ValueError(
-                f"capacity = {capacity}: must be a number from 0 to 1, or one per routed layer "
-                f"({len(routed)})."
+                f"capacity = {capacity}: must be a number from 0 to 1, or one per "
+                f"{self.config.of_each} ({len(places)})."
             )
         if scope not in ("layer", "model") or (several and scope == "model"):
             raise ValueError(
@@ -141,9 +142,9 @@ class RoutingControls:
             )
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if scope == "layer":
-            borders = CapacityBorders(dict(zip(routed, targets, strict=True)))
+            borders = CapacityBorders(dict(zip(places, targets, strict=True)))
             self._decoder(**inputs, borders=borders)
-            self.set_thresholds([threshold_at(borders.found[index]) for index in routed])
+            self.set_thresholds([threshold_at(borders.found[place]) for place in places])
             return
 
         def scores_at(border: float) -> Tensor:
@@ -152,14 +153,15 @@ class RoutingControls:
             return torch.cat(watched.scores)
 
         border = common_border(scores_at, targets[0])
-        self.set_thresholds([threshold_at(border)] * len(routed))
+        self.set_thresholds([threshold_at(border)] * len(places))
 
     def routing_report(self) -> dict[str, Any]:
         """What the last call skipped and what it saved; after ``generate``, the whole of it.
 
         ``layers`` has, for each routed layer's index, the ``kept`` of its ``units`` (sequences,
         or tokens without padding) and their ratio ``capacity``, and ``cache_bytes`` with the
-        ``cache_bytes_saved`` against the dense layer's. The sums are beside it.
+        ``cache_bytes_saved`` against the dense layer's. Of a layer with two routers these are sums,
+        and its ``attn`` and ``mlp`` have their own. The sums of all layers are beside it.
 
         Raises:
             ValueError: there was no call yet.
@@ -174,41 +176,56 @@ class RoutingRecord:
     """Decisions and cache sizes of one call, or of the calls of one ``generate``."""
 
     def __init__(self) -> None:
-        self.decisions: dict[int, list[Tensor]] = {}  # counted only when somebody asks
+        self.decisions: dict[tuple[int, str], list[Tensor]] = {}  # counted when somebody asks
         self.tokens: Tensor | int = 0  # of all calls, without padding
         self.cache_bytes: dict[int, tuple[int, int]] = {}  # held, and by a dense layer
 
     def add(self, model: RoutedModel, routing: RoutingCall, cache: Cache | None) -> None:
         """Take note of a forward call, without waiting for the device."""
-        for layer, keep in routing.decisions.items():
+        sized: set[int] = set()
+        for (layer, target), keep in routing.decisions.items():
             if keep.dim() == 1:  # a sequence stays what it is at later steps
-                self.decisions[layer] = [keep]
+                self.decisions[layer, target] = [keep]
             else:
-                self.decisions.setdefault(layer, []).append(keep)
-            if cache is not None:
+                self.decisions.setdefault((layer, target), []).append(keep)
+            if cache is not None and layer not in sized:
                 length = cache.get_seq_length()
                 sizes = _cache_bytes(model, layer, cache.layers[layer], length, batch=len(keep))
                 self.cache_bytes[layer] = sizes
+                sized.add(layer)
         if routing.decisions and keep.dim() == 2:
             valid = routing.tokens
             self.tokens += keep.numel() if valid is None else valid[:, -keep.shape[1] :].sum()
 
     def summary(self) -> dict[str, Any]:
-        layers = {}
-        for layer, decisions in self.decisions.items():
-            held, dense = self.cache_bytes.get(layer, (0, 0))
+        routers: dict[int, dict[str, dict[str, Any]]] = {}
+        for (layer, target), decisions in self.decisions.items():
             by_sequence = decisions[0].dim() == 1
+            routers.setdefault(layer, {})[target] = _with_capacity(
+                kept=int(sum(keep.sum() for keep in decisions)),
+                units=len(decisions[0]) if by_sequence else int(self.tokens),
+            )
+        layers = {}
+        for layer, parts in routers.items():
+            held, dense = self.cache_bytes.get(layer, (0, 0))
             layers[layer] = {
-                "kept": int(sum(keep.sum() for keep in decisions)),
-                "units": len(decisions[0]) if by_sequence else int(self.tokens),
+                **_sum(parts.values(), ("kept", "units")),
                 "cache_bytes": held,
                 "cache_bytes_saved": dense - held,
+                **(parts if len(parts) > 1 else {}),
             }
         names = ("kept", "units", "cache_bytes", "cache_bytes_saved")
-        total = {name: sum(entry[name] for entry in layers.values()) for name in names}
-        for entry in (total, *layers.values()):
-            entry["capacity"] = entry["kept"] / entry["units"] if entry["units"] else 1.0
-        return {**total, "layers": layers}
+        return {**_sum(layers.values(), names), "layers": layers}
+
+
+def _with_capacity(**counts: Any) -> dict[str, Any]:
+    counts["capacity"] = counts["kept"] / counts["units"] if counts["units"] else 1.0
+    return counts
+
+
+def _sum(entries: Iterable[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    entries = list(entries)
+    return _with_capacity(**{name: sum(entry[name] for entry in entries) for name in names})
 
 
 def _cache_bytes(
@@ -296,7 +313,7 @@ class RoutedModel(RoutingControls):
 
     def _removed_attention(self) -> list[int]:
         """The layers whose attention no token will ever ask for."""
-        if self.config.per_sequence or self.config.target == "mlp":
+        if self.config.per_sequence or self.config.attention_target is None:
             return []
         return [index for index, layer in self._routed_layers().items() if layer.is_removed]
 

@@ -155,25 +155,26 @@ def _is_sound(borders: Tensor, ranked: Tensor) -> Tensor:
 
 
 class CapacityBorders:
-    """Finds each routed layer's border, from the top down, in one pass."""
+    """Finds each router's border, from the first on, in one pass."""
 
-    def __init__(self, capacity: dict[int, float]) -> None:
+    def __init__(self, capacity: dict[tuple[int, str], float]) -> None:
         self.capacity = capacity
-        self.found: dict[int, float] = {}
+        self.found: dict[tuple[int, str], float] = {}
 
-    def find(self, layer: int, logits: Tensor) -> float:
-        """The border at which the layer's capacity of the units with ``logits`` ``[N]`` is kept."""
-        self.found[layer] = border_at(logits, self.capacity[layer])
-        return self.found[layer]
+    def find(self, place: tuple[int, str], logits: Tensor) -> float:
+        """The border at which the router's capacity of the units with ``logits`` ``[N]`` is
+        kept."""
+        self.found[place] = border_at(logits, self.capacity[place])
+        return self.found[place]
 
 
 class WatchedBorders:
-    """Gives all layers one border, and keeps their scores."""
+    """Gives all routers one border, and keeps their scores."""
 
     def __init__(self, border: float) -> None:
         self.border = border
         self.scores: list[Tensor] = []
 
-    def find(self, layer: int, logits: Tensor) -> float:
+    def find(self, place: tuple[int, str], logits: Tensor) -> float:
         self.scores.append(logits)
         return self.border

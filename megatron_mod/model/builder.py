@@ -24,6 +24,8 @@ from megatron_mod.parallel import device
 from megatron_mod.parallel.topology import ONE_RANK, Topology, process_groups
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.router import Router
+from megatron_mod.routing.scheme import Place
+from megatron_mod.routing.stand_in import StandIn
 
 
 class _EndOfBackward(torch.autograd.Function):
@@ -156,9 +158,15 @@ class ModelChunks(torch.nn.ModuleList):
         """This rank's routed layers by global layer index."""
         return {index: layer for chunk in self for index, layer in chunk.routed_layers().items()}
 
-    def routers(self) -> dict[int, Router]:
-        """This rank's routers by global layer index."""
-        return {index: layer.router for index, layer in self.routed_layers().items()}
+    def routers(self) -> dict[Place, Router]:
+        """This rank's routers by their places."""
+        layers = self.routed_layers().values()
+        return {place: router for layer in layers for place, router in layer.routers.items()}
+
+    def stand_ins(self) -> dict[Place, StandIn]:
+        """What stands in for what this rank's routers skip, by their places."""
+        layers = self.routed_layers().values()
+        return {place: one for layer in layers for place, one in layer.stand_ins.items()}
 
     def sharded_state_dict(self, *, stacked: bool = False) -> dict:
         """Megatron's sharded state dicts of all chunks, under the keys of ``state_dict``.

@@ -7,13 +7,14 @@ share a layer or a sequence share all of this alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.costs import UnitCosts, Workload
+from megatron_mod.routing.scheme import Place
 
 LENGTH = 512  # tokens of a sequence where nothing is known of them; only attention depends on it
 
@@ -118,31 +119,32 @@ def training_costs(
         dense_passes: forward passes of the dense model beside it, as a distillation needs.
         num_free_layers: leading layers that are not run at all.
         recompute: what backward computes again (see ``model/recompute.py``).
-        kept: the share that each routed layer kept; without, what a training that is held to its
+        kept: the share that each router kept; without, what a training that is held to its
             target keeps on average over the steps.
     """
     text = _Text.of(arch, lengths)
     dense, first = _products(arch, text), routing.layers[0]
     kept = [_mean_share(routing, target) for target in routing.capacity] if kept is None else kept
-    capacity = dict(zip(routing.layers, kept, strict=True))
-    router = 1 + 2 * (routing.stand_in_rank or 0)
-    added = 2 * text.tokens * arch.hidden_size * router  # the stand-in is two products
+    capacity = dict(zip(routing.places, kept, strict=True))
+    router = 1 + 2 * (routing.stand_in_rank or 0)  # the stand-in is two products
+    added = 2 * text.tokens * arch.hidden_size * router * len(routing.scheme.targets)
+    attention_apart = "attn" in routing.scheme.targets
     found = []
     for layer in range(arch.num_layers):
         if layer < num_free_layers:
             found.append(0)
             continue
         own, more = dense, 0
-        if layer in capacity:
-            own, more = _routed(arch, routing, text, capacity[layer]), added
+        if layer in routing.layers:
+            own, more = _routed(arch, routing, text, layer, capacity), added
         total = own.forward + more + dense_passes * dense.forward
         if layer > first:
             total += own.backward + more
-        elif layer == first and not routing.scheme.covers_mlp:
+        elif layer == first and attention_apart:
             total += own.mlp
         if layer >= first and recompute == "full":
             total += own.forward
-        elif recompute == "selective" and (layer > first or not routing.scheme.covers_mlp):
+        elif recompute == "selective" and (layer > first or attention_apart):
             total += own.mlp * (layer >= first)
         found.append(round(total))
     return Costs(tuple(found), _head(arch, labels) * (2 + dense_passes))
@@ -153,20 +155,28 @@ def _head(arch: Architecture, tokens: int) -> int:
 
 
 def _mean_share(routing: RoutingConfig, target: float) -> float:
-    """What is kept on average by a layer held to this target once it has fallen there from 1."""
+    """What is kept on average by a router held to this target once it has fallen there from 1."""
     return target + (1 - target) * routing.capacity_warmup_fraction / 2
 
 
-def _routed(arch: Architecture, routing: RoutingConfig, text: _Text, kept: float) -> _Products:
-    """Of a routed layer in training that keeps such a share."""
+def _routed(
+    arch: Architecture,
+    routing: RoutingConfig,
+    text: _Text,
+    layer: int,
+    capacity: Mapping[Place, float],
+) -> _Products:
+    """Of a routed layer in training whose routers keep such shares."""
     if routing.training_compute == "dense":
         return _products(arch, text)
     scheme = routing.scheme
-    queries = kept if scheme.covers_attention else 1.0
+    queries, mlp = (
+        1.0 if target is None else capacity[Place(layer, target)]
+        for target in (scheme.attention_target, scheme.mlp_target)
+    )
     keys = 1.0 if routing.keys_values == "all" else queries
     # Of a kept sequence every pair is computed; of kept tokens those of two that are kept.
     pairs = queries if scheme.per_sequence else queries * keys
-    mlp = kept if scheme.covers_mlp else 1.0
     return _products(arch, text, queries=queries, keys=keys, pairs=pairs, mlp=mlp)
 
 

@@ -23,6 +23,7 @@ from megatron_mod.model.builder import ModelChunks, RoutedGPTModel
 from megatron_mod.model.layout import StepContext, TokenLayout, zigzag
 from megatron_mod.parallel import device
 from megatron_mod.routing.decision import Decisions
+from megatron_mod.routing.scheme import Place
 
 T = TypeVar("T")
 
@@ -36,14 +37,14 @@ class Outcome:
         hidden_states: final ones, ``[S, B, H]`` (``[S / tp, B, H]`` with sequence parallelism).
         batch: the tokens that this context-parallel rank holds, on the device.
         places: row and column ``[N]`` of each of its labels, row by row.
-        decisions: of this stage's routed layers, by global layer index.
+        decisions: of this stage's routers, by their places.
     """
 
     model: RoutedGPTModel
     hidden_states: Tensor
     batch: MicroBatch
     places: tuple[Tensor, Tensor]
-    decisions: Mapping[int, Decisions]
+    decisions: Mapping[Place, Decisions]
 
     @property
     def labels(self) -> Tensor:
@@ -74,7 +75,7 @@ def run_batches(
     chunks: Sequence[torch.nn.Module] | None = None,
     training: bool = False,
     step: StepContext | None = None,
-    watch: Callable[[Mapping[int, Decisions]], None] | None = None,
+    watch: Callable[[Mapping[Place, Decisions]], None] | None = None,
 ) -> list[T]:
     """Run micro-batches forward, in training backward too; called by all ranks.
 

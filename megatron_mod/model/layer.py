@@ -23,6 +23,7 @@ from megatron_mod.parallel import device
 from megatron_mod.routing.config import AUTO, RoutingConfig
 from megatron_mod.routing.decision import Decisions, keep_mask
 from megatron_mod.routing.router import Router
+from megatron_mod.routing.scheme import Place
 from megatron_mod.routing.selection import (
     Everything,
     Selection,
@@ -37,7 +38,8 @@ _NO_GRAPH = "what a routed layer computes depends on its router's decisions, whi
 
 class RoutedTransformerLayer(TransformerLayer):
     """``y = x + m * F(x) + (1 - m) * S(x)`` with ``F`` attention, MLP or both, ``m`` its router's
-    decision, and ``S`` its stand-in, or nothing.
+    decision, and ``S`` its stand-in, or nothing; or so for the attention and then for the MLP, each
+    with a router and a stand-in of its own, which decide when the layer is entered.
 
     The router reads the output of the input norm, the stand-in too, but that of an MLP what the MLP
     would read. In training every unit is computed and
@@ -70,10 +72,15 @@ class RoutedTransformerLayer(TransformerLayer):
         self.recomputes_mlp = recompute.feed_forwards(config)
         self.routing = routing
         place = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.router = Router(config.hidden_size, bias=routing.bias, device=place)
+        targets = routing.scheme.targets
+        self.router = _for_each(
+            targets, lambda: Router(config.hidden_size, bias=routing.bias, device=place)
+        )
         self.stand_in = None
         if rank := routing.stand_in_rank:
-            self.stand_in = StandIn(config.hidden_size, rank, device=place)
+            self.stand_in = _for_each(
+                targets, lambda: StandIn(config.hidden_size, rank, device=place)
+            )
 
     def forward(
         self,
@@ -120,102 +127,133 @@ class RoutedTransformerLayer(TransformerLayer):
         self,
         x: Tensor,
         normed: Tensor,
-        chosen: Selection | Everything,
+        chosen: dict[str, Selection | Everything],
         layout: TokenLayout,
         rotary_pos_emb: Tensor | None,
     ) -> Tensor:
-        """All that follows on the choice, of rows ``[S, B, H]``."""
-        if self.routing.scheme.target == "attn":
-            update = self._attend(normed, chosen, layout, rotary_pos_emb)
-            self._show(layout, x, normed, update)
-            x = chosen.add(x, update, self._instead(normed))
-            x = x + self._feed_forward(x)
-        elif self.routing.scheme.target == "mlp":
-            x = x + self._attend(normed, Everything(), layout, rotary_pos_emb)
-            update = self._feed_forward(chosen.take(x))
-            if layout.step.watch_units:
-                self._show(layout, x, self.pre_mlp_layernorm(x), update)
-            x = chosen.add(x, update, self._instead(x, self.pre_mlp_layernorm))
-        else:
-            update = self._attend(normed, chosen, layout, rotary_pos_emb)
-            update = update + self._feed_forward(chosen.take(x) + update)
-            self._show(layout, x, normed, update)
-            x = chosen.add(x, update, self._instead(normed))
-        return x
+        """All that follows on the choices, by target, of rows ``[S, B, H]``."""
+        if block := chosen.get("block"):
+            update = self._attend(normed, block, layout, rotary_pos_emb)
+            update = update + self._feed_forward(block.take(x) + update)
+            self._show("block", layout, x, normed, update)
+            return block.add(x, update, self._instead("block", normed))
+        attending, feeding = (chosen.get(part) or Everything() for part in ("attn", "mlp"))
+        update = self._attend(normed, attending, layout, rotary_pos_emb)
+        self._show("attn", layout, x, normed, update)
+        x = attending.add(x, update, self._instead("attn", normed))
+        update = self._feed_forward(feeding.take(x))
+        if layout.step.watch_units:
+            self._show("mlp", layout, x, self.pre_mlp_layernorm(x), update)
+        return feeding.add(x, update, self._instead("mlp", x, self.pre_mlp_layernorm))
 
     @property
     def index(self) -> int:
         """The global layer index."""
         return self.layer_number - 1
 
-    def logit_border(self, layout: TokenLayout) -> float:
-        """The logit from which on a unit is kept."""
-        own = layout.step.borders.get(self.index)
-        return self.routing.logit_border(self.index) if own is None else own
+    @property
+    def routers(self) -> dict[Place, Router]:
+        """This layer's, by what they decide about."""
+        return self._by_place(self.router)
 
-    def _show(self, layout: TokenLayout, *grids: Tensor) -> None:
-        if layout.step.watch_units:
-            layout.step.watch_units(self.index, *(grid[layout.valid] for grid in grids))
+    @property
+    def stand_ins(self) -> dict[Place, StandIn]:
+        """This layer's, if it has any."""
+        return {} if self.stand_in is None else self._by_place(self.stand_in)
+
+    def _by_place(self, modules: torch.nn.Module) -> dict:
+        places = self.routing.scheme.places(self.index)
+        if len(places) == 1:
+            return {places[0]: modules}
+        return {place: modules[place.target] for place in places}
+
+    def logit_border(self, place: Place, layout: TokenLayout) -> float:
+        """The logit from which on a unit is kept."""
+        own = layout.step.borders.get(place)
+        return self.routing.logit_border(place) if own is None else own
+
+    def _show(self, target: str, layout: TokenLayout, *grids: Tensor) -> None:
+        if layout.step.watch_units and target in self.routing.scheme.targets:
+            place = Place(self.index, target)
+            layout.step.watch_units(place, *(grid[layout.valid] for grid in grids))
 
     def _instead(
-        self, grid: Tensor, norm: Callable[[Tensor], Tensor] = lambda x: x
+        self, target: str, grid: Tensor, norm: Callable[[Tensor], Tensor] = lambda x: x
     ) -> StandInOf | None:
-        """What the stand-in makes of chosen tokens of ``[S, B, H]``, which ``norm`` readies."""
-        if self.stand_in is None:
+        """What the target's stand-in makes of chosen tokens of ``[S, B, H]``, which ``norm``
+        readies; ``None`` without one."""
+        stand_in = self.stand_ins.get(Place(self.index, target))
+        if stand_in is None:
             return None
 
         def of(chosen: Selection | Everything) -> Tensor:
             tokens = chosen.take(grid)
-            return self.stand_in(norm(tokens) if len(tokens) else tokens)
+            return stand_in(norm(tokens) if len(tokens) else tokens)
 
         return of
 
-    def _choose(self, normed: Tensor, layout: TokenLayout) -> Selection | Everything:
-        """Ask the router about normed hidden states ``[S, B, H]``."""
+    def _choose(self, normed: Tensor, layout: TokenLayout) -> dict[str, Selection | Everything]:
+        """Ask the routers about normed hidden states ``[S, B, H]``; the choice of each target."""
+        targets = self.routing.scheme.targets
         if layout.step.dense:
-            return Everything()
+            return dict.fromkeys(targets, Everything())
+        decide = self._decide_tokens
         if self.routing.scheme.per_sequence:
-            kept, mask = self._decide_sequences(normed, layout)
-        else:
-            kept, mask = self._decide_tokens(normed, layout)
+            decide = self._decide_sequences
+        masks = {target: decide(Place(self.index, target), normed, layout) for target in targets}
         if layout.step.check_decisions:
-            self._require_equal_decisions(kept)
-        dense = self.training and self.routing.training_compute == "dense"
-        if dense:
-            return Everything(mask)
-        counts = count_chosen(kept, layout.document, layout.num_documents)[None]
+            for mask in masks.values():
+                self._require_equal_decisions(mask.detach().bool())
+        if self.training and self.routing.training_compute == "dense":
+            return {target: Everything(mask) for target, mask in masks.items()}
+        return self._select(masks, layout)
+
+    def _select(
+        self, masks: dict[str, Tensor], layout: TokenLayout
+    ) -> dict[str, Selection | Everything]:
+        """What is kept by each mask ``[S, B]``."""
+        kept = [mask.detach().bool() for mask in masks.values()]
+        counts = torch.stack(
+            [count_chosen(one, layout.document, layout.num_documents) for one in kept], 1
+        )
         cp = self.pg_collection.cp
+        counts = counts[None]  # [ranks, documents, targets]
         if cp.size() > 1:
             counts = gather_from_sequence_parallel_region(counts, group=cp)
-        host_counts = counts.tolist()  # the one host synchronisation: shapes follow from it
-        mask = mask if self.training else None
-        if min(map(sum, host_counts)) == kept.numel():
-            return Everything(mask)
-        return select(
-            kept,
-            layout.document,
-            layout.position_ids.t(),
-            counts,
-            host_counts,
-            rank=cp.rank(),
-            mask=mask,
-        )
+        on_host = counts.tolist()  # the one host synchronisation: shapes follow from it
+        found: dict[str, Selection | Everything] = {}
+        for number, (target, mask) in enumerate(masks.items()):
+            chosen, mine = kept[number], mask if self.training else None
+            host_counts = [[each[number] for each in rank] for rank in on_host]
+            if min(map(sum, host_counts)) == chosen.numel():
+                found[target] = Everything(mine)
+                continue
+            found[target] = select(
+                chosen,
+                layout.document,
+                layout.position_ids.t(),
+                counts[..., number],
+                host_counts,
+                rank=cp.rank(),
+                mask=mine,
+            )
+        return found
 
-    def _decide_tokens(self, normed: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-        """Which tokens are kept, bool ``[S, B]``, and the mask with its gradient."""
-        sizes = layout.sizes(self._window)
-        mask = self._decide(self.router(normed), layout.valid, sizes, layout)
-        if every := self.router.notes_every:
+    def _decide_tokens(self, place: Place, normed: Tensor, layout: TokenLayout) -> Tensor:
+        """The mask ``[S, B]`` of what is kept, with its gradient: ones and zeros."""
+        router, sizes = self.routers[place], layout.sizes(self._window)
+        mask = self._decide(place, router(normed), layout.valid, sizes, layout)
+        if every := router.notes_every:
             places = layout.every(every, context_rank=self.pg_collection.cp.rank())
             flat = normed.flatten(0, 1), layout.valid.flatten()
             noted = [tokens[places] for tokens in flat]
-            self.router.note_inputs(*noted, sizes.flatten(1)[:, places])
-        return mask.detach().bool(), mask
+            router.note_inputs(*noted, sizes.flatten(1)[:, places])
+        return mask
 
-    def _decide_sequences(self, normed: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+    def _decide_sequences(self, place: Place, normed: Tensor, layout: TokenLayout) -> Tensor:
         """As ``_decide_tokens``, with one decision for all tokens of a document."""
-        pooled = layout.pooled(self.routing.pooling)
-        total = layout.pool(self.router(normed), pooled)
+        router, pooled = self.routers[place], layout.pooled(self.routing.pooling)
+        total = layout.pool(router(normed), pooled)
         # In float64, which holds the pairs of the longest documents.
         counted = (pooled, *layout.sizes(self._window))
         counts = torch.stack([layout.pool(each.double(), layout.valid) for each in counted])
@@ -225,40 +263,41 @@ class RoutedTransformerLayer(TransformerLayer):
             counts = reduce_from_tensor_model_parallel_region(counts, group=cp)
         of, sizes = counts[0].clamp(min=1).to(total.dtype), counts[1:]
         is_valid = sizes[0] > 0
-        mask = self._decide(total / of, is_valid, sizes, layout)
-        if every := self.router.notes_every:
+        mask = self._decide(place, total / of, is_valid, sizes, layout)
+        if every := router.notes_every:
             read = layout.pool(normed.detach().float(), pooled[..., None])
             if cp.size() > 1:
                 read = reduce_from_tensor_model_parallel_region(read, group=cp)
             read = read / of[:, None]
-            self.router.note_inputs(read[::every], is_valid[::every], sizes[:, ::every])
+            router.note_inputs(read[::every], is_valid[::every], sizes[:, ::every])
         if cp.size() > 1:
             # Each rank's use of the mask sees only its tokens: add up what comes back.
             mask = copy_to_tensor_model_parallel_region(mask, group=cp)
-        mask = layout.per_token(mask)
-        return mask.detach().bool(), mask
+        return layout.per_token(mask)
 
     @property
     def _window(self) -> int | None:
         """How many tokens a query attends to, its own included; ``None``: all before it."""
         return self.config.window_size and self.config.window_size[0] + 1
 
-    def _decide(self, logits: Tensor, valid: Tensor, sizes: Tensor, layout: TokenLayout) -> Tensor:
+    def _decide(
+        self, place: Place, logits: Tensor, valid: Tensor, sizes: Tensor, layout: TokenLayout
+    ) -> Tensor:
         """The mask of units with these logits, zero where there is none; noted in the layout, and
         with their ``sizes`` in the router."""
-        penalty = layout.step.penalty_per_unit.get(self.index)
+        router, penalty = self.routers[place], layout.step.penalty_per_unit.get(place)
         finds_price = self.routing.capacity_loss_weight == AUTO
         mask = keep_mask(
             logits,
             valid,
-            border=self.logit_border(layout),
+            border=self.logit_border(place, layout),
             penalty=logits.new_zeros(()) if penalty is None else penalty,
-            pull=self.router.pull if finds_price else None,
+            pull=router.pull if finds_price else None,
             # No price is known for what was not computed.
             only_kept=finds_price and self.routing.training_compute == "sparse",
         )
-        layout.decisions[self.index] = made = Decisions(logits, mask, valid)
-        self.router.note(made, sizes)
+        layout.decisions[place] = made = Decisions(logits, mask, valid)
+        router.note(made, sizes)
         return mask
 
     def _attend(
@@ -326,3 +365,10 @@ class RoutedTransformerLayer(TransformerLayer):
                 f"ranks decided differently on {int((theirs != ours).any(0).sum())} of "
                 f"{ours.numel()} tokens; what follows would be wrong or never end."
             )
+
+
+def _for_each(targets: tuple[str, ...], make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """A module for the one target, or one for each in a dict of them."""
+    if len(targets) == 1:
+        return make()
+    return torch.nn.ModuleDict({target: make() for target in targets})

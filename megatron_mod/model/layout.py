@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_mod.data.batch import MicroBatch
 from megatron_mod.routing.decision import Decisions
 from megatron_mod.routing.masks import TokenRole, pooled_tokens, valid_tokens
+from megatron_mod.routing.scheme import Place
 from megatron_mod.routing.selection import Rows, Segments, Selection, select
 
 
@@ -59,22 +60,22 @@ class StepContext:
     """What a pass asks of the routed layers; it travels in the ``TokenLayout``.
 
     Args:
-        penalty_per_unit: the derivative of the capacity penalty by one unit's mask, by global
-            layer index (``CapacityController.penalty_per_unit``); none without.
+        penalty_per_unit: the derivative of the capacity penalty by one unit's mask, by the
+            router's place (``CapacityController.penalty_per_unit``); none without.
         check_decisions: stop if tensor-parallel ranks decide differently.
         dense: compute everything and ask no router.
-        borders: logits from which on layers are kept, in the place of their thresholds, by global
-            layer index.
-        watch_units: with ``dense``, is shown what a layer computes: its global index, and of the
+        borders: logits from which on units are kept, instead of the routers' thresholds, by their
+            place.
+        watch_units: with ``dense``, is shown what a layer computes: its place, and of the
             tokens that are no padding, ``[N, H]`` each, the residual stream that the unit adds to,
             what a stand-in would read, and what the unit adds.
     """
 
-    penalty_per_unit: Mapping[int, Tensor] = field(default_factory=dict)
+    penalty_per_unit: Mapping[Place, Tensor] = field(default_factory=dict)
     check_decisions: bool = False
     dense: bool = False
-    borders: Mapping[int, float] = field(default_factory=dict)
-    watch_units: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
+    borders: Mapping[Place, float] = field(default_factory=dict)
+    watch_units: Callable[[Place, Tensor, Tensor, Tensor], None] | None = None
 
 
 NOTHING_ASKED = StepContext()
@@ -83,7 +84,7 @@ NOTHING_ASKED = StepContext()
 @dataclass
 class TokenLayout(PackedSeqParams):
     """A micro-batch's roles and documents, as this context-parallel rank holds them, what the step
-    asks of the layers, and what they then decided (``decisions``, by global layer index).
+    asks of the layers, and what they then decided (``decisions``, by the router's place).
 
     Give it to Megatron's ``GPTModel`` as ``packed_seq_params``; without it every token counts as
     a valid one of a prompt and every row as one document.
@@ -114,7 +115,7 @@ class TokenLayout(PackedSeqParams):
         self.qkv_format = "sbhd"
         # Megatron makes its rotary table this long and then takes this rank's part of it.
         self.max_seqlen_q = self.max_seqlen_kv = self.roles.shape[1] * self.context_ranks
-        self.decisions: dict[int, Decisions] = {}
+        self.decisions: dict[Place, Decisions] = {}
         self._pooled: dict[str, Tensor] = {}
         self._sizes: dict[int | None, Tensor] = {}
         self._rotary: tuple[Tensor, Tensor] | None = None  # of a table, all layers' alike

@@ -139,23 +139,23 @@ class Display:
         yield line
 
     def _capacities(self, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """A bar for each routed layer, or a letter where the screen has no room for that."""
-        layers, shares = self.routing.layers, self.record["capacity"]
-        digits, width = len(str(max(layers))), options.max_width
+        """A bar for each router, or a letter where the screen has no room for that."""
+        labels, shares = self.routing.labels, self.record["capacity"]
+        digits, width = max(map(len, labels)), options.max_width
         label = digits + len("  0.00")  # number, space, bar, space, share
         columns = max(1, (width + GAP) // (label + BAR + GAP))
-        rows = -(-len(layers) // columns)
+        rows = -(-len(labels) // columns)
         if rows > options.size.height - OTHER_LINES or label + BAR > width:
-            yield Text(f"capacity of layers {layers[0]} to {layers[-1]}", "dim")
+            yield Text(f"capacity of layers {labels[0]} to {labels[-1]}", "dim")
             marks = " .:-=+*#@" if options.ascii_only else EIGHTHS
             yield Text("".join(marks[round(share * 8)] for share in shares), "cyan")
             return
-        columns = -(-len(layers) // rows)
+        columns = -(-len(labels) // rows)
         bar = min(24, (width + GAP) // columns - GAP - label)
         target = self.record["capacity_target"]
         cells = [
-            Text(f"{layer:>{digits}} ", "dim") + _bar(share, target, bar) + f" {share:.2f}"
-            for layer, share in zip(layers, shares, strict=True)
+            Text(f"{label:>{digits}} ", "dim") + _bar(share, target, bar) + f" {share:.2f}"
+            for label, share in zip(labels, shares, strict=True)
         ]
         for row in range(rows):
             line = Text(" " * GAP).join(cells[row::rows])

@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+from megatron_mod.routing.scheme import Place
+
 GIB = 2**30
 # TensorBoard sorts groups by name and opens the first two: capacity, and loss.
 CAPACITY, VALIDATION = "routed_layers", "routed_layers_validation"
 
 
-def layer_tag(group: str, layer: int, layers: Sequence[int]) -> str:
-    """The name of a routed layer's scalar; names sort as layers do."""
-    return f"{group}/layer_{layer:0{len(str(max(layers)))}}"
+def place_tag(group: str, place: Place, places: Sequence[Place]) -> str:
+    """The name of the scalar of one router among ``places``; names sort as layers do."""
+    width = len(str(max(places).layer))
+    parted = any(other.target != place.target for other in places)
+    return f"{group}/layer_{place.layer:0{width}}" + (f"_{place.target}" if parted else "")
 
 
-def scalars(record: dict, layers: Sequence[int]) -> dict[str, float]:
+def scalars(record: dict, places: Sequence[Place]) -> dict[str, float]:
     """A record of ``metrics.jsonl`` by name and value; the part before the slash groups them.
 
     Of what each rank has of its own, the mean is shown, of memory the rank with most.
 
     Args:
-        layers: the routed ones.
+        places: of the routers.
     """
     found: dict[str, float] = {}
     for name, key in _NAMES.items():
@@ -29,8 +33,8 @@ def scalars(record: dict, layers: Sequence[int]) -> dict[str, float]:
         if value is not None:
             found[name] = _OF_RANKS[key](value) if key in _OF_RANKS else value
     for group, key in ((CAPACITY, "capacity"), (VALIDATION, "validation_capacity")):
-        for layer, share in zip(layers, record.get(key, ()), strict=False):
-            found[layer_tag(group, layer, layers)] = share
+        for place, share in zip(places, record.get(key, ()), strict=False):
+            found[place_tag(group, place, places)] = share
     for part, seconds in record.get("seconds", {}).items():
         found[f"seconds_of_a_step/{part}"] = seconds
     if "skipped" in record:

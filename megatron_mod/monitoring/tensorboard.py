@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mod.checkpoint.folders import append, writing
-from megatron_mod.monitoring.scalars import CAPACITY, VALIDATION, layer_tag, scalars
+from megatron_mod.monitoring.scalars import CAPACITY, VALIDATION, place_tag, scalars
+from megatron_mod.routing.scheme import Place
 
 FOLDER = "tensorboard"
 
@@ -24,9 +25,9 @@ class TensorBoard:
     each scalar, from a thread that fails by itself). It is made with its first record.
     """
 
-    def __init__(self, folder: Path, layers: Sequence[int], *, after: int) -> None:
-        """``layers``: the routed ones; ``after``: the step that the run goes on from, or 0."""
-        self.folder, self.layers, self.after = folder, layers, after
+    def __init__(self, folder: Path, places: Sequence[Place], *, after: int) -> None:
+        """``places``: of the routers; ``after``: the step that the run goes on from, or 0."""
+        self.folder, self.places, self.after = folder, places, after
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self.path = folder / name
         self._head: bytes | None = None
@@ -42,7 +43,7 @@ class TensorBoard:
 
         values = [
             Summary.Value(tag=tag, simple_value=value)
-            for tag, value in scalars(record, self.layers).items()
+            for tag, value in scalars(record, self.places).items()
         ]
         event = _record(step=record["step"], summary=Summary(value=values))
         if self._head is None:
@@ -61,7 +62,7 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import custom_scalars
 
         charts = {
-            title: ["Multiline", [layer_tag(group, layer, self.layers) for layer in self.layers]]
+            title: ["Multiline", [place_tag(group, place, self.places) for place in self.places]]
             for title, group in (("training", CAPACITY), ("validation", VALIDATION))
         }
         return (

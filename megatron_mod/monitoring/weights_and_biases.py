@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_mod.config.schema import Config, LoggingConfig
 from megatron_mod.monitoring.scalars import scalars
 from megatron_mod.parallel.topology import print_once
+from megatron_mod.routing.scheme import Place
 
 PROJECT = "megatron_mod"
 SECONDS_TO_FINISH = 20  # of those that batch systems grant after a signal
@@ -38,11 +39,11 @@ class WeightsAndBiases:
     have been seen.
     """
 
-    def __init__(self, config: Config, layers: Sequence[int], *, run: str) -> None:
+    def __init__(self, config: Config, places: Sequence[Place], *, run: str) -> None:
         """Start it.
 
         Args:
-            layers: the routed ones.
+            places: of the routers.
             run: what all checkpoints of this run say that they belong to.
 
         Raises:
@@ -50,7 +51,7 @@ class WeightsAndBiases:
         """
         import wandb
 
-        self.layers, self.settings = layers, config.logging
+        self.places, self.settings = places, config.logging
         folder = Path(config.checkpoint.save)
         mode = None if isinstance(config.logging.wandb, bool) else config.logging.wandb
         stdin, sys.stdin = sys.stdin, io.StringIO()  # it would ask, and ranks wait meanwhile
@@ -89,7 +90,7 @@ class WeightsAndBiases:
         if self.run is None:
             return
         try:
-            self.run.log(scalars(record, self.layers), step=record["step"])
+            self.run.log(scalars(record, self.places), step=record["step"])
         except Exception as error:
             self.run = None
             raise ValueError(

@@ -32,11 +32,11 @@ def losses(steps: Sequence[dict], validations: Sequence[dict]) -> Figure:
     return figure
 
 
-def capacities(steps: Sequence[dict], layers: Sequence[int], *, target: float) -> Figure:
-    """Mean capacity over steps, and every routed layer's below it."""
-    figure = Figure(figsize=(8, 3 + 0.16 * len(layers)), layout="constrained")
+def capacities(steps: Sequence[dict], labels: Sequence[str], *, target: float) -> Figure:
+    """Mean capacity over steps, and below it that of every router, which are called ``labels``."""
+    figure = Figure(figsize=(8, 3 + 0.16 * len(labels)), layout="constrained")
     mean, by_layer = figure.subplots(
-        2, 1, sharex=True, height_ratios=[2, max(1.5, 0.16 * len(layers))]
+        2, 1, sharex=True, height_ratios=[2, max(1.5, 0.16 * len(labels))]
     )
     at = [record["step"] for record in steps]
     mean.plot(at, [record["capacity_mean"] for record in steps], color=ROUTED, label="mean")
@@ -47,9 +47,9 @@ def capacities(steps: Sequence[dict], layers: Sequence[int], *, target: float) -
     edges = _edges(at)
     shares = np.array([record["capacity"] for record in steps]).T
     image = by_layer.pcolormesh(
-        edges, np.arange(len(layers) + 1), shares, cmap="viridis", vmin=0, vmax=1
+        edges, np.arange(len(labels) + 1), shares, cmap="viridis", vmin=0, vmax=1
     )
-    _name_layers(by_layer, layers, offset=0.5)
+    _name_layers(by_layer, labels, offset=0.5)
     by_layer.set_xlabel("step")
     by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=by_layer, label="capacity")
@@ -58,9 +58,9 @@ def capacities(steps: Sequence[dict], layers: Sequence[int], *, target: float) -
 
 def decisions(found: Decisions) -> Figure:
     """Which document keeps how much of each layer."""
-    figure, axes = _figure(height=1.8 + 0.17 * len(found.layers))
+    figure, axes = _figure(height=1.8 + 0.17 * len(found.labels))
     image = axes.imshow(found.shares.numpy(), origin="lower", **SHARE)
-    _name_layers(axes, found.layers, offset=0)
+    _name_layers(axes, found.labels, offset=0)
     axes.set_xlabel("document")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes, label="kept")
@@ -69,18 +69,18 @@ def decisions(found: Decisions) -> Figure:
 
 def scores(found: Decisions) -> Figure:
     """Each layer's histogram of logits, and the border from which on a unit is kept."""
-    columns = min(5, len(found.layers))
-    rows = math.ceil(len(found.layers) / columns)
+    columns = min(5, len(found.labels))
+    rows = math.ceil(len(found.labels) / columns)
     figure = Figure(figsize=(8, 1.2 + 1.35 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes in grid[len(found.layers) :]:
+    for axes in grid[len(found.labels) :]:
         axes.set_visible(False)
-    for axes, layer in zip(grid, found.layers, strict=False):
-        logits, border = found.logits[layer].numpy(), found.borders[layer]
-        axes.hist(logits, bins=40, color=ROUTED)
+    routers = zip(found.labels, found.logits, found.borders, strict=True)
+    for axes, (label, logits, border) in zip(grid, routers, strict=False):
+        axes.hist(logits.numpy(), bins=40, color=ROUTED)
         if math.isfinite(border):
             axes.axvline(border, color=STATIC)
-        axes.set_title(f"layer {layer}", fontsize=9)
+        axes.set_title(f"layer {label}", fontsize=9)
         axes.tick_params(labelsize=7)
         axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     figure.supxlabel("logit")
@@ -100,8 +100,8 @@ def _edges(at: Sequence[int]) -> np.ndarray:
     return np.array([first, *middles, last])
 
 
-def _name_layers(axes, layers: Sequence[int], *, offset: float) -> None:
-    every = math.ceil(len(layers) / 20)
-    places = np.arange(0, len(layers), every)
-    axes.set_yticks(places + offset, [str(layers[place]) for place in places])
+def _name_layers(axes, labels: Sequence[str], *, offset: float) -> None:
+    every = math.ceil(len(labels) / 20)
+    rows = np.arange(0, len(labels), every)
+    axes.set_yticks(rows + offset, [labels[row] for row in rows])
     axes.set_ylabel("layer")

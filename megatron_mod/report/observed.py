@@ -16,35 +16,37 @@ OCCURRENCES = 5  # of a token that is shown
 
 @dataclass(frozen=True)
 class Decisions:
-    """A point's decisions by layer and document.
+    """A point's decisions by router and document.
 
-    ``shares``: kept share of each document's units, ``[num_routed, documents]`` (0 or 1 where a
-    document decides as one); ``logits`` and ``borders`` by layer.
+    ``labels``: what the routers are called; ``shares``: kept share of each document's units,
+    ``[num_routed, documents]`` (0 or 1 where a document decides as one); ``logits`` and
+    ``borders``: of each router.
     """
 
-    layers: list[int]
+    labels: list[str]
     shares: Tensor
-    logits: dict[int, Tensor]
-    borders: dict[int, float]
+    logits: list[Tensor]
+    borders: list[float]
 
     @classmethod
     def of(cls, calibration: Calibration, point: Point) -> Decisions:
-        layers = list(calibration.backend.layers)
-        borders = dict(zip(layers, map(logit_border, point.thresholds), strict=True))
+        borders = list(map(logit_border, point.thresholds))
         shares = [
             torch.stack([part.double().mean() for part in _by_document(calibration, kept)])
             for kept in _kept(point, borders)
         ]
-        return cls(layers, torch.stack(shares), point.logits, borders)
+        routing = calibration.work.routing
+        assert routing is not None
+        return cls(routing.labels, torch.stack(shares), list(point.logits.values()), borders)
 
 
 def skipped_tokens(calibration: Calibration, point: Point) -> dict[str, list[dict]] | None:
-    """The ``most`` and ``least`` skipped tokens of the vocabulary, by the mean over the routed
-    layers and their occurrences; nothing where documents decide as one."""
+    """The ``most`` and ``least`` skipped tokens of the vocabulary, by the mean over the
+    routers and their occurrences; nothing where documents decide as one."""
     backend = calibration.backend
     if backend.by_sequence:
         return None
-    borders = dict(zip(backend.layers, map(logit_border, point.thresholds), strict=True))
+    borders = list(map(logit_border, point.thresholds))
     skipped = 1 - torch.stack(_kept(point, borders)).double().mean(0)
     ids = torch.cat([torch.tensor(list(row.ids)) for row in calibration.rows])
     tokens, place, counts = ids.unique(return_inverse=True, return_counts=True)
@@ -66,8 +68,9 @@ def skipped_tokens(calibration: Calibration, point: Point) -> dict[str, list[dic
     return {"most": list(map(entry, most)), "least": list(map(entry, least))}
 
 
-def _kept(point: Point, borders: dict[int, float]) -> list[Tensor]:
-    return [point.logits[layer] >= border for layer, border in borders.items()]
+def _kept(point: Point, borders: list[float]) -> list[Tensor]:
+    pairs = zip(point.logits.values(), borders, strict=True)
+    return [logits >= border for logits, border in pairs]
 
 
 def _by_document(calibration: Calibration, units: Tensor) -> tuple[Tensor, ...]:

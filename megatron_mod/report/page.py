@@ -48,7 +48,7 @@ def draw(run: Run, measured: Measured | None) -> dict[str, Figure]:
         found["loss"] = figures.losses(run.steps, run.validations)
     if run.steps and routing:
         target = fmean(routing.capacity)
-        found["capacity"] = figures.capacities(run.steps, routing.layers, target=target)
+        found["capacity"] = figures.capacities(run.steps, routing.labels, target=target)
     if measured:
         found["decisions"] = figures.decisions(measured.decisions)
         found["scores"] = figures.scores(measured.decisions)

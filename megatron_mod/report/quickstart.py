@@ -53,6 +53,7 @@ def build_report(
     routed = load_model(export)
     routing = routed.config.routing
     work = Work.of(routed.config.to_dict())
+    assert work.routing is not None
     rows = {
         name: [Row.labelled(one) for one in load_samples(path, tokenizer, max_length=max_length)]
         for name, path in (("ranking", ranking), ("held_out", held_out))
@@ -84,7 +85,7 @@ def build_report(
             "hf_to_megatron_max_rel": parities[str(hf_path)],
             "megatron_to_hf_max_rel": parities[str(export)],
         },
-        "target": Scheme.parse(routing["granularity"]).target,
+        "target": " and ".join(Scheme.parse(routing["granularity"]).targets),
         "static_method": METHOD,
         "quality": {
             "dense_perplexity": with_dense.perplexity,
@@ -102,7 +103,7 @@ def build_report(
         "capacity": {
             "target": fmean(routing["capacity"]),
             "mean": found.point.mean_capacity,
-            "per_layer": dict(zip(map(str, routing["layers"]), found.point.capacity, strict=True)),
+            "per_layer": dict(zip(work.routing.labels, found.point.capacity, strict=True)),
         },
         "speed": {
             "context_tokens": context,

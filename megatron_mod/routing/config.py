@@ -11,6 +11,7 @@ from megatron_mod.routing.scheme import Place, Scheme
 
 AUTO = "auto"
 Layers: TypeAlias = Literal["all"] | dict[str, int] | list[int]  # as ``resolve_layers`` reads them
+ROUTER, STAND_IN = "router", "stand_in"  # what a routed layer has beside a dense one
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,14 @@ class RoutingConfig:
     """Which layers carry a router, what it decides on and how.
 
     ``layers`` are global, zero-based layer indices in ascending order; ``capacity``
-    holds one target per routed layer, in that order. ``pooling`` belongs to sequence
+    holds one target per router, in the order of ``places``: one for each layer, or one for its
+    attention and one for its MLP. ``pooling`` belongs to sequence
     granularities only (default ``prompt``), ``keys_values`` to token-routed attention only
-    (``attn_token`` and ``block_token``, default ``all``); elsewhere they are ``None``.
-    ``threshold`` is one number or, once calibrated, one per routed layer; 0 keeps and 1 skips
-    everything. ``stand_in_rank`` is that of what skipped units add, ``None`` if they add nothing.
-    ``work``: the share of the dense model's operations that all places together are held to in
-    place of ``capacity``, which is then what each of them was found to keep.
+    (``attn_token``, with ``mlp_token`` or without, and ``block_token``, default ``all``); elsewhere
+    they are ``None``. ``threshold`` is one number or, once calibrated, one per router; 0 keeps and
+    1 skips everything. ``stand_in_rank`` is that of what skipped units add, ``None`` if
+    they add nothing. ``work``: the share of the dense model's operations that all places together
+    are held to in place of ``capacity``, which is then what each of them was found to keep.
 
     Raises:
         ValueError: an unknown granularity, or a setting that this granularity would ignore.
@@ -47,7 +49,8 @@ class RoutingConfig:
     def __post_init__(self) -> None:
         scheme = self.scheme
         self._own("pooling", scheme.per_sequence, "prompt", "a sequence granularity")
-        self._own("keys_values", scheme.chooses_keys, "all", "attn_token or block_token")
+        where = "attn_token, attn_token+mlp_token or block_token"
+        self._own("keys_values", scheme.chooses_keys, "all", where)
 
     def _own(self, name: str, belongs: bool, default: str, where: str) -> None:
         """Give a setting its default where it belongs and refuse it elsewhere."""
@@ -68,30 +71,42 @@ class RoutingConfig:
     @cached_property
     def places(self) -> tuple[Place, ...]:
         """Of the routers, in the order of ``capacity`` and ``thresholds``."""
-        return tuple(Place(layer, self.scheme.target) for layer in self.layers)
+        return tuple(place for layer in self.layers for place in self.scheme.places(layer))
+
+    @property
+    def labels(self) -> list[str]:
+        """What ``places`` are called, in their order."""
+        return [str(self.scheme.label(place)) for place in self.places]
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """One per routed layer."""
+        """One per router, in the order of ``places``."""
         if isinstance(self.threshold, tuple):
             return self.threshold
-        return (self.threshold,) * len(self.layers)
+        return (self.threshold,) * len(self.places)
 
     def added_shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
         """What a routed layer has beside a dense one: shapes of tensors, by their names in it."""
-        shapes: dict[str, tuple[int, ...]] = {"router.weight": (1, hidden_size)}
-        if self.bias:
-            shapes["router.bias"] = (1,)
-        if rank := self.stand_in_rank:
-            shapes["stand_in.down.weight"] = (rank, hidden_size)
-            shapes["stand_in.up.weight"] = (hidden_size, rank)
-            shapes["stand_in.up.bias"] = (hidden_size,)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for target in self.scheme.targets:
+            router, stand_in = self.name_of(ROUTER, target), self.name_of(STAND_IN, target)
+            shapes[f"{router}.weight"] = (1, hidden_size)
+            if self.bias:
+                shapes[f"{router}.bias"] = (1,)
+            if rank := self.stand_in_rank:
+                shapes[f"{stand_in}.down.weight"] = (rank, hidden_size)
+                shapes[f"{stand_in}.up.weight"] = (hidden_size, rank)
+                shapes[f"{stand_in}.up.bias"] = (hidden_size,)
         return shapes
 
-    def logit_border(self, layer: int) -> float:
-        """A layer's: a unit is kept when its logit is at least this."""
-        threshold = self.thresholds[self.layers.index(layer)]
-        return logit_border(threshold)
+    def name_of(self, what: str, target: str) -> str:
+        """The name in a routed layer of a target's ``ROUTER`` or ``STAND_IN``, which stands for all
+        of the layer where there is one target."""
+        return what if len(self.scheme.targets) == 1 else f"{what}.{target}"
+
+    def logit_border(self, place: Place) -> float:
+        """A router's: a unit is kept when its logit is at least this."""
+        return logit_border(self.thresholds[self.places.index(place)])
 
     def to_dict(self) -> dict:
         """JSON form; ``from_dict`` reads it back."""
@@ -112,9 +127,9 @@ def logit_border(threshold: float) -> float:
     return math.log(threshold / (1.0 - threshold))
 
 
-def default_rank(target: str, *, hidden_size: int) -> int:
-    """The rank that a target's stand-in gets where none is given."""
-    return min(32 if target == "attn" else 64, hidden_size // 2)
+def default_rank(scheme: Scheme, *, hidden_size: int) -> int:
+    """The rank that stand-ins get where none is given."""
+    return min(64 if scheme.covers_mlp else 32, hidden_size // 2)
 
 
 def resolve_layers(layers: Layers, *, num_layers: int) -> tuple[int, ...]:
@@ -171,17 +186,26 @@ def _by_rule(rule: dict[str, int], *, num_layers: int) -> tuple[int, ...]:
     return tuple(range(offset, num_layers, n))
 
 
-def resolve_capacity(capacity: float | list[float], *, num_routed: int) -> tuple[float, ...]:
-    """One target per routed layer from one number for all or a list.
+def resolve_capacity(
+    capacity: float | list[float], *, num_layers: int, targets: int = 1
+) -> tuple[float, ...]:
+    """One target per router, ``targets`` of them in each of the routed layers, from one number for
+    all or a list.
 
     Raises:
-        ValueError: a list of another length than the routed layers, or a value outside (0, 1].
+        ValueError: a list of another length, or a value outside (0, 1].
     """
-    values = tuple(capacity) if isinstance(capacity, (list, tuple)) else (capacity,) * num_routed
-    if len(values) != num_routed:
+    wanted = num_layers * targets
+    values = tuple(capacity) if isinstance(capacity, (list, tuple)) else (capacity,) * wanted
+    if len(values) != wanted:
+        each = (
+            "one per routed layer"
+            if targets == 1
+            else "two per routed layer, its attention's first"
+        )
         raise ValueError(
-            f"router.capacity has {len(values)} values, but router.layers routes {num_routed} "
-            "layers; give one number, or one per routed layer."
+            f"router.capacity has {len(values)} values, but router.layers routes {num_layers} "
+            f"layers; give one number, or {each}."
         )
     for value in values:
         if not 0.0 < value <= 1.0:

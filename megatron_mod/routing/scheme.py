@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 Granularity = Literal[
-    "attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token"
-]
+    "attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token",
+    "attn_sequence+mlp_sequence", "attn_token+mlp_token",
+]  # fmt: skip
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
 
@@ -21,13 +22,14 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Scheme:
-    """``target`` is what is computed or skipped, a layer's ``attn``, its ``mlp`` or the whole
-    ``block``; ``unit`` is who decides, a whole ``sequence`` or each ``token``.
+    """``targets`` are what is computed or skipped, each by a router of its own: a layer's ``attn``,
+    its ``mlp``, both of these, or the whole ``block`` as one; ``unit`` is who decides, a whole
+    ``sequence`` or each ``token``.
 
     Its name, in settings and on disk, is a ``Granularity``.
     """
 
-    target: str
+    targets: tuple[str, ...]
     unit: str
 
     @classmethod
@@ -41,10 +43,20 @@ class Scheme:
             raise ValueError(
                 f"router.granularity = {granularity!r}: must be one of {', '.join(GRANULARITIES)}."
             )
-        return cls(*granularity.split("_"))
+        parts = [part.split("_") for part in granularity.split("+")]
+        return cls(tuple(target for target, _ in parts), parts[0][1])
 
     def __str__(self) -> str:
-        return f"{self.target}_{self.unit}"
+        return "+".join(f"{target}_{self.unit}" for target in self.targets)
+
+    def places(self, layer: int) -> tuple[Place, ...]:
+        """Of a routed layer's routers."""
+        return tuple(Place(layer, target) for target in self.targets)
+
+    def label(self, place: Place) -> int | str:
+        """What a place is called among those of this scheme, for a person or in JSON: by its layer,
+        and where a layer has several routers by ``LAYER.TARGET``."""
+        return place.layer if len(self.targets) == 1 else f"{place.layer}.{place.target}"
 
     @property
     def per_sequence(self) -> bool:
@@ -53,11 +65,21 @@ class Scheme:
 
     @property
     def covers_attention(self) -> bool:
-        return self.target != "mlp"
+        return self.attention_target is not None
 
     @property
     def covers_mlp(self) -> bool:
-        return self.target != "attn"
+        return self.mlp_target is not None
+
+    @property
+    def attention_target(self) -> str | None:
+        """The target whose router decides about a layer's attention, if one does."""
+        return next((target for target in self.targets if target != "mlp"), None)
+
+    @property
+    def mlp_target(self) -> str | None:
+        """The target whose router decides about a layer's MLP, if one does."""
+        return next((target for target in self.targets if target != "attn"), None)
 
     @property
     def chooses_keys(self) -> bool:

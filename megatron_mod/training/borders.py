@@ -15,6 +15,7 @@ from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig, logit_border
 from megatron_mod.routing.costs import SIZES, UnitCosts
 from megatron_mod.routing.quantile import borders
+from megatron_mod.routing.scheme import Place
 from megatron_mod.training.step import run_schedule
 
 PASSES = 4
@@ -42,14 +43,14 @@ def shifts(
     """
     costs = costs or UnitCosts.equal(len(routing.places))
     routers = model.routers() if model.groups.tp.rank() == 0 else {}  # the others hold copies
-    mine = {layer: router.scores() for layer, router in routers.items()}
+    mine = {place: router.scores() for place, router in routers.items()}
     longest = max((len(scores) for scores in mine.values()), default=1)
     table = torch.full((len(routing.places), longest), torch.nan, device=device.device())
     sizes = torch.zeros(*table.shape, len(SIZES), dtype=torch.float64, device=table.device)
-    for place, layer in enumerate(routing.layers):
-        if layer in mine:
-            table[place, : len(mine[layer])] = mine[layer]
-            sizes[place, : len(mine[layer])] = routers[layer].noted_sizes()
+    for number, place in enumerate(routing.places):
+        if place in mine:
+            table[number, : len(mine[place])] = mine[place]
+            sizes[number, : len(mine[place])] = routers[place].noted_sizes()
     found = borders(
         table,
         shares,
@@ -76,9 +77,9 @@ def _wanted(routing: RoutingConfig, like: Tensor) -> Tensor:
 @torch.no_grad()
 def move(model: ModelChunks, routing: RoutingConfig, shifts: Tensor) -> None:
     """Add its entry of ``[P]`` to each router's bias, in place."""
-    for layer, router in model.routers().items():
+    for place, router in model.routers().items():
         assert router.bias is not None
-        router.bias.data += shifts[routing.layers.index(layer)].float()
+        router.bias.data += shifts[routing.places.index(place)].float()
 
 
 @torch.no_grad()
@@ -101,21 +102,21 @@ def settle(
     was_training = model.training
     model.eval()
     for last in (*[False] * PASSES, True):
-        noted: dict[int, list] = {layer: [] for layer in model.routers()}
+        noted: dict[Place, list] = {place: [] for place in model.routers()}
         kept = valid = torch.zeros(())
         for batch in batches:
             result = run_schedule(chunks, model, batch, routing, controller=None, note_units=True)
             kept, valid = kept + result.kept.cpu(), valid + result.valid.cpu()
-            for layer, router in model.routers().items():
-                noted[layer] += router.noted
+            for place, router in model.routers().items():
+                noted[place] += router.noted
         capacity = kept[:, 0] / valid[:, 0].clamp(min=1)
         miss = float((capacity - shares.cpu()).abs().max())
         if routing.scope == "model":
             miss = abs(float(spent_share(costs, kept, valid) - shares.cpu().mean()))
         if miss <= NEAR or last:
             break
-        for layer, router in model.routers().items():
-            router.noted = noted[layer]
+        for place, router in model.routers().items():
+            router.noted = noted[place]
         found = shifts(model, routing, shares, costs=costs)
         move(model, routing, found)
         moved += found.float()

@@ -18,6 +18,7 @@ from megatron_mod.monitoring.environment import record_start
 from megatron_mod.parallel import device, topology
 from megatron_mod.parallel.agree import largest, on_first_rank
 from megatron_mod.routing.capacity import CapacityController
+from megatron_mod.routing.config import ROUTER
 from megatron_mod.routing.costs import UnitCosts
 from megatron_mod.training.average import ParameterAverage
 from megatron_mod.training.borders import TOKENS, move, settle, shifts, spent_share
@@ -199,8 +200,10 @@ class Training:
                 costs=self._costs,
             )
         self.settled = settled.capacity.tolist()
-        for layer, shift in zip(self.plan.routing.layers, settled.moved, strict=True):
-            mean = self.state.average.mean.get(KEY.format(layer, "router.bias"))
+        routing = self.plan.routing
+        for place, shift in zip(routing.places, settled.moved, strict=True):
+            name = routing.name_of(ROUTER, place.target)
+            mean = self.state.average.mean.get(KEY.format(place.layer, f"{name}.bias"))
             if mean is not None:  # after the block it is not the model's own
                 mean += shift
 
@@ -248,7 +251,7 @@ class Training:
 
     @torch.no_grad()
     def _validate(self) -> tuple[float, list[float], float] | int:
-        """Mean loss (nats per labelled token), capacity per routed layer, and work, with real
+        """Mean loss (nats per labelled token), capacity of each router, and work, with real
         skipping.
 
         Or what the ranks broke off for.

@@ -101,9 +101,9 @@ class Metrics:
         settings, place = self.config.logging, None
         if settings.tensorboard:
             folder = Path(self.config.checkpoint.save) / FOLDER
-            self._sinks.append(TensorBoard(folder, self.routing.layers, after=self._after))
+            self._sinks.append(TensorBoard(folder, self.routing.places, after=self._after))
         if settings.wandb:
-            online = WeightsAndBiases(self.config, self.routing.layers, run=self._run)
+            online = WeightsAndBiases(self.config, self.routing.places, run=self._run)
             self._sinks.append(online)
             place = online.place
         return place
@@ -141,10 +141,10 @@ class Metrics:
     def log(self, step: int, **values: object) -> None:
         """Record a step (counted from 1), and how it went since the last one recorded.
 
-        ``values``: ``loss``, ``task_loss``, ``capacity`` (list per routed layer),
+        ``values``: ``loss``, ``task_loss``, ``capacity`` (a list, of each router),
         ``learning_rate``, ``grad_norm``, ``data_position`` (sequences taken so far), ``penalty``,
-        ``capacity_target`` (mean over the layers), ``work`` (share of the dense model's operations)
-        and ``work_target``; targets are ``None`` where there is none.
+        ``capacity_target`` (mean over the routers), ``work`` (share of the dense model's
+        operations) and ``work_target``; targets are ``None`` where there is none.
         """
         now = time.perf_counter()
         seconds = max(now - self._since - sum(self._apart.values()), 1e-9)

@@ -9,7 +9,7 @@ from megatron_mod.conversion.routers import read_routers
 from megatron_mod.data.loader import Loader
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.parallel import topology
-from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.config import ROUTER, STAND_IN, RoutingConfig
 from megatron_mod.routing.stand_in import TOKENS
 from megatron_mod.training.importance import leave_one_out, start_apart
 from megatron_mod.training.plan import Plan
@@ -32,27 +32,29 @@ def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
         put_added(model, found)
     epoch, tokens, labels = _reads(config, plan, data)
     given = set(next(iter(found.values()))) if found else set()
-    if routing.stand_in_rank and "stand_in.up.weight" not in given:
+    if routing.stand_in_rank and not any(name.startswith(STAND_IN) for name in given):
         topology.at("fitting the stand-ins")
         batches = data.until(epoch, tokens=tokens)
         explained = fit_stand_ins(model, batches)
         fitted = sum(batch.num_tokens for batch in batches)
-        sizes = {"rank": routing.stand_in_rank, "hidden_size": model.config.hidden_size}
-        topology.print_once(describe(explained, tokens=fitted, **sizes))
-    trained = found and any(own["router.weight"].any() for own in found.values())
+        width = model.config.hidden_size
+        topology.print_once(describe(explained, routing, tokens=fitted, hidden_size=width))
+    weights = [routing.name_of(ROUTER, target) + ".weight" for target in routing.scheme.targets]
+    trained = found and any(own[name].any() for own in found.values() for name in weights)
     if trained or not routing.bias:
         return
-    costs = dict.fromkeys(routing.layers, 1.0)
+    costs = dict.fromkeys(routing.places, 1.0)
     if config.router.init == "importance":
         topology.at("measuring the layers' importance")
-        costs = leave_one_out(model, data.until(epoch, labels=labels), routing.layers)
-        shown = ", ".join(f"{layer}: {cost:.3f}" for layer, cost in costs.items())
+        costs = leave_one_out(model, data.until(epoch, labels=labels), routing.places)
+        label = routing.scheme.label
+        shown = ", ".join(f"{label(place)}: {cost:.3f}" for place, cost in costs.items())
         topology.print_once(f"cost of leaving a layer out, nats a label: {shown}")
     if routing.work is not None:  # what is cheap to lose for what it costs goes first
         prices = plan.workload.mean_costs()
         shares = (prices / prices.mean()).tolist()
         costs = {k: cost / share for (k, cost), share in zip(costs.items(), shares, strict=True)}
-    start_apart(model, costs, border=routing.logit_border(routing.layers[0]))
+    start_apart(model, costs, border=routing.logit_border(routing.places[0]))
 
 
 def steps_read(config: Config, plan: Plan, data: Loader) -> int:

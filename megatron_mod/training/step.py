@@ -66,7 +66,7 @@ def run_schedule(
     penalty, training = {}, controller is not None
     num_units = batch.num_sequences if routing.scheme.per_sequence else batch.num_tokens
     if controller is not None:
-        penalty = dict(zip(routing.layers, controller.penalty_per_unit(num_units), strict=True))
+        penalty = dict(zip(routing.places, controller.penalty_per_unit(num_units), strict=True))
     loss.prepare(model, batch)
     for router in model.routers().values():
         router.reset(notes_every=-(-num_units // NOTED) if note_units else 0)
@@ -100,11 +100,11 @@ def _reduce(
         for share in shares:
             losses += torch.stack(share)
         routers = model.routers()
-        for place, layer in enumerate(routing.layers):
-            if router := routers.get(layer):
+        for number, place in enumerate(routing.places):
+            if router := routers.get(place):
                 units = torch.stack((router.kept, router.valid))[:, None]
                 sizes = torch.cat((units, router.sizes), 1)
-                noted[place] = torch.cat((sizes.flatten(), router.pull))
+                noted[number] = torch.cat((sizes.flatten(), router.pull))
     totals = torch.cat((losses, noted.flatten()))
     dist.all_reduce(totals)
     noted = totals[2:].view_as(noted)

@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_mod.model.layout import TokenLayout, zigzag
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.router import Router
+from megatron_mod.routing.scheme import Place
 from megatron_mod.training.borders import move, shifts
 
 LAYERS, HIDDEN = (1, 3), 8
@@ -22,21 +23,21 @@ def test_biases_follow_the_routers_as_they_are_after_a_step(single_process, scop
     """Of the units that were noted before it: of each layer's its share, with scope ``model`` the
     mean share of all layers' together; what is no unit does not count."""
     torch.manual_seed(0)
-    routers = {layer: Router(HIDDEN, bias=True) for layer in LAYERS}
-    inputs = {layer: torch.randn(200, HIDDEN) + 1 for layer in LAYERS}
+    routers = {Place(layer, "attn"): Router(HIDDEN, bias=True) for layer in LAYERS}
+    inputs = {place: torch.randn(200, HIDDEN) + 1 for place in routers}
     routing = RoutingConfig("attn_token", LAYERS, (0.5, 0.5), scope=scope, bias=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = SimpleNamespace(routers=lambda: routers, groups=groups)
-    for layer, router in routers.items():
+    for place, router in routers.items():
         padding = torch.full((50, HIDDEN), 100.0)
         valid = torch.arange(250) < 200
         sizes = torch.ones(2, 250, dtype=torch.int64)
-        router.note_inputs(torch.cat((inputs[layer], padding)), valid, sizes)
+        router.note_inputs(torch.cat((inputs[place], padding)), valid, sizes)
     for router in routers.values():
         router.weight.data += torch.randn(1, HIDDEN)
         router.bias.data += torch.randn(1)
     move(model, routing, shifts(model, routing, SHARES))
-    kept = torch.stack([(routers[k](inputs[k]) >= 0).float().mean() for k in LAYERS])
+    kept = torch.stack([(routers[k](inputs[k]) >= 0).float().mean() for k in routers])
     if scope == "layer":
         torch.testing.assert_close(kept, SHARES, atol=0.01, rtol=0)
     else:

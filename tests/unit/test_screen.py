@@ -32,7 +32,7 @@ def record(step: int, layers: int = 2) -> dict:
 
 
 def routing(layers: int = 2) -> SimpleNamespace:
-    return SimpleNamespace(layers=tuple(range(10, 10 + layers)), pooling="all")
+    return SimpleNamespace(layers=tuple(range(10, 10 + layers)), pooling="all", work=None)
 
 
 VALIDATION = {"step": 3, "validation_loss": 2.0, "validation_capacity_mean": 0.25}
