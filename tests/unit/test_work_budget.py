@@ -10,10 +10,12 @@ from statistics import fmean
 import pytest
 import torch
 
+from megatron_mod.calibration.calibrate import calibrate
 from megatron_mod.calibration.routed import load_routed
 from megatron_mod.calibration.search import Calibration
 from megatron_mod.checkpoint.manifest import read_manifest, resolve_step
 from megatron_mod.config import cli
+from megatron_mod.config.budget import BudgetRequest
 from megatron_mod.conversion.source import open_base
 from megatron_mod.evaluation.perplexity import read_rows
 from megatron_mod.evaluation.work import Work
@@ -26,14 +28,14 @@ from tests.helpers.runs import DEFAULT, Trainer, metrics, saved
 LENGTHS = (7, 19, 40)
 
 
-def write(path: Path, *, seed: int) -> Path:
+def write(path: Path, *, seed: int, samples: int = 100) -> Path:
     letters = random.Random(seed)
     rows = [
         {
             "prompt": "".join(letters.choices("abcdefgh", k=letters.randint(4, 30))),
             "completion": "".join(letters.choices("stuvwxyz", k=letters.randint(4, 20))),
         }
-        for _ in range(100)
+        for _ in range(samples)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -92,6 +94,19 @@ def test_a_budget_is_met_on_text_not_seen(trainer, tmp_path, changes):
     assert routing.work == wanted
     assert list(routing.capacity) == pytest.approx(capacity, abs=0.1)
     assert max(routing.capacity) - min(routing.capacity) > 0.3, "the budget is shared unevenly"
+
+
+def test_a_run_is_calibrated_for_any_budget(trainer, tmp_path):
+    """One that was trained for something else, on other text."""
+    run, data = tmp_path / "run", write(tmp_path / "few.jsonl", seed=3, samples=20)
+    untrained = {"router__init": "zeros", "train__steps": 2, "router__capacity_warmup_fraction": 0}
+    trainer.train(run, **settings(router__work=None, router__capacity=0.9, **untrained))
+    options = {"work": 0.8, "curve": (), "batch_size": 20, "max_length": 64, "samples": 0}
+    report = calibrate(BudgetRequest(str(run), str(data), **options), ONE_RANK)
+    work, _ = counted_work(run, data)
+    assert report["chosen"]["work"] == pytest.approx(work)
+    assert 0.78 < work <= 0.8
+    assert report["request"]["work"] == 0.8
 
 
 def test_a_run_with_a_budget_goes_on_to_the_last_bit(trainer, tmp_path):
