@@ -28,6 +28,7 @@ from megatron_mod.model.trainable import ROUTERS, STAND_INS, count_changed, froz
 from megatron_mod.parallel import device
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.scheme import Scheme
 from megatron_mod.training.optimizer import wrap_ddp
 from megatron_mod.training.plan import LOSSES
 from megatron_mod.training.step import run_schedule
@@ -38,7 +39,7 @@ ROUTED = (1, 2)
 
 class Asked(NamedTuple):
     """A training whose loss and gradients are to be found; ``price`` is that of the steps before,
-    of each routed layer; ``added`` what these have, if not what all trainings do."""
+    of each router; ``added`` what these have, if not what all trainings do."""
 
     routing: RoutingConfig
     loss: str = "task"
@@ -47,8 +48,9 @@ class Asked(NamedTuple):
 
 
 def routing_config(**changes: object) -> RoutingConfig:
-    settings = {"granularity": "attn_sequence", "layers": ROUTED, "capacity": (0.25, 0.25)}
-    return RoutingConfig(**{**settings, "capacity_loss_weight": 0.7, **changes})
+    settings = {"granularity": "attn_sequence", "layers": ROUTED, **changes}
+    routers = len(settings["layers"]) * len(Scheme.parse(settings["granularity"]).targets)
+    return RoutingConfig(**{"capacity": (0.25,) * routers, "capacity_loss_weight": 0.7, **settings})
 
 
 def build(
@@ -259,7 +261,8 @@ def disagreement(base: Path, samples: list[Sample], routing: RoutingConfig) -> s
     model = build(base, ranks, routing=routing)
     for index, layer in model.routed_layers().items():
         sign = -1 if index == 2 and model.groups.tp.rank() else 1
-        layer.router.weight.data.fill_(0.3 * sign)
+        for router in layer.routers.values():
+            router.weight.data.fill_(0.3 * sign)
     batch = _loader(samples, ranks, False).step(0)
     chunks, controller = (
         wrap_ddp(model, use_distributed_optimizer=False),

@@ -38,16 +38,16 @@ def calibrated(load: Path, data: Path, topology: dict, save: Path | None = None)
     return report
 
 
-def removed(load: Path, data: Path, ranks: Topology) -> list[int]:
-    """All layers in the order of greedy removal, on so few rows that some ranks get none."""
+def removed(load: Path, data: Path, ranks: Topology) -> list:
+    """All places in the order of greedy removal, on so few rows that some ranks get none."""
     from megatron_mod.calibration.routed import load_routed
 
-    backend = load_routed(load, ranks, dtype="float32", batch_size=2).backend
-    greedy = Greedy(backend, read_rows(data, backend.tokenizer, max_length=64)[:2])
-    return greedy.first(len(backend.layers))
+    model = load_routed(load, ranks, dtype="float32", batch_size=2)
+    rows = read_rows(data, model.backend.tokenizer, max_length=64)[:2]
+    return Greedy(model.backend, rows, work=model.work).first(len(model.backend.places))
 
 
-def at_every_topology(folder: Path, data: Path) -> tuple[list[dict], list[list[int]]]:
+def at_every_topology(folder: Path, data: Path) -> tuple[list[dict], list[list]]:
     reports = [
         calibrated(folder / name, data, topology, folder / f"{name}-{number}")
         for number, topology in enumerate(TOPOLOGIES)

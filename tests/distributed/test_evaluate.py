@@ -29,12 +29,12 @@ def answers(base, routers) -> list[dict]:
     for topology in TOPOLOGIES:
         ranks, answered = meet(**topology), {}
         for scheme, pooling in CASES:
-            layers = tuple(routers[scheme])
+            layers = tuple(dict.fromkeys(layer for layer, _ in routers[scheme]))
             settings = {"layers": layers, "capacity": (0.5,) * len(layers)}
             routing = cases.routing_config(**settings, **formula.SCHEMES[scheme])
             model = cases.build(base, ranks, routing=routing)
-            for layer, router in model.routers().items():
-                router.weight.data.copy_(routers[scheme][layer])
+            for place, router in model.routers().items():
+                router.weight.data.copy_(routers[scheme][place])
             backend = MegatronBackend(model, tokenizer, batch_size=2, pooling=pooling)
             answered[scheme, pooling] = asked.ask(BackendLM(backend))
             answered[scheme, pooling]["capacity"] = backend.capacity()
@@ -42,7 +42,7 @@ def answers(base, routers) -> list[dict]:
     return found
 
 
-def capacity(export, pooling: str | None) -> dict[int, float]:
+def capacity(export, pooling: str | None) -> dict:
     """What the export itself reports of the same requests, one at a time."""
     from megatron_mod.evaluation.huggingface import load_huggingface
     from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend

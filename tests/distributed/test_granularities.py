@@ -38,12 +38,12 @@ def make_case(root: Path, kind: str, changes: dict) -> tuple:
         samples.append(Sample(ids, [False] * prompt + [True] * answer, f"made:{index}"))
     routers = {layer: 0.5 * torch.randn(1, 32, generator=generator) for layer in cases.ROUTED}
     added = {layer: {"router.weight": weight} for layer, weight in routers.items()}
-    shapes = RoutingConfig("attn_token", (1,), (1.0,), bias=True, stand_in_rank=RANK).added_shapes(
-        32
-    )
-    for own in added.values():
-        for name, shape in shapes.items():
-            own.setdefault(name, 0.3 * torch.randn(shape, generator=generator))
+    for granularity in ("attn_token", "attn_token+mlp_token"):
+        routing = scheme(granularity, bias=True, stand_in_rank=RANK)
+        for own in added.values():
+            for name, shape in routing.added_shapes(32).items():
+                scale = 0.5 if name.startswith("router") else 0.3
+                own.setdefault(name, scale * torch.randn(shape, generator=generator))
     return hf, root / "megatron", samples, added
 
 
@@ -52,7 +52,10 @@ def scheme(granularity: str, **changes: object) -> RoutingConfig:
 
 
 EVERY = [scheme(name) for name in GRANULARITIES]
-SELECTED = [scheme(name, keys_values="selected") for name in ("attn_token", "block_token")]
+SELECTED = [
+    scheme(name, keys_values="selected")
+    for name in ("attn_token", "block_token", "attn_token+mlp_token")
+]
 SPARSE = [
     scheme(r.granularity, keys_values=r.keys_values, training_compute="sparse")
     for r in [*EVERY, *SELECTED]
@@ -67,7 +70,7 @@ VARIANTS = [
     scheme("block_sequence", threshold=1 - 1e-7, training_compute="sparse"),
 ]
 ALL = [*EVERY, *SELECTED, *SPARSE, *VARIANTS]
-DEEP = [EVERY[0], SELECTED[0], SPARSE[-2]]  # attn_sequence; attn_token selected, dense and sparse
+DEEP = [EVERY[0], SELECTED[0], SPARSE[-3]]  # attn_sequence; attn_token selected, dense and sparse
 assert [r.granularity for r in DEEP] == ["attn_sequence", "attn_token", "attn_token"]
 # So few tokens that some context-parallel ranks have none, with every treatment of keys.
 FEW = [
@@ -86,7 +89,9 @@ SELECTED_FEW = [routing for routing in FEW if routing.keys_values == "selected"]
 def with_added(routing: RoutingConfig, loss: str, **changes: object) -> cases.Asked:
     """With biases and stand-ins, and a price where nothing else is said."""
     changes = {"bias": True, "stand_in_rank": RANK, "capacity_loss_weight": "auto", **changes}
-    price = (0.8, 0.3) if changes["capacity_loss_weight"] == "auto" else None
+    price = None
+    if changes["capacity_loss_weight"] == "auto":
+        price = (0.8, 0.3, 0.5, 0.6)[: len(routing.places)]
     return cases.Asked(replace(routing, **changes), loss, price)
 
 
@@ -96,12 +101,14 @@ ADDED = [
     *(with_added(r, "task", **PENALTY) for r in SPARSE),
     with_added(SPARSE[1], "distill"),  # attn_token
     with_added(SPARSE[4], "distill", scope="layer"),  # block_sequence
+    with_added(SPARSE[7], "distill", scope="layer"),  # attn_token+mlp_token
     with_added(EVERY[3], "task", bias=False, **PENALTY),  # mlp_token
 ]
 ADDED_DEEP = [
     with_added(EVERY[1], "both"),
     with_added(SPARSE[4], "distill", scope="layer"),
     with_added(SPARSE[3], "task", **PENALTY),
+    with_added(SPARSE[-2], "both"),
     with_added(SPARSE[-1], "both"),
 ]
 assert [(r.routing.granularity, r.routing.keys_values) for r in ADDED_DEEP] == [
@@ -109,6 +116,7 @@ assert [(r.routing.granularity, r.routing.keys_values) for r in ADDED_DEEP] == [
     ("block_sequence", None),
     ("mlp_token", None),
     ("block_token", "selected"),
+    ("attn_token+mlp_token", "selected"),
 ]
 TENSOR = {"tensor": 2, "sequence_parallel": True}
 PIPELINE = {"pipeline": 2}
@@ -136,32 +144,32 @@ def expected_of(
     loss, capacity = found.loss, found.capacity
     cost, found_price = 0.0, []
     if price is not None:
-        cost = sum(p * capacity[k] for p, k in zip(price, routing.layers, strict=True))
+        cost = sum(p * capacity[k] for p, k in zip(price, routing.places, strict=True))
         slopes, pulls = [], []  # sum s / N and sum s e, with e of all but the unit's own price
-        for layer, own in zip(routing.layers, price, strict=True):
-            bias = added[layer]["router.bias"]
-            (slope,) = torch.autograd.grad(capacity[layer], bias, retain_graph=True)
+        for place, own in zip(routing.places, price, strict=True):
+            bias = added[place.layer][routing.name_of("router", place.target) + ".bias"]
+            (slope,) = torch.autograd.grad(capacity[place], bias, retain_graph=True)
             (pull,) = torch.autograd.grad(loss + cost, bias, retain_graph=True)
             slopes.append(slope)
             pulls.append(pull - own * slope)
         pulls, slopes = torch.cat(pulls), torch.cat(slopes)
         if routing.scope == "model":
-            pulls, slopes = pulls.sum().expand(2), slopes.sum().expand(2)
+            pulls, slopes = (t.sum().expand(len(t)) for t in (pulls, slopes))
         found_price = (-pulls / slopes).tolist()
-    for layer, target in zip(routing.layers, routing.capacity, strict=True):
+    for place, target in zip(routing.places, routing.capacity, strict=True):
         if price is not None:
             break
         # The penalty, spelled out: before the first step the previous capacity is 1.
         mean = sum(routing.capacity) / len(routing.capacity)
         on = (mean if routing.scope == "model" else target) < 1.0
-        loss = loss + routing.capacity_loss_weight * on * (capacity[layer] - target)
+        loss = loss + routing.capacity_loss_weight * on * (capacity[place] - target)
     (loss + cost).backward()
     return {
         "logits": [logits.detach() for logits in found.logits],
         "price": found_price,
         "task_loss": float(found.task_loss.detach()),
         "loss": float(loss.detach()),
-        "capacity": [float(capacity[layer].detach()) for layer in routing.layers],
+        "capacity": [float(capacity[place].detach()) for place in routing.places],
         "gradients": {(k, name): t.grad for k, own in added.items() for name, t in own.items()},
     }
 

@@ -81,7 +81,7 @@ def test_whole_logits_never_exist(case, loss, monkeypatch):
     with Largest(model) as seen:
         for controller in (CapacityController(ROUTING), None):  # training and validation
             run_schedule(chunks, model, batch, ROUTING, controller=controller, loss=LOSSES[loss]())
-        leave_one_out(model, [batch], ROUTING.layers)
+        leave_one_out(model, [batch], ROUTING.places)
     assert seen.tokens == head_cases.CHUNK
 
 

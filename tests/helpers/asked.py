@@ -32,7 +32,7 @@ def save_model(folder: Path) -> Path:
     return tiny.save_tokenizer(hf)
 
 
-def mixed_routers(hf: Path, tokenizer, scheme: str) -> dict[int, torch.Tensor]:
+def mixed_routers(hf: Path, tokenizer, scheme: str) -> formula.Routers:
     """Routers of which each keeps some of the texts and skips some."""
     texts = [tokenizer.encode(text)[-POSITIONS:] for text in PROMPTS]
     generator = torch.Generator().manual_seed(1)

@@ -57,16 +57,27 @@ class Exports:
         self.hf = formula.save_model(folder / "dense", family, **changes)
         self.dense = formula.load_dense(self.hf)
         self.prompts = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in LENGTHS]
-        hidden, self.more = self.dense.config.hidden_size, {}
-        if not plain:
-            self.more = {n: formula.bias_and_stand_in(hidden, RANK, generator) for n in ROUTED}
+        self.plain = plain
+
+    @functools.cache  # noqa: B019 (lives as long as its module's tests)
+    def more(self, name: str) -> dict[int, dict[str, Tensor]]:
+        """The routed layers' biases and stand-ins, if they have any."""
+        if self.plain:
+            return {}
+        generator = torch.Generator().manual_seed(7)
+        sizes, granularity = (self.dense.config.hidden_size, RANK), self.granularity(name)
+        return {n: formula.bias_and_stand_in(*sizes, generator, granularity) for n in ROUTED}
+
+    @staticmethod
+    def granularity(name: str) -> str:
+        return formula.SCHEMES[name]["granularity"]
 
     def scheme(self, name: str) -> dict:
         """What the formula is told beside routers."""
-        return {**formula.SCHEMES[name], "more": self.more}
+        return {**formula.SCHEMES[name], "more": self.more(name)}
 
     @functools.cache  # noqa: B019 (lives as long as its module's tests)
-    def routers(self, name: str) -> dict[int, Tensor]:
+    def routers(self, name: str) -> formula.Routers:
         generator = torch.Generator().manual_seed(6)
         scheme = self.scheme(name)
         return formula.mixed_routers(self.dense, self.prompts, ROUTED, generator, **scheme)
@@ -74,9 +85,10 @@ class Exports:
     @functools.cache  # noqa: B019 (lives as long as its module's tests)
     def export(self, name: str) -> Path:
         settings = dict(formula.SCHEMES[name])
-        if self.more:
+        if not self.plain:
             settings.update(bias=True, stand_in_rank=RANK)
-        return save_export(self.folder / name, self.hf, self.routers(name), self.more, **settings)
+        more = self.more(name)
+        return save_export(self.folder / name, self.hf, self.routers(name), more, **settings)
 
     @functools.cache  # noqa: B019 (lives as long as its module's tests)
     def model(self, name: str, attention: str = "sdpa"):
@@ -86,8 +98,8 @@ class Exports:
     def formula(self, name: str, ids: Sequence[int], **extra):
         return formula.forward(self.dense, ids, self.routers(name), **self.scheme(name), **extra)
 
-    def masks(self, name: str) -> list[dict[int, Tensor]]:
-        """Each prompt's decisions by the formula: per routed layer ``[T]``."""
+    def masks(self, name: str) -> list[formula.Routers]:
+        """Each prompt's decisions by the formula: of each router ``[T]``."""
         return [self.formula(name, prompt)[1] for prompt in self.prompts]
 
     def greedy(self, name: str, prompt: Sequence[int], new: int) -> list[int]:

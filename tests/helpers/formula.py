@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+Routers: TypeAlias = dict[tuple[int, str], Tensor]
+STAND_IN = ("stand_in.down.weight", "stand_in.up.weight", "stand_in.up.bias")
 # A granularity with each treatment of keys and values it can have.
 SCHEMES = {
     "attn_sequence": {"granularity": "attn_sequence"},
@@ -18,28 +21,57 @@ SCHEMES = {
     "mlp_token": {"granularity": "mlp_token"},
     "block_token_all": {"granularity": "block_token", "keys_values": "all"},
     "block_token_selected": {"granularity": "block_token", "keys_values": "selected"},
+    "parts_sequence": {"granularity": "attn_sequence+mlp_sequence"},
+    "parts_token_selected": {"granularity": "attn_token+mlp_token", "keys_values": "selected"},
 }
+
+
+def targets_of(granularity: str) -> list[str]:
+    """What its routers decide about."""
+    return [part.split("_")[0] for part in granularity.split("+")]
+
+
+def places(layers: Sequence[int], granularity: str) -> list[tuple[int, str]]:
+    """Of the routers, by which everything that belongs to one is known here."""
+    return [(layer, target) for layer in layers for target in targets_of(granularity)]
+
+
+def by_place(values: dict | None, granularity: str) -> dict | None:
+    """The same by place; where a layer has one router, tests may say just the layer."""
+    (target, *_) = targets_of(granularity)
+    return values and {(k, target) if isinstance(k, int) else k: v for k, v in values.items()}
+
+
+def name_of(name: str, target: str, granularity: str) -> str:
+    """Of a tensor that a target has in an export, ``router.bias`` or ``router.attn.bias``."""
+    if "+" not in granularity:
+        return name
+    module, rest = name.split(".", 1)
+    return f"{module}.{target}.{rest}"
 
 
 def forward(
     model,
     ids: Sequence[int],
-    routers: dict[int, Tensor],
+    routers: Routers,
     *,
     granularity: str,
     keys_values: str | None = None,
-    masks: dict[int, Tensor] | None = None,
-    borders: dict[int, float] | None = None,
+    masks: Routers | None = None,
+    borders: dict[tuple[int, str], float] | None = None,
     more: dict[int, dict[str, Tensor]] | None = None,
-) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
-    """One sequence through a dense model (``eager`` attention) with routers ``[1, H]``.
+) -> tuple[Tensor, Routers, Routers]:
+    """One sequence through a dense model (``eager`` attention) with routers ``[1, H]``, by place,
+    or by layer where it has one router; so is what is returned.
 
-    Returns logits ``[T, vocab]``, each routed layer's mask (``[T]``; of a sequence, all alike)
+    Returns logits ``[T, vocab]``, each router's mask (``[T]``; of a sequence, all alike)
     and its logits (``[T]``; of a sequence ``[1]``). ``masks`` fixes decisions; ``borders`` are
-    the logits from which on a layer is kept (0 without). ``more``: routed layers' other tensors
+    the logits from which on a unit is kept (0 without). ``more``: routed layers' other tensors
     by their names in an export: a bias of the router, and what ``S`` is made of (nothing without).
     """
-    target, unit = granularity.split("_")
+    targets, unit = targets_of(granularity), granularity.split("_")[-1]
+    by_layer = any(isinstance(key, int) for key in routers)
+    routers, masks, borders = (by_place(d, granularity) for d in (routers, masks, borders))
     ids = torch.tensor([list(ids)])
     hidden = model.model.embed_tokens(ids)
     slots = torch.arange(ids.shape[1])
@@ -47,38 +79,49 @@ def forward(
     made, logits = {}, {}
     for index, layer in enumerate(model.model.layers):
         normed = layer.input_layernorm(hidden)
-        kept = torch.ones(ids.shape[1])
+        kept = {}
         added = (more or {}).get(index, {})
-        if index in routers:
-            found = (normed[0].double() @ routers[index].double().squeeze(0)).float()
-            found = found + added.get("router.bias", 0.0)
-            logits[index] = found.mean(0, keepdim=True) if unit == "sequence" else found
-            border = borders[index] if borders else 0.0
-            kept = made[index] = (
-                masks[index][: ids.shape[1]] if masks
-                else (logits[index] >= border).float().expand(ids.shape[1])
+        for target in targets:
+            place = index, target
+            if place not in routers:
+                continue
+            found = (normed[0].double() @ routers[place].double().squeeze(0)).float()
+            found = found + added.get(name_of("router.bias", target, granularity), 0.0)
+            logits[place] = found.mean(0, keepdim=True) if unit == "sequence" else found
+            border = borders[place] if borders else 0.0
+            kept[target] = made[place] = (
+                masks[place][: ids.shape[1]] if masks
+                else (logits[place] >= border).float().expand(ids.shape[1])
             )  # fmt: skip
+        attends = kept.get("attn", kept.get("block", torch.ones(ids.shape[1])))
         visible = slots[:, None] >= slots
         if window := _window(model.config, index):
             visible &= slots[:, None] - slots < window
         if keys_values == "selected":
-            visible &= kept.bool() | torch.eye(ids.shape[1], dtype=torch.bool)
+            visible &= attends.bool() | torch.eye(ids.shape[1], dtype=torch.bool)
         mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
         attended = layer.self_attn(normed, position_embeddings=rotary, attention_mask=mask)[0]
-        kept = kept[:, None]
 
-        def choose(update: Tensor, read: Tensor, kept=kept, added=added) -> Tensor:
-            return kept * update + (1 - kept) * stand_in(added, read)
+        def choose(target: str, update: Tensor, read: Tensor, kept=kept, added=added) -> Tensor:
+            if target not in kept:
+                return update
+            own = {
+                name: added[its]
+                for name in STAND_IN
+                if (its := name_of(name, target, granularity)) in added
+            }
+            mask = kept[target][:, None]
+            return mask * update + (1 - mask) * stand_in(own, read)
 
-        if target == "attn":
-            hidden = hidden + choose(attended, normed)
-            hidden = hidden + _mlp(layer, hidden)
-        elif target == "mlp":
-            hidden = hidden + attended
-            read = layer.post_attention_layernorm(hidden)
-            hidden = hidden + choose(layer.mlp(read), read)
+        if "block" in targets:
+            update = attended + _mlp(layer, hidden + attended)
+            hidden = hidden + choose("block", update, normed)
         else:
-            hidden = hidden + choose(attended + _mlp(layer, hidden + attended), normed)
+            hidden = hidden + choose("attn", attended, normed)
+            read = layer.post_attention_layernorm(hidden)
+            hidden = hidden + choose("mlp", layer.mlp(read), read)
+    if by_layer:
+        made, logits = ({k: v for (k, _), v in found.items()} for found in (made, logits))
     return model.lm_head(model.model.norm(hidden))[0], made, logits
 
 
@@ -107,7 +150,7 @@ def greedy(dense, prompt: Sequence[int], routers: dict, *, new: int, **scheme) -
     text, masks = list(prompt), None
     if scheme["granularity"].endswith("sequence"):
         _, made, _ = forward(dense, prompt, routers, **scheme)
-        masks = {layer: mask[:1].expand(len(prompt) + new) for layer, mask in made.items()}
+        masks = {place: mask[:1].expand(len(prompt) + new) for place, mask in made.items()}
     for _ in range(new):
         logits, _, _ = forward(dense, text, routers, masks=masks, **scheme)
         text.append(int(logits[-1].argmax()))
@@ -117,36 +160,42 @@ def greedy(dense, prompt: Sequence[int], routers: dict, *, new: int, **scheme) -
 @torch.no_grad()
 def mixed_routers(
     dense, prompts: Sequence, layers: Sequence[int], generator: torch.Generator, **scheme
-) -> dict[int, Tensor]:
-    """Routers, layer by layer, that keep some of the prompts' units, skip some, none by a hair.
+) -> Routers:
+    """Routers, one by one, that keep some of the prompts' units, skip some, none by a hair.
 
     ``scheme``: further arguments of ``forward``.
     """
-    routers: dict[int, Tensor] = {}
-    for layer in layers:
-        while layer not in routers:
+    routers: Routers = {}
+    for place in places(layers, scheme["granularity"]):
+        while place not in routers:
             weight = torch.randn(1, dense.config.hidden_size, generator=generator)
-            trial = {**routers, layer: weight}
+            trial = {**routers, place: weight}
             decided = [forward(dense, p, trial, **scheme) for p in prompts]
-            kept = torch.cat([masks[layer] for _, masks, _ in decided]).mean()
-            margin = min(float(logits[layer].abs().min()) for _, _, logits in decided)
+            kept = torch.cat([masks[place] for _, masks, _ in decided]).mean()
+            margin = min(float(logits[place].abs().min()) for _, _, logits in decided)
             if 0.25 < kept < 0.75 and margin > 1e-3:
                 routers = trial
     return routers
 
 
-def bias_and_stand_in(hidden_size: int, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+def bias_and_stand_in(
+    hidden_size: int, rank: int, generator: torch.Generator, granularity: str = "attn_token"
+) -> dict[str, Tensor]:
     """A routed layer's other tensors, by their names in it, of a size that matters."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    return {
-        "router.bias": normal(1),
-        "stand_in.down.weight": normal(rank, hidden_size) / hidden_size**0.5,
-        "stand_in.up.weight": normal(hidden_size, rank) / rank**0.5,
-        "stand_in.up.bias": normal(hidden_size),
-    }
+    found = {}
+    for target in targets_of(granularity):
+        own = {
+            "router.bias": normal(1),
+            "stand_in.down.weight": normal(rank, hidden_size) / hidden_size**0.5,
+            "stand_in.up.weight": normal(hidden_size, rank) / rank**0.5,
+            "stand_in.up.bias": normal(hidden_size),
+        }
+        found |= {name_of(name, target, granularity): value for name, value in own.items()}
+    return found
 
 
 def save_model(folder: Path, family: str = "llama", *, seed: int = 0, **changes) -> Path:

@@ -12,16 +12,18 @@ from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.hf_writer import HFWriter
 from megatron_mod.conversion.routers import ROUTER, hf_tensors
 from megatron_mod.routing.config import RoutingConfig
+from tests.helpers import formula
 
 
 def save_export(
     export: Path,
     hf: Path,
-    routers: dict[int, torch.Tensor],
+    routers: dict[tuple[int, str], torch.Tensor],
     more: dict[int, dict[str, torch.Tensor]] | None = None,
     **routing: object,
 ) -> Path:
-    """The folder ``convert_megatron_to_hf`` would write for ``hf`` with routers ``[1, H]``.
+    """The folder ``convert_megatron_to_hf`` would write for ``hf`` with routers ``[1, H]``, by
+    place, or by layer where it has one router.
 
     ``more``: other tensors of the routed layers, by layer and their names in it.
     ``routing`` holds fields of ``RoutingConfig``; the granularity is ``attn_sequence`` without.
@@ -31,13 +33,16 @@ def save_export(
     with HFReader(hf) as reader:
         for name in sorted(reader.names()):
             writer.add(name, reader.tensor(name))
-    added = {layer: {ROUTER: w, **(more or {}).get(layer, {})} for layer, w in routers.items()}
+    settings = {"granularity": "attn_sequence", "capacity": (0.5,) * len(routers), **routing}
+    added: dict[int, dict[str, torch.Tensor]] = {}
+    for (layer, target), weight in formula.by_place(routers, settings["granularity"]).items():
+        name = formula.name_of(ROUTER, target, settings["granularity"])
+        added.setdefault(layer, dict((more or {}).get(layer, {})))[name] = weight
     for name, tensor in hf_tensors(added, torch.float32).items():
         writer.add(name, tensor)
     writer.close()
     copy_companions(hf, export)
     make_portable(export)
-    layers = tuple(sorted(routers))
-    settings = {"granularity": "attn_sequence", "capacity": (0.5,) * len(layers), **routing}
+    layers = tuple(sorted(added))
     add_routing(export, RoutingConfig(layers=layers, **settings))
     return export

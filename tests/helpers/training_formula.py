@@ -29,6 +29,22 @@ class Scheme:
     priced: bool = False
     loss: str = "task"
 
+    @property
+    def targets(self) -> list[str]:
+        return [part.split("_")[0] for part in self.granularity.split("+")]
+
+    @property
+    def places(self) -> list[tuple[int, str]]:
+        """Of the routers."""
+        return [(layer, target) for layer in self.layers for target in self.targets]
+
+    def own(self, added: dict[str, Tensor], target: str) -> dict[str, Tensor]:
+        """What of a layer's belongs to a target, named as if there were no other."""
+        if len(self.targets) == 1:
+            return added
+        parted = f".{target}."
+        return {name.replace(parted, "."): t for name, t in added.items() if parted in name}
+
 
 def straight_through(logit: Tensor, threshold: float) -> Tensor:
     """``m = 1 if logit >= log(t / (1 - t)) else 0``; backward ``dL/dp = dL/dm``."""
@@ -68,9 +84,9 @@ def stand_in(own: dict[str, Tensor], read: Tensor) -> Tensor:
 
 def forward(
     model, ids: Sequence[int], prompt: int, added: Added, scheme: Scheme
-) -> tuple[Tensor, dict[int, Tensor], float]:
-    """One document: logits ``[T, vocab]``, each routed layer's mask (a scalar or ``[T]``), and the
-    smallest distance of a logit from the border."""
+) -> tuple[Tensor, dict[tuple[int, str], Tensor], float]:
+    """One document: logits ``[T, vocab]``, each router's mask (a scalar or ``[T]``) by place, and
+    the smallest distance of a logit from the border."""
     ids = torch.tensor([list(ids)])
     x = model.model.embed_tokens(ids)
     rotary = model.model.rotary_emb(x, torch.arange(ids.shape[1])[None])
@@ -79,48 +95,52 @@ def forward(
     if window := getattr(model.config, "sliding_window", None):
         causal = causal.triu(1 - window)
     border = math.log(scheme.threshold / (1 - scheme.threshold))
-    target = scheme.granularity.split("_")[0]
     for index, layer in enumerate(model.model.layers):
         normed = layer.input_layernorm(x)
-        m, seen, own = torch.ones(len(x)), causal, added.get(index, {})
-        if index in scheme.layers:
+        masks, owns, seen = {}, {}, causal
+        for target in scheme.targets if index in scheme.layers else ():
+            own = owns[target] = scheme.own(added[index], target)
             logit = (normed.double() @ own["router.weight"].double().squeeze(0)).float()
             logit = logit + own.get("router.bias", torch.zeros(1))
             if scheme.granularity.endswith("sequence"):
                 pooled = logit[:prompt] if scheme.pooling == "prompt" else logit
                 logit = pooled.mean()
             margin = min(margin, float((logit.detach() - border).abs().min()))
-            m = made[index] = straight_through(logit, scheme.threshold)
+            m = made[index, target] = straight_through(logit, scheme.threshold)
             if scheme.training_compute == "sparse":  # what is skipped has no task gradient
                 m = m * m.detach()
                 if scheme.priced:
-                    made[index] = m
+                    made[index, target] = m
             m = m.expand(len(x))
-            if scheme.keys_values == "selected":
+            if scheme.keys_values == "selected" and target != "mlp":
                 seen = causal & ((m.detach() > 0)[None, :] | torch.eye(len(x)).bool())
-        m = m[:, None]
+            masks[target] = m[:, None]
+
+        def choose(target: str, update: Tensor, read: Tensor, masks=masks, owns=owns) -> Tensor:
+            if target not in masks:
+                return update
+            m = masks[target]
+            return m * update + (1 - m) * stand_in(owns[target], read)
+
         update = attention(layer.self_attn, normed, rotary, seen)
-        if target == "attn":
-            x = x + m * update + (1 - m) * stand_in(own, normed)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        elif target == "mlp":
-            x = x + update
-            read = layer.post_attention_layernorm(x)
-            x = x + m * layer.mlp(read) + (1 - m) * stand_in(own, read)
-        else:
+        if "block" in masks:
             update = update + layer.mlp(layer.post_attention_layernorm(x + update))
-            x = x + m * update + (1 - m) * stand_in(own, normed)
+            x = x + choose("block", update, normed)
+            continue
+        x = x + choose("attn", update, normed)
+        read = layer.post_attention_layernorm(x)
+        x = x + choose("mlp", layer.mlp(read), read)
     return model.lm_head(model.model.norm(x)), made, margin
 
 
 class BatchLoss(NamedTuple):
-    """Per label of a whole batch: what is minimised and the cross entropy; each layer's capacity
-    (all with their graphs), the number of units of a layer, the smallest margin, and each sample's
-    logits ``[T, vocab]``."""
+    """Per label of a whole batch: what is minimised and the cross entropy; each router's capacity
+    by place (all with their graphs), the number of units of each, the smallest margin, and each
+    sample's logits ``[T, vocab]``."""
 
     loss: Tensor
     task_loss: Tensor
-    capacity: dict[int, Tensor]
+    capacity: dict[tuple[int, str], Tensor]
     num_units: int
     margin: float
     logits: list[Tensor]
@@ -128,7 +148,7 @@ class BatchLoss(NamedTuple):
 
 def batch_loss(model, samples: Sequence, added: Added, scheme: Scheme) -> BatchLoss:
     nll, divergence, count, margin = 0.0, 0.0, 0, math.inf
-    masks, all_logits = {layer: [] for layer in scheme.layers}, []
+    masks, all_logits = {place: [] for place in scheme.places}, []
     for sample in samples:
         logits, made, closest = forward(model, sample.ids, sample.prompt_length, added, scheme)
         all_logits.append(logits)
@@ -142,15 +162,15 @@ def batch_loss(model, samples: Sequence, added: Added, scheme: Scheme) -> BatchL
         nll = nll + torch.nn.functional.cross_entropy(picked, expected, reduction="sum")
         count += len(targets)
         margin = min(margin, closest)
-        for layer, mask in made.items():
-            masks[layer].append(mask.reshape(-1))
-    made = {layer: torch.cat(m) for layer, m in masks.items()}
+        for place, mask in made.items():
+            masks[place].append(mask.reshape(-1))
+    made = {place: torch.cat(m) for place, m in masks.items()}
     losses = {"task": nll, "distill": divergence, "both": nll + divergence}
     return BatchLoss(
         losses[scheme.loss] / count,
         nll / count,
-        {layer: m.mean() for layer, m in made.items()},
-        len(made[scheme.layers[0]]),
+        {place: m.mean() for place, m in made.items()},
+        len(made[scheme.places[0]]),
         margin,
         all_logits,
     )

@@ -15,8 +15,10 @@ from megatron_mod.evaluation.work import Work
 from megatron_mod.hf.thresholds_mod import border_at, common_border, settled_border, threshold_at
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig, logit_border
+from megatron_mod.routing.scheme import Place
 
 ROWS, LENGTH, LAYERS = 10, 20, (0, 2)
+PLACES = tuple(Place(layer, "block") for layer in LAYERS)
 ARCH = Architecture(
     num_layers=3, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, num_query_groups=2,
     kv_channels=4, vocab_size=32, max_sequence_length=64, layernorm_epsilon=1e-5,
@@ -134,13 +136,13 @@ class Model:
     """A backend whose later layer's logits fall with what the first one skips, and whose loss
     grows with all that is skipped."""
 
-    layers = LAYERS
+    places = PLACES
 
     def __init__(self, *, by_sequence: bool = False) -> None:
         self.by_sequence = by_sequence
         generator = torch.Generator().manual_seed(2)
         units = 1 if by_sequence else LENGTH
-        self.logits = 3 * torch.randn(ROWS, len(LAYERS), units, generator=generator)
+        self.logits = 3 * torch.randn(ROWS, len(PLACES), units, generator=generator)
         self.calls = 0
 
     def observe(self, rows, *, thresholds):
@@ -152,7 +154,7 @@ class Model:
             later = logits[1] - 4 * skipped
             cost = float(skipped + (later < second).double().mean()) / 2
             score = Score(-LENGTH * (2 + cost**2), is_greedy=False)
-            found.append(Observation(score, dict(zip(LAYERS, (logits[0], later), strict=True))))
+            found.append(Observation(score, dict(zip(PLACES, (logits[0], later), strict=True))))
         return found
 
 
@@ -237,12 +239,12 @@ def test_a_point_stands_beside_the_removal_of_as_much_work(share):
     at = Curve(found).at(point)
     every = [found.at([1.0] * n + [0.0] * (2 - n)).flops for n in range(3)]
     assert at.static.flops == min(every, key=lambda flops: abs(flops - point.flops))
-    assert at.static.capacity == tuple(float(layer not in at.removed) for layer in LAYERS)
+    assert at.static.capacity == tuple(float(place not in at.removed) for place in PLACES)
     told = at.to_dict()
     assert told["static_method"] == "greedy"
     assert told["static_capacity"] == at.static.mean_capacity
     assert told["static_counted_speedup"] == found.dense_flops / at.static.flops
-    assert told["static_removed_layers"] == at.removed
+    assert told["static_removed_layers"] == [place.layer for place in at.removed]
 
 
 def test_layers_may_be_chosen_on_other_rows():
@@ -255,4 +257,4 @@ def test_layers_may_be_chosen_on_other_rows():
     )
     at = curve.at(found.at_capacity(0.5))
     assert [thresholds for rows, thresholds in seen if rows == 2] == [[1.0, 0.0], [0.0, 1.0]]
-    assert seen[-1] == (ROWS, tuple(float(layer in at.removed) for layer in LAYERS))
+    assert seen[-1] == (ROWS, tuple(float(place in at.removed) for place in PLACES))

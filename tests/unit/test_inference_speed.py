@@ -22,6 +22,7 @@ from megatron_mod.evaluation.work import Work
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.report import quickstart
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.scheme import Place
 from tests.helpers import formula, tiny
 from tests.helpers.routed import save_export
 
@@ -48,22 +49,26 @@ def flags(*rows: str) -> torch.Tensor:
 
 def test_operations_of_a_batch():
     """Rows of three tokens: one keeps the first and the third, the other none."""
-    made = {1: flags("x.x", "...")}
+    made = {Place(1, "block"): flags("x.x", "...")}
     dense = 2 * 3 * LAYER + 6 * PAIR + 2 * OUTPUT
     router = 3 * 2 * ROUTER
     found = prefill_flops(work_of("block_token", keys_values="selected"), made, length=3)
     assert found == 2 * (dense + router) + 2 * 2 * LAYER + 3 * PAIR
     found = prefill_flops(work_of("block_token", keys_values="all"), made, length=3)
     assert found == 2 * (dense + router) + 2 * 2 * (QUERY + MLP) + 6 * 2 * KEY + 4 * PAIR
-    found = prefill_flops(work_of("attn_sequence"), {1: flags("x", ".")[:, 0]}, length=3)
+    made = {Place(1, "attn"): flags("x", ".")[:, 0]}
+    found = prefill_flops(work_of("attn_sequence"), made, length=3)
     assert found == 2 * (dense + router) + 2 * 3 * (LAYER + MLP) + 6 * PAIR
 
 
 def test_bytes_of_decode_steps():
     """After "x.x" and "...", steps that keep row 0, then nobody; the mean of the two."""
-    prefill, steps = {1: flags("x.x", "...")}, [{1: flags("x", ".")}, {1: flags(".", ".")}]
 
     def found(work: Work) -> float:
+        (place,) = work.routing.places
+        prefill, *steps = (
+            {place: flags(*rows)} for rows in (("x.x", "..."), ("x", "."), (".", "."))
+        )
         return decode_bytes(work, prefill, steps, length=3, element_size=4)
 
     always = OUTPUT + LAYER + ROUTER + 7 * STORED  # the dense layer holds 6 tokens, then 8
@@ -76,14 +81,14 @@ def test_bytes_of_decode_steps():
 
 
 def test_bytes_of_a_sequence_that_skips():
-    prefill = {1: flags("x", ".")[:, 0]}
+    prefill = {Place(1, "attn"): flags("x", ".")[:, 0]}
     found = decode_bytes(work_of("attn_sequence"), prefill, [prefill] * 3, length=3, element_size=2)
     assert found == 2 * (OUTPUT + 2 * LAYER + ROUTER + 8 * STORED + 4 * STORED)
 
 
 def test_a_window_forgets_what_was_kept():
     """Of "xx..." a window of 4 leaves the last three places to the next token, all skipped."""
-    prefill, step = {1: flags("xx...")}, {1: flags("x")}
+    prefill, step = ({Place(1, "attn"): flags(row)} for row in ("xx...", "x"))
     work = work_of("attn_token", keys_values="selected", window=4)
     found = decode_bytes(work, prefill, [step, step], length=5, element_size=1)
     assert found == OUTPUT + 2 * LAYER + ROUTER + 3 * STORED + (0 + 1) * STORED / 2
@@ -116,7 +121,9 @@ def test_models_take_turns_and_the_first_changes():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "block_token"])
+@pytest.mark.parametrize(
+    "granularity", ["attn_sequence+mlp_sequence", "mlp_sequence", "block_token"]
+)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_random_weights_keep_what_is_asked(granularity, batch):
     pair = Pair.of_shape("tiny", granularity, dtype=torch.bfloat16)
@@ -139,13 +146,14 @@ def test_random_weights_keep_what_is_asked(granularity, batch):
         assert torch.equal(pair.routed(ids).logits, pair.dense(ids).logits)
 
 
-@pytest.mark.parametrize("name", ["attn_sequence", "attn_token_selected", "block_token_all"])
+@pytest.mark.parametrize("name", ["attn_sequence", "parts_token_selected", "block_token_all"])
 def test_a_row_is_about_the_decisions_of_the_timed_calls(name, tmp_path):
     """Decided anew by the formula, on prompts and on what follows them."""
     batch, context, new = 3, 20, 4
     hf = tiny.save_tokenizer(formula.save_model(tmp_path / "hf", vocab_size=tiny.VOCAB))
     dense, scheme = formula.load_dense(hf), formula.SCHEMES[name]
-    empty = {0: torch.zeros(1, 32), 2: torch.zeros(1, 32)}
+    places = formula.places((0, 2), scheme["granularity"])
+    empty = {place: torch.zeros(1, 32) for place in places}
     plain = save_export(tmp_path / "plain", hf, empty, **scheme)
     prompts = Pair.of_folders(hf, plain, dtype=torch.float32).prompts(batch, context)
     assert prompts.shape == (batch, context)
@@ -165,10 +173,10 @@ def test_a_row_is_about_the_decisions_of_the_timed_calls(name, tmp_path):
         with torch.no_grad():
             made = formula.forward(dense, seen, routers, **scheme)[1]
         if work.routing.scheme.per_sequence:
-            made = {layer: mask[:1].expand(len(text)) for layer, mask in made.items()}
+            made = {place: mask[:1].expand(len(text)) for place, mask in made.items()}
         texts.append(text)
-        masks.append({layer: mask.bool() for layer, mask in made.items()})
-    first = [{layer: mask[:context] for layer, mask in made.items()} for made in masks]
+        masks.append({Place(*place): mask.bool() for place, mask in made.items()})
+    first = [{place: mask[:context] for place, mask in made.items()} for made in masks]
     flops = sum(work.prefill(context, kept) for kept in first)
     assert row["prefill"]["ideal"] == batch * plain.prefill(context, {}) / flops
     assert row["capacity"] == pytest.approx(
@@ -176,9 +184,13 @@ def test_a_row_is_about_the_decisions_of_the_timed_calls(name, tmp_path):
     )
     read = whole = 0
     for at in range(context, context + new):
-        kept = {n: torch.stack([made[n][at] for made in masks]) for n in routers}
+        kept = {Place(*n): torch.stack([made[n][at] for made in masks]) for n in routers}
         offered = scheme.get("keys_values") == "all"
-        held = {n: [at if offered else int(made[n][:at].sum()) for made in masks] for n in routers}
+        held = {
+            layer: [at if offered else int(made[layer, target][:at].sum()) for made in masks]
+            for layer, target in routers
+            if target != "mlp"
+        }
         read += work.decode_bytes([at] * batch, kept, held, element_size=4)
         whole += plain.decode_bytes([at] * batch, {}, {}, element_size=4)
     assert row["decode"]["ideal"] == whole / read > 1

@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.routing.scheme import GRANULARITIES
+from megatron_mod.routing.scheme import GRANULARITIES, Scheme
 
 HIDDEN, FFN, HEADS, LENGTH, ROWS, RANK = 32, 48, 4, 16, 3, 5
 CASES = [(name, None) for name in GRANULARITIES]
-CASES += [("attn_token", "selected"), ("block_token", "selected")]
+CASES += [(name, "selected") for name in ("attn_token", "block_token", "attn_token+mlp_token")]
 
 
 @pytest.fixture
@@ -29,12 +29,18 @@ def layer_of(single_process):
             max_sequence_length=64, layernorm_epsilon=1e-5, rotary_base=10000.0,
             tied_embeddings=True,
         )  # fmt: skip
-        routing = RoutingConfig(granularity, (0,), (0.5,), keys_values=keys_values, **changes)
+        capacity = (0.5,) * len(Scheme.parse(granularity).targets)
+        routing = RoutingConfig(granularity, (0,), capacity, keys_values=keys_values, **changes)
         config = transformer_config(arch, dtype=torch.float32)
         torch.manual_seed(4)
         model = build_model(arch, config, routing)[0]
         for parameter in model.parameters():
             parameter.data.normal_(0.0, 0.3)
+        direction = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(5))
+        for sign, router in zip((1, -1), model.decoder.layers[0].routers.values(), strict=False):
+            router.weight.data.copy_(sign * direction)
+            if router.bias is not None:
+                router.bias.data.fill_(0.01)
         rotary = model.rotary_pos_emb(LENGTH)
         return model.decoder.layers[0], rotary
 
@@ -46,27 +52,28 @@ def grid() -> torch.Tensor:
 
 
 def expected_work(
-    granularity: str, keys_values: str | None, kept: list[int], *, rank: int, training: bool
+    kept: dict[str, list[int]], keys_values: str | None, *, rank: int, training: bool
 ) -> int:
-    """Floating-point operations of a layer whose rows keep ``kept`` tokens each, and whose skipped
-    tokens have stand-ins of this rank; in training kept ones have them too, as the gradient of a
-    decision is by what it would change."""
-    everything, chosen = LENGTH * ROWS, sum(kept)
-    rows = sum(n > 0 for n in kept)
+    """Floating-point operations of a layer of whose targets the rows keep so many tokens each, and
+    whose skipped tokens have stand-ins of this rank; in training kept ones have them too, as the
+    gradient of a decision is by what it would change."""
+    everything = LENGTH * ROWS
+    attends = kept.get("attn", kept.get("block", [LENGTH] * ROWS))
+    feeds = kept.get("mlp", kept.get("block", [LENGTH] * ROWS))
+    chosen, rows = sum(attends), sum(n > 0 for n in attends)
     projection = 2 * HIDDEN * HIDDEN  # a token's, one of query, key, value and output
     scores = 4 * HIDDEN  # a pair of tokens', logits and weighted sum
     mlp = 3 * 2 * HIDDEN * FFN  # a token's, gated
     attention = {
         "dense": everything * 4 * projection + ROWS * LENGTH**2 * scores,
-        "all": (2 * everything + 2 * chosen) * projection + rows * max(kept) * LENGTH * scores,
-        "selected": chosen * 4 * projection + rows * max(kept) ** 2 * scores,
+        "all": (2 * everything + 2 * chosen) * projection + rows * max(attends) * LENGTH * scores,
+        "selected": chosen * 4 * projection + rows * max(attends) ** 2 * scores,
     }
-    target = granularity.split("_")[0]
-    which = "dense" if target == "mlp" else (keys_values or "selected")
-    router = everything * 2 * HIDDEN
-    stand_in = (everything if training else everything - chosen) * 4 * HIDDEN * rank
-    mlp *= everything if target == "attn" else chosen
-    return router + attention[which] + mlp + stand_in
+    which = "dense" if list(kept) == ["mlp"] else (keys_values or "selected")
+    router = len(kept) * everything * 2 * HIDDEN
+    skipped = (everything if training else everything - sum(n) for n in kept.values())
+    stand_in = sum(skipped) * 4 * HIDDEN * rank
+    return router + attention[which] + mlp * sum(feeds) + stand_in
 
 
 @pytest.mark.parametrize(("granularity", "keys_values"), CASES)
@@ -76,7 +83,7 @@ def expected_work(
 def test_counted_work_is_that_of_the_kept_units(
     layer_of, granularity, keys_values, threshold, training, rank
 ):
-    if granularity.endswith("token") and not granularity.startswith("mlp"):
+    if Scheme.parse(granularity).chooses_keys:
         keys_values = keys_values or "all"
     layer, rotary = layer_of(
         granularity, keys_values, threshold=threshold, training_compute="sparse",
@@ -87,17 +94,18 @@ def test_counted_work_is_that_of_the_kept_units(
     layer._choose = lambda *args, choose=layer._choose: decided.append(choose(*args)) or decided[-1]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         layer(grid(), rotary_pos_emb=rotary)
-    (chosen,) = decided
-    index = getattr(chosen, "index", torch.arange(LENGTH * ROWS))
-    kept = torch.bincount(index % ROWS, minlength=ROWS).tolist()
-    some = threshold == 0.5
-    assert some == (0 < sum(kept) < LENGTH * ROWS), "the case is not what it should be"
-    if sum(kept) == LENGTH * ROWS:
-        keys_values = "selected"  # nothing is left out, and queries and keys are one projection
-    if not any(kept):
-        keys_values = "selected"  # nobody asks for the keys
+    (choices,) = decided
+    kept = {}
+    for target, chosen in choices.items():
+        index = getattr(chosen, "index", torch.arange(LENGTH * ROWS))
+        kept[target] = rows = torch.bincount(index % ROWS, minlength=ROWS).tolist()
+        some = threshold == 0.5
+        assert some == (0 < sum(rows) < LENGTH * ROWS), "the case is not what it should be"
+        if target != "mlp" and sum(rows) in (LENGTH * ROWS, 0):
+            # Queries and keys are one projection, or nobody asks for the keys.
+            keys_values = "selected"
     assert counter.get_total_flops() == expected_work(
-        granularity, keys_values, kept, rank=rank or 0, training=training
+        kept, keys_values, rank=rank or 0, training=training
     )
 
 
@@ -138,4 +146,5 @@ def test_the_host_waits_only_for_the_number_of_chosen_tokens(
         layer.eval()
         layer(grid(), rotary_pos_emb=rotary)
         assert counted.seen == ["tolist"]  # the shapes of what is computed
-    assert layer.router.weight.grad.abs().max() > 0
+    for router in layer.routers.values():
+        assert router.weight.grad.abs().max() > 0

@@ -14,6 +14,7 @@ from megatron_mod.routing.decision import keep_mask
 from megatron_mod.routing.masks import TokenRole, pooled_tokens, valid_tokens
 from megatron_mod.routing.quantile import borders
 from megatron_mod.routing.router import Router
+from megatron_mod.routing.scheme import Place
 
 
 def decide(logits, *, border=0.0, penalty=0.0, valid=None, **more):
@@ -30,7 +31,7 @@ def test_an_untrained_router_keeps_everything():
     router = Router(8)
     logits = router(torch.randn(6, 2, 8))
     assert torch.equal(logits, torch.zeros(6, 2))
-    assert decide(logits, border=config().logit_border(3)).min() == 1
+    assert decide(logits, border=config().logit_border(Place(3, "attn"))).min() == 1
 
 
 def test_logits_are_fp32_in_a_bf16_model():
@@ -44,16 +45,16 @@ def test_logits_are_fp32_in_a_bf16_model():
 
 def test_a_layer_may_have_its_own_threshold():
     made = config(threshold=(0.5, 0.9))
-    assert made.logit_border(3) == 0.0
-    assert made.logit_border(5) == pytest.approx(math.log(9))
+    assert made.logit_border(Place(3, "attn")) == 0.0
+    assert made.logit_border(Place(5, "attn")) == pytest.approx(math.log(9))
     assert RoutingConfig.from_dict(json.loads(json.dumps(made.to_dict()))) == made
     everything, nothing = config(threshold=0.0), config(threshold=1.0)
-    assert (everything.logit_border(3), nothing.logit_border(3)) == (-math.inf, math.inf)
+    assert (everything.logit_border(Place(3, "attn")), nothing.logit_border(Place(3, "attn"))) == (-math.inf, math.inf)
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.9])
 def test_ties_are_kept_and_the_next_smaller_number_is_not(threshold):
-    border = config(threshold=threshold).logit_border(3)
+    border = config(threshold=threshold).logit_border(Place(3, "attn"))
     assert border == math.log(threshold / (1 - threshold))
     at = torch.tensor(border, dtype=torch.float32)
     if float(at) < border:  # the nearest fp32 lies below
@@ -311,12 +312,12 @@ def test_layers_that_do_not_fit_are_refused(layers, message):
 
 
 def test_capacity_is_one_number_or_one_per_layer():
-    assert resolve_capacity(0.5, num_routed=3) == (0.5, 0.5, 0.5)
-    assert resolve_capacity([0.2, 1.0], num_routed=2) == (0.2, 1.0)
+    assert resolve_capacity(0.5, num_layers=3) == (0.5, 0.5, 0.5)
+    assert resolve_capacity([0.2, 1.0], num_layers=2) == (0.2, 1.0)
     with pytest.raises(ValueError, match="has 1 values, but router.layers routes 2"):
-        resolve_capacity([0.5], num_routed=2)
+        resolve_capacity([0.5], num_layers=2)
     with pytest.raises(ValueError, match=r"router.capacity = 0\.0"):
-        resolve_capacity(0.0, num_routed=2)
+        resolve_capacity(0.0, num_layers=2)
 
 
 def test_average_is_the_mean_of_what_it_saw():

@@ -13,8 +13,9 @@ from megatron_mod.data.chat import Sample
 from megatron_mod.data.loader import StepBatch
 from megatron_mod.parallel.topology import ONE_RANK
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.scheme import Place
 from megatron_mod.routing.stand_in import Moments, StandIn
-from tests.helpers import tiny
+from tests.helpers import formula, tiny
 from tests.helpers.training_formula import Scheme, forward
 
 RANK, RIDGE = 5, 1e-2
@@ -105,7 +106,8 @@ def routed(base, granularity: str, *, dtype=torch.float32, **changes):
     from megatron_mod.conversion.source import open_base
 
     settings = {"stand_in_rank": RANK, "bias": True, "capacity_loss_weight": "auto", **changes}
-    routing = RoutingConfig(granularity, LAYERS, (0.5, 0.5), **settings)
+    routers = len(LAYERS) * len(formula.targets_of(granularity))
+    routing = RoutingConfig(granularity, LAYERS, (0.5,) * routers, **settings)
     return load_model(open_base(base), routing, ONE_RANK, implementation="local", dtype=dtype)
 
 
@@ -149,7 +151,7 @@ def seen(model, samples: list[Sample], target: str) -> dict[int, tuple]:
     return {k: tuple(torch.cat(t).numpy() for t in zip(*v, strict=True)) for k, v in found.items()}
 
 
-@pytest.mark.parametrize("granularity", ["attn_token", "mlp_sequence", "block_token"])
+@pytest.mark.parametrize("granularity", ["mlp_sequence", "block_token", "attn_token+mlp_token"])
 def test_stand_ins_are_fitted_to_what_the_dense_model_computes(case, granularity):
     from megatron_mod.training.stand_ins import fit_stand_ins
 
@@ -158,16 +160,16 @@ def test_stand_ins_are_fitted_to_what_the_dense_model_computes(case, granularity
     for router in model.routers().values():
         router.weight.data.normal_()  # it must not be asked
     explained = fit_stand_ins(model, batches)
-    assert list(explained) == list(LAYERS)
-    tokens = seen(hf, samples, granularity.split("_")[0])
-    for index, layer in model.routed_layers().items():
-        weight, bias, share = numpy_stand_in(*tokens[index], RANK, RIDGE)
-        found = layer.stand_in
+    targets = formula.targets_of(granularity)
+    assert list(explained) == [(layer, target) for layer in LAYERS for target in targets]
+    tokens = {target: seen(hf, samples, target) for target in targets}
+    for place, found in model.stand_ins().items():
+        weight, bias, share = numpy_stand_in(*tokens[place.target][place.layer], RANK, RIDGE)
         np.testing.assert_allclose(
             (found.up.weight @ found.down.weight).detach(), weight, atol=2e-4 * abs(weight).max()
         )
         np.testing.assert_allclose(found.up.bias.detach(), bias, atol=2e-4 * abs(bias).max())
-        assert explained[index] == pytest.approx(share, abs=1e-4)
+        assert explained[place] == pytest.approx(share, abs=1e-4)
         assert 0.2 < share < 1
 
 
@@ -178,12 +180,12 @@ def test_a_bf16_model_gets_nearly_the_same_stand_ins(case):
     wanted = fit_stand_ins(routed(base, "attn_token"), batches)
     model = routed(base, "attn_token", dtype=torch.bfloat16)
     found = fit_stand_ins(model, batches)
-    for index, layer in model.routed_layers().items():
-        assert layer.stand_in.down.weight.dtype == torch.float32
-        assert found[index] == pytest.approx(wanted[index], abs=0.02)
+    for place, stand_in in model.stand_ins().items():
+        assert stand_in.down.weight.dtype == torch.float32
+        assert found[place] == pytest.approx(wanted[place], abs=0.02)
 
 
-@pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "block_sequence"])
+@pytest.mark.parametrize("granularity", ["attn_token+mlp_token", "mlp_token", "block_sequence"])
 @pytest.mark.parametrize("rank", [None, RANK], ids=["nothing", "stand_in"])
 def test_importance_is_the_divergence_without_a_layer(case, granularity, rank):
     from megatron_mod.training.importance import leave_one_out
@@ -195,25 +197,27 @@ def test_importance_is_the_divergence_without_a_layer(case, granularity, rank):
         for name, parameter in layer.named_parameters():
             if name.startswith(("stand_in", "router")):
                 parameter.data.normal_(0, 0.2)
-    costs = leave_one_out(model, batches, LAYERS)
+    places = list(model.routers())
+    costs = leave_one_out(model, batches, places)
     assert model.training
     own = {
         index: {n: p.detach() for n, p in layer.named_parameters() if n.startswith("stand_in")}
         for index, layer in model.routed_layers().items()
     }
     scheme = Scheme(granularity, LAYERS, pooling="all", keys_values="all")
-    for left_out in LAYERS:
+    for left_out in places:
         total, labels = 0.0, 0
         for sample in samples:
             dense = hf(torch.tensor([sample.ids])).logits[0].log_softmax(-1)
-            added = {
-                index: {
-                    **own[index],
+            added = {index: dict(stand_ins) for index, stand_ins in own.items()}
+            for place in places:
+                router = {
                     "router.weight": torch.zeros(1, 32),
-                    "router.bias": torch.full((1,), -9.0 if index == left_out else 9.0),
+                    "router.bias": torch.full((1,), -9.0 if place == left_out else 9.0),
                 }
-                for index in LAYERS
-            }
+                for name, value in router.items():
+                    name = formula.name_of(name, place.target, granularity)
+                    added[place.layer][name] = value
             ours = forward(hf, sample.ids, sample.prompt_length, added, scheme)[0].log_softmax(-1)
             at = [i - 1 for i, label in enumerate(sample.labelled) if label and i]
             total += float((dense.exp() * (dense - ours))[at].sum())
@@ -229,8 +233,8 @@ def test_routers_start_apart_and_keep_everything(case, threshold):
 
     model = routed(case[0], "attn_token", stand_in_rank=None)
     border = logit_border(threshold)
-    start_apart(model, {1: 0.5, 2: 0.0}, border=border)
-    biases = {index: float(router.bias) for index, router in model.routers().items()}
+    start_apart(model, {Place(1, "attn"): 0.5, Place(2, "attn"): 0.0}, border=border)
+    biases = {place.layer: float(router.bias) for place, router in model.routers().items()}
     assert min(biases.values()) == pytest.approx(border + 0.05)
     assert biases[1] > biases[2] + 0.5
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from megatron_mod.evaluation.work import Work
+from megatron_mod.routing.scheme import Place
 from tests.helpers import formula, tiny
 from tests.helpers.routed import save_export
 
@@ -32,8 +33,9 @@ def unseen_pairs(work: Work, kept: dict[int, torch.Tensor]) -> int:
     at = torch.arange(LENGTH)
     for layer in range(work.arch.num_layers):
         queries = keys = everyone
-        if layer in kept and routing.scheme.target != "mlp":
-            queries = kept[layer]
+        attention = (layer, routing.scheme.attention_target)
+        if attention in kept:
+            queries = kept[attention]
             keys = everyone if routing.keys_values == "all" else queries
             if not queries.any():
                 continue
@@ -47,14 +49,18 @@ def unseen_pairs(work: Work, kept: dict[int, torch.Tensor]) -> int:
 @pytest.mark.parametrize("threshold", [0.5, 0.0, 1.0], ids=["some", "all", "none"])
 def test_prefill_is_what_torch_counts(dense, scheme, threshold, tmp_path):
     generator = torch.Generator().manual_seed(5)
-    routers = {layer: torch.randn(1, 32, generator=generator) for layer in ROUTED}
-    if scheme.endswith("sequence"):  # one keeps and one skips
-        routers[2] = -routers[1]
-    more = {layer: formula.bias_and_stand_in(32, RANK, generator) for layer in ROUTED}
-    for added in more.values():
-        added["router.bias"].fill_(0.1)
     routing = {"bias": True, "stand_in_rank": RANK, "threshold": threshold}
     routing |= formula.SCHEMES[scheme]
+    granularity = routing["granularity"]
+    places = formula.places(ROUTED, granularity)
+    routers = {place: torch.randn(1, 32, generator=generator) for place in places}
+    if scheme.endswith("sequence"):  # one keeps and one skips
+        routers |= {(2, target): -routers[1, target] for target in formula.targets_of(granularity)}
+    sizes = 32, RANK, generator
+    more = {layer: formula.bias_and_stand_in(*sizes, granularity) for layer in ROUTED}
+    for added in more.values():
+        for name in [name for name in added if name.endswith("bias") and "router" in name]:
+            added[name].fill_(0.1)
     folder = save_export(tmp_path / "export", dense, routers, more, **routing)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     ids = torch.randint(3, 100, (1, LENGTH), generator=generator)
@@ -63,7 +69,7 @@ def test_prefill_is_what_torch_counts(dense, scheme, threshold, tmp_path):
     ):  # fmt: skip
         model(ids, use_cache=False, logits_to_keep=1)
     made = model.model.record.decisions
-    kept = {layer: made[layer][0].flatten().expand(LENGTH) for layer in ROUTED}
+    kept = {Place(*place): made[place][0].flatten().expand(LENGTH) for place in places}
     work = Work.of(json.loads((folder / "config.json").read_text()))
     assert counter.get_total_flops() == work.prefill(LENGTH, kept) + unseen_pairs(work, kept)
 
@@ -94,16 +100,19 @@ def test_what_nobody_keeps_is_not_read(dense):
     none, one = torch.tensor([False, False]), torch.tensor([True, False])
     for name, settings in formula.SCHEMES.items():
         routed = routed_work(arch, **settings)
-        target = settings["granularity"].split("_")[0]
+        places = routed.routing.places
+        spared = sum(weights[place.target] for place in places)
         offered = key if settings.get("keys_values") == "all" else 0
-        found = routed.decode_bytes([0, 0], {1: none}, {1: [0, 0]}, element_size=1)
-        assert found == everything + 32 - weights[target] + offered, name
-        found = routed.decode_bytes([0, 0], {1: one}, {1: [0, 0]}, element_size=1)
-        assert found == everything + 32, name
+        found = routed.decode_bytes(
+            [0, 0], dict.fromkeys(places, none), {1: [0, 0]}, element_size=1
+        )
+        assert found == everything + 32 * len(places) - spared + offered, name
+        found = routed.decode_bytes([0, 0], dict.fromkeys(places, one), {1: [0, 0]}, element_size=1)
+        assert found == everything + 32 * len(places), name
         routed = routed_work(arch, stand_in_rank=RANK, **settings)
         for kept, extra in ((none, 64 * RANK), (one, 64 * RANK), (~none, 0)):
-            plain = routed_work(arch, **settings)
-            step = [0, 0], {1: kept}, {1: [0, 0]}
+            plain, extra = routed_work(arch, **settings), extra * len(places)
+            step = [0, 0], dict.fromkeys(places, kept), {1: [0, 0]}
             more = routed.decode_bytes(*step, element_size=2)
             assert more == plain.decode_bytes(*step, element_size=2) + 2 * extra, name
 
@@ -125,15 +134,17 @@ def test_a_removed_layer_makes_no_keys(dense):
     read = 4 * (query + key + mlp + cache) + 32 * arch.vocab_size
     nobody = torch.zeros(LENGTH, dtype=torch.bool)
     for name, settings in formula.SCHEMES.items():
-        target = settings["granularity"].split("_")[0]
         offers = settings.get("keys_values") == "all"
         work = routed_work(arch, **settings)
-        found = work.at([1.0])
-        saved = everything + 2 * 32 * LENGTH - flops[target]
-        assert found.prefill(LENGTH, {1: nobody}) == saved, name
-        assert work.prefill(LENGTH, {1: nobody}) == saved + 2 * LENGTH * key * offers, name
-        step = [3], {1: nobody[:1]}, {1: [3]}
-        saved = read + 32 - weights[target] - cache * (target != "mlp")
+        places = work.routing.places
+        targets = [place.target for place in places]
+        found, kept = work.at([1.0] * len(places)), dict.fromkeys(places, nobody)
+        saved = everything + sum(2 * 32 * LENGTH - flops[target] for target in targets)
+        assert found.prefill(LENGTH, kept) == saved, name
+        assert work.prefill(LENGTH, kept) == saved + 2 * LENGTH * key * offers, name
+        step = [3], dict.fromkeys(places, nobody[:1]), {1: [3]}
+        saved = read + sum(32 - weights[target] for target in targets)
+        saved -= cache * (targets != ["mlp"])
         assert found.decode_bytes(*step, element_size=1) == saved, name
         assert work.decode_bytes(*step, element_size=1) == saved + key * offers, name
 
@@ -141,4 +152,5 @@ def test_a_removed_layer_makes_no_keys(dense):
 def routed_work(arch, **routing) -> Work:
     from megatron_mod.routing.config import RoutingConfig
 
-    return Work(arch, RoutingConfig(layers=(1,), capacity=(0.5,), **routing))
+    routers = len(formula.targets_of(routing["granularity"]))
+    return Work(arch, RoutingConfig(layers=(1,), capacity=(0.5,) * routers, **routing))
