@@ -49,10 +49,22 @@ def case(tmp_path_factory, single_process):
     generator = torch.Generator().manual_seed(6)
     routers = {layer: torch.randn(1, 32, generator=generator) for layer in LAYERS}
     exports = {
-        name: save_export(folder / name, hf, routers, **settings)
+        name: save_export(
+            folder / name,
+            hf,
+            {
+                place: routers[place[0]] * (-1 if place[1] == "mlp" else 1)
+                for place in formula.places(LAYERS, settings["granularity"])
+            },
+            **settings,
+        )
         for name, settings in formula.SCHEMES.items()
     }
     return hf, data, exports
+
+
+def places_of(scheme: str) -> list[tuple[int, str]]:
+    return formula.places(LAYERS, formula.SCHEMES[scheme]["granularity"])
 
 
 @pytest.fixture(autouse=True)
@@ -74,13 +86,16 @@ def run(case, scheme: str, save: Path | None = None, **settings) -> dict:
 
 
 def by_formula(case, scheme: str, thresholds: list[float]) -> tuple[list[float], float]:
-    """Each layer's capacity and the perplexity at these thresholds."""
+    """Each router's capacity and the perplexity at these thresholds."""
     hf, data, exports = case
     dense, settings = formula.load_dense(hf), formula.SCHEMES[scheme]
     weights = load_file(exports[scheme] / "model.safetensors")
-    routers = {layer: weights[f"model.layers.{layer}.router.weight"] for layer in LAYERS}
-    borders = dict(zip(LAYERS, map(logit_border, thresholds), strict=True))
-    kept, units, nats, labels = torch.zeros(len(LAYERS)), 0, 0.0, 0
+    routers = {}
+    for layer, target in places_of(scheme):
+        name = formula.name_of("router.weight", target, settings["granularity"])
+        routers[layer, target] = weights[f"model.layers.{layer}.{name}"]
+    borders = dict(zip(routers, map(logit_border, thresholds), strict=True))
+    kept, units, nats, labels = torch.zeros(len(routers)), 0, 0.0, 0
     for row in read_rows(data, AutoTokenizer.from_pretrained(hf), max_length=128):
         masks, by_sequence = None, scheme.endswith("sequence")
         with torch.no_grad():
@@ -88,11 +103,11 @@ def by_formula(case, scheme: str, thresholds: list[float]) -> tuple[list[float],
                 _, made, _ = formula.forward(
                     dense, row.ids[: row.context], routers, borders=borders, **settings
                 )
-                masks = {layer: mask[:1].expand(len(row.ids)) for layer, mask in made.items()}
+                masks = {place: mask[:1].expand(len(row.ids)) for place, mask in made.items()}
             logits, made, _ = formula.forward(
                 dense, row.ids, routers, masks=masks, borders=borders, **settings
             )
-        decided = torch.stack([made[layer] for layer in LAYERS])
+        decided = torch.stack([made[place] for place in routers])
         kept += decided[:, 0] if by_sequence else decided.sum(1)
         units += 1 if by_sequence else len(row.ids)
         asked = torch.tensor(row.labels)
@@ -106,29 +121,32 @@ def check(case, scheme: str, point: dict) -> None:
     assert point["capacity_per_layer"] == pytest.approx(capacity, abs=1e-6)
     assert point["perplexity"] == pytest.approx(perplexity, rel=ROUNDING)
     removed = point["static_removed_layers"]
-    _, static = by_formula(case, scheme, [float(layer in removed) for layer in LAYERS])
+    places, parted = places_of(scheme), "+" in formula.SCHEMES[scheme]["granularity"]
+    names = [f"{layer}.{target}" if parted else layer for layer, target in places]
+    _, static = by_formula(case, scheme, [float(name in removed) for name in names])
     assert point["static_perplexity"] == pytest.approx(static, rel=ROUNDING)
     assert point["static_method"] == "greedy"
-    assert point["static_capacity"] == pytest.approx(1 - len(removed) / len(LAYERS))
+    assert point["static_capacity"] == pytest.approx(1 - len(removed) / len(places))
 
 
 @pytest.mark.parametrize(
-    ("scheme", "scope"), zip(formula.SCHEMES, ["layer", "model"] * 4, strict=True)
+    ("scheme", "scope"), zip(formula.SCHEMES, ["layer", "model"] * 5, strict=True)
 )
 def test_a_capacity_is_met(case, scheme, scope, tmp_path):
     report = run(case, scheme, tmp_path / "new", capacity=0.5, scope=scope)
     chosen = report["chosen"]
     check(case, scheme, chosen)
     check(case, scheme, report["before"])
-    assert report["before"]["thresholds"] == [0.5] * len(LAYERS)
+    routers = len(places_of(scheme))
+    assert report["before"]["thresholds"] == [0.5] * routers
     # What all samples begin with is decided alike, so some tokens come in groups of as many.
     unit = 1 / SAMPLES if scheme.endswith("sequence") else SAMPLES / report["tokens"]
     assert chosen["capacity"] == pytest.approx(0.5, abs=unit)
     if scope == "layer":
-        assert chosen["capacity_per_layer"] == pytest.approx([0.5] * len(LAYERS), abs=unit)
+        assert chosen["capacity_per_layer"] == pytest.approx([0.5] * routers, abs=unit)
     else:
         assert len(set(chosen["thresholds"])) == 1
-    _, dense = by_formula(case, scheme, [0.0] * len(LAYERS))
+    _, dense = by_formula(case, scheme, [0.0] * routers)
     assert report["dense_perplexity"] == pytest.approx(dense, rel=ROUNDING)
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert config["routing"]["threshold"] == chosen["thresholds"]

@@ -78,10 +78,10 @@ def test_batch_of_one_without_a_mask(case, name, attention):
 @schemes
 def test_all_or_none_skipped(case, name, border):
     model = load(case.export(name))
-    for layer in ROUTED:
-        model.model.layers[layer].logit_border = border
+    borders = dict.fromkeys(model.config.places, border)
+    for layer, target in borders:
+        model.model.layers[layer].logit_borders[target] = border
     output, mask = prefill(model, case.prompts)
-    borders = dict.fromkeys(ROUTED, border)
     last = decode(model, output.past_key_values, mask)
     for row, prompt in enumerate(case.prompts):
         expected, _, _ = case.formula(name, [*prompt, 9], borders=borders)
@@ -156,8 +156,11 @@ def test_the_cache_holds_what_the_definition_says(case, name):
     cache, masks, batch = output.past_key_values, case.masks(name), len(case.prompts)
     for layer in range(4):
         assert cache.get_seq_length(layer) == mask.shape[1]
-        kept = torch.tensor([float(m[layer].sum()) for m in masks]) if layer in ROUTED else None
-        if kept is None or name.startswith("mlp") or name.endswith("all"):
+        attention = layer, "block" if name.startswith("block") else "attn"
+        kept = None
+        if attention in masks[0]:
+            kept = torch.tensor([float(m[attention].sum()) for m in masks])
+        if kept is None or name.endswith("all"):
             expected = (batch, mask.shape[1])
         elif name.endswith("selected"):
             expected = (batch, int(kept.max()))
@@ -166,7 +169,7 @@ def test_the_cache_holds_what_the_definition_says(case, name):
         assert _stored_tokens(cache, layer) == expected
 
 
-@pytest.mark.parametrize("name", ["attn_token_selected", "block_token_selected"])
+@pytest.mark.parametrize("name", [n for n in formula.SCHEMES if n.endswith("selected")])
 def test_at_batch_one_only_selected_tokens_are_stored_at_decode_steps_too(case, name):
     model = case.model(name)
     for prompt in case.prompts:
@@ -177,8 +180,9 @@ def test_at_batch_one_only_selected_tokens_are_stored_at_decode_steps_too(case, 
             with torch.no_grad():
                 ids = torch.tensor([text[start:stop]])
                 cache = model(ids, past_key_values=cache).past_key_values
-            for layer in ROUTED:
-                assert _stored_tokens(cache, layer) == (1, int(masks[layer][:stop].sum()))
+            for (layer, target), mask in masks.items():
+                if target != "mlp":
+                    assert _stored_tokens(cache, layer) == (1, int(mask[:stop].sum()))
 
 
 # Counted work. Two operations a product; fused attention counts nothing, so the math kernel runs.
@@ -196,8 +200,9 @@ def _work(model, ids, mask, cache=None):
     counts, name = counter.get_flop_counts(), type(model).__name__
 
     def of(layer, module):
-        module = f".{module}" if module != "layer" else ""
-        return sum(counts.get(f"{name}.model.layers.{layer}{module}", {}).values())
+        path = f"{name}.model.layers.{layer}" + (f".{module}" if module != "layer" else "")
+        parts = ["", ".attn", ".mlp"] if module in ("router", "stand_in") else [""]  # one or two
+        return sum(sum(counts.get(path + part, {}).values()) for part in parts)
 
     projections = [f"self_attn.{p}_proj" for p in "qkvo"]
     modules = ["layer", "router", "stand_in", "self_attn", *projections, "mlp"]
@@ -243,23 +248,23 @@ def _check_work(case, name, full, found, texts, part, *, tokens):
     prompt_masks, masks = case.masks(name), [case.formula(name, text)[1] for text in texts]
     units = len(texts) * tokens
     for layer in range(4):
-        routed = layer in ROUTED
-        if routed and "sequence" in name:
-            kept = sum(tokens for m in prompt_masks if m[layer][0])
-        elif routed:
-            kept = int(sum(m[layer][part].sum() for m in masks))
-        else:
-            kept = units
-        attention, mlp = (kept if t in name or "block" in name else units for t in ("attn", "mlp"))
+        kept = {}
+        for _, target in (place for place in masks[0] if place[0] == layer):
+            kept[target] = (
+                sum(tokens for m in prompt_masks if m[layer, target][0])
+                if "sequence" in name
+                else int(sum(m[layer, target][part].sum() for m in masks))
+            )
+        attention, mlp = (kept.get(t, kept.get("block", units)) for t in ("attn", "mlp"))
         keys = units if name.endswith("all") else attention
         for module, share in (
             ("self_attn.q_proj", attention), ("self_attn.o_proj", attention),
             ("self_attn.k_proj", keys), ("self_attn.v_proj", keys), ("mlp", mlp),
         ):  # fmt: skip
             assert found[layer][module] * units == full[layer][module] * share, (layer, module)
-        others = units - kept  # but padding's, which the formula has none of
-        product = 2 * case.dense.config.hidden_size * RANK * bool(case.more)
-        assert found[layer]["stand_in"] == 2 * product * others * routed, layer
+        others = sum(units - n for n in kept.values())  # but padding's, of which it has none
+        product = 2 * case.dense.config.hidden_size * RANK * (not case.plain)
+        assert found[layer]["stand_in"] == 2 * product * others, layer
         if "sequence" in name:
             assert found[layer]["self_attn"] * units == full[layer]["self_attn"] * attention
 
@@ -276,7 +281,8 @@ def test_attention_scores_pad_to_the_longest_selection_only(case, name):
         return layer["self_attn"] - sum(layer[f"self_attn.{p}_proj"] for p in "qkvo")
 
     for layer in ROUTED:
-        longest = max(int(masks[layer].sum()) for masks in case.masks(name))
+        attention = layer, "block" if name.startswith("block") else "attn"
+        longest = max(int(masks[attention].sum()) for masks in case.masks(name))
         keys = longest if name.endswith("selected") else tokens
         assert scores(full[layer]) == per_pair * batch * tokens * tokens
         # Routed attention does not pass through self_attn's own forward: count it in the layer.
@@ -300,9 +306,9 @@ class Waits(TorchDispatchMode):
 
 
 @schemes
-def test_the_host_waits_once_a_routed_layer(case, name):
+def test_the_host_waits_once_a_router(case, name):
     model = case.model(name)
     for prompt in case.prompts:
         with torch.no_grad(), Waits() as waits:
             model(torch.tensor([prompt]), use_cache=True)
-        assert waits.count == len(ROUTED)
+        assert waits.count == len(model.config.places)

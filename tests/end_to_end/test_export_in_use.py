@@ -30,19 +30,23 @@ tokens = pytest.mark.parametrize("name", [n for n in formula.SCHEMES if "token" 
 def fixed(case, name, masks):
     """The dense model whose routed layers choose update or stand-in by a sequence's mask."""
     hooks, dense = [], case.dense
-    for index, mask in masks.items():
-        layer, m, added = dense.model.layers[index], mask[0], case.more[index]
+    for (index, target), mask in masks.items():
+        layer, m = dense.model.layers[index], mask[0]
+        parted = {
+            one: case.more(name)[index][formula.name_of(one, target, case.granularity(name))]
+            for one in formula.STAND_IN
+        }
 
-        def choose(update, read, m=m, added=added):
+        def choose(update, read, m=m, added=parted):
             return m * update + (1 - m) * formula.stand_in(added, read)
 
-        if name == "block_sequence":
+        if target == "block":
             hook = layer.register_forward_hook(
                 lambda layer, inputs, output, choose=choose: (
                     inputs[0] + choose(output - inputs[0], layer.input_layernorm(inputs[0]))
                 )
             )
-        elif name == "mlp_sequence":
+        elif target == "mlp":
             hook = layer.mlp.register_forward_hook(
                 lambda _, inputs, output, choose=choose: choose(output, inputs[0])
             )
@@ -144,26 +148,33 @@ def test_chunked_prefill_and_assisted_decoding_are_right_for_tokens(case, name):
 # Thresholds
 
 
-def _borders(thresholds):
-    return {layer: math.log(t / (1 - t)) for layer, t in zip(ROUTED, thresholds, strict=True)}
+def _places(case, name):
+    return formula.places(ROUTED, case.granularity(name))
+
+
+def _borders(case, name, thresholds):
+    logits = [math.log(t / (1 - t)) for t in thresholds]
+    return dict(zip(_places(case, name), logits, strict=True))
 
 
 def _decided(case, name, thresholds):
-    """Per routed layer the masks and logits of the prompts' units, by the formula."""
-    made = [case.formula(name, p, borders=_borders(thresholds)) for p in case.prompts]
+    """Of each router the masks and logits of the prompts' units, by the formula."""
+    borders = _borders(case, name, thresholds)
+    made = [case.formula(name, p, borders=borders) for p in case.prompts]
     unit = slice(0, 1) if "sequence" in name else slice(None)
     return {
-        layer: tuple(torch.cat([m[which][layer][unit] for m in made]) for which in (1, 2))
-        for layer in ROUTED
+        place: tuple(torch.cat([m[which][place][unit] for m in made]) for which in (1, 2))
+        for place in borders
     }
 
 
 @schemes
 def test_thresholds_per_layer_survive_saving(case, name, tmp_path):
-    model, thresholds = load(case.export(name)), [0.3, 0.55, 0.7]
+    model, thresholds = load(case.export(name)), [0.3, 0.55, 0.7, 0.4, 0.5, 0.6]
+    thresholds = thresholds[: len(model.config.places)]
     model.set_thresholds(thresholds)
     model.save_pretrained(tmp_path / "again")
-    borders, (ids, mask) = _borders(thresholds), pad(case.prompts, "left")
+    borders, (ids, mask) = _borders(case, name, thresholds), pad(case.prompts, "left")
     for routed in (model, load(tmp_path / "again")):
         with torch.no_grad():
             logits = routed(ids, attention_mask=mask, position_ids=positions(mask)).logits
@@ -173,14 +184,17 @@ def test_thresholds_per_layer_survive_saving(case, name, tmp_path):
     assert not torch.equal(logits, case.model(name)(ids, attention_mask=mask).logits)
 
 
-@pytest.mark.parametrize("capacity", [0.8, [0.4, 0.6, 0.2]])
+@pytest.mark.parametrize("capacity", [0.8, [0.4, 0.6, 0.2, 0.8, 0.4, 0.6]])
 @schemes
 def test_every_layer_reaches_its_capacity(case, name, capacity):
     model = load(case.export(name))
     ids, mask = pad(case.prompts, "right")
+    routers = len(model.config.places)
+    if isinstance(capacity, list):
+        capacity = capacity[:routers]
     model.set_capacity(capacity, ids, mask, scope="layer")
     decided = _decided(case, name, model.config.routing["threshold"])
-    targets = capacity if isinstance(capacity, list) else [capacity] * 3
+    targets = capacity if isinstance(capacity, list) else [capacity] * routers
     for (kept, logits), target in zip(decided.values(), targets, strict=True):
         wanted = math.floor(target * len(kept) + 0.5)
         last = logits.sort(descending=True).values[wanted - 1]
@@ -210,10 +224,11 @@ def test_a_border_is_between_groups_of_equal_scores(case, name, scope):
     ids = tokens[torch.randperm(80, generator=torch.Generator().manual_seed(1))].view(4, 20)
     for capacity in (0.25, 0.33, 0.5, 0.66, 0.75):
         model.set_capacity(capacity, ids, scope=scope)
-        borders = {i: model.model.layers[i].logit_border for i in ROUTED}
+        places = model.config.places
+        borders = {(i, target): model.model.layers[i].logit_borders[target] for i, target in places}
         with torch.no_grad():
             together = model(ids).logits
-            decided = model.model.record.decisions[0][0]
+            decided = model.model.record.decisions[places[0]][0]
             for token in tokens[:5]:
                 assert len(decided[ids == token].unique()) == 1
             for row, text in zip(together, ids, strict=True):
@@ -277,15 +292,23 @@ def test_the_report_counts_what_was_kept_and_what_the_cache_saved(case, name):
     assert report["granularity"] == formula.SCHEMES[name]["granularity"]
     unit = slice(0, 1) if "sequence" in name else slice(None)
     for layer in ROUTED:
-        units = torch.cat([m[layer][unit] for m in masks])
         entry = report["layers"][layer]
+        units = {}
+        for _, target in (place for place in masks[0] if place[0] == layer):
+            units[target] = torch.cat([m[layer, target][unit] for m in masks])
+        if len(units) > 1:
+            own = {target: (entry[target]["kept"], entry[target]["units"]) for target in units}
+            assert own == {target: (int(n.sum()), len(n)) for target, n in units.items()}
+        units = torch.cat(list(units.values()))
         assert (entry["kept"], entry["units"]) == (int(units.sum()), len(units))
         assert entry["capacity"] == entry["kept"] / entry["units"]
         assert entry["cache_bytes"] == _bytes(cache.layers[layer])
         saved = _bytes(dense.layers[layer]) - _bytes(cache.layers[layer])
         assert entry["cache_bytes_saved"] == saved
     assert report["kept"] == sum(entry["kept"] for entry in report["layers"].values())
-    saves = name in ("attn_sequence", "block_sequence") or name.endswith("selected")
+    saves = name.endswith("selected") or name in (
+        "attn_sequence", "block_sequence", "parts_sequence",
+    )  # fmt: skip
     assert (report["cache_bytes_saved"] > 0) == saves
 
 
@@ -301,8 +324,10 @@ def test_the_report_of_a_generation_covers_all_its_steps(case, name):
     )
     computed = made[0, :-1].tolist()  # the last token is made, not read
     masks, report = case.formula(name, computed)[1], model.routing_report()
-    for layer, entry in report["layers"].items():
-        assert (entry["kept"], entry["units"]) == (int(masks[layer].sum()), len(computed))
+    for (layer, target), mask in masks.items():
+        entry = report["layers"][layer]
+        own = entry.get(target, entry)
+        assert (own["kept"], own["units"]) == (int(mask.sum()), len(computed))
 
 
 # What is refused

@@ -34,8 +34,11 @@ def exports(tmp_path_factory):
         folder, (family, changes) = tmp_path_factory.mktemp("removed"), MODELS[name]
         hf = formula.save_model(folder / "hf", family, **changes)
         generator = torch.Generator().manual_seed(3)
-        routers = {layer: torch.randn(1, 32, generator=generator) for layer in REMOVED}
-        more = {layer: formula.bias_and_stand_in(32, RANK, generator) for layer in REMOVED}
+        granularity = formula.SCHEMES[scheme]["granularity"]
+        places = formula.places(REMOVED, granularity)
+        routers = {place: torch.randn(1, 32, generator=generator) for place in places}
+        sizes = 32, RANK, generator
+        more = {layer: formula.bias_and_stand_in(*sizes, granularity) for layer in REMOVED}
         settings = {"bias": True, "stand_in_rank": RANK, "threshold": 1.0}
         settings |= formula.SCHEMES[scheme]
         export = save_export(folder / "export", hf, routers, more, **settings)
@@ -63,7 +66,7 @@ def test_it_generates_what_the_formula_does(exports, prompts, name, scheme):
     with torch.no_grad():
         logits = model(ids, attention_mask=mask, position_ids=positions(mask)).logits
     made = model.generate(ids, attention_mask=mask, **settings)
-    given = {**formula.SCHEMES[scheme], "more": more, "borders": dict.fromkeys(REMOVED, torch.inf)}
+    given = {**formula.SCHEMES[scheme], "more": more, "borders": dict.fromkeys(routers, torch.inf)}
     for row, prompt in enumerate(prompts):
         expected, _, _ = formula.forward(dense, prompt, routers, **given)
         assert relative(logits[row][mask[row].bool()], expected) < 2e-5
@@ -116,8 +119,14 @@ def test_nothing_but_the_stand_in_is_computed(exports, prompts, scheme):
         counts = counter.get_flop_counts()
         for layer in REMOVED:
             at, tokens = f"MoDLlamaForCausalLM.model.layers.{layer}", part.shape[1]
-            work = {m: sum(counts.get(f"{at}.{m}", {}).values()) for m in ("router", "stand_in")}
-            assert work == {"router": 2 * 32 * tokens, "stand_in": 4 * 32 * RANK * tokens}
+            parts = [""] if len(model.config.targets) == 1 else [".attn", ".mlp"]
+            work = {
+                name: sum(sum(counts.get(f"{at}.{name}{part}", {}).values()) for part in parts)
+                for name in ("router", "stand_in")
+            }
+            routers = len(model.config.targets)
+            expected = {"router": 2 * 32 * tokens, "stand_in": 4 * 32 * RANK * tokens}
+            assert work == {name: routers * count for name, count in expected.items()}
             mlp = 6 * 32 * 64 * tokens * scheme.startswith("attn")
             assert sum(counts[at].values()) == sum(work.values()) + mlp
 

@@ -23,6 +23,7 @@ from megatron_mod.config import cli
 from megatron_mod.config.recipes import PUBLISHED
 from megatron_mod.evaluation.perplexity import read_rows
 from megatron_mod.evaluation.work import Work
+from megatron_mod.routing.scheme import Place
 from tests.helpers import formula, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,7 +161,7 @@ def check_static(report: dict, out: Path) -> None:
         asked = torch.tensor(row.labels)
         nats += float(torch.nn.functional.cross_entropy(logits, asked, reduction="sum"))
         labels += row.num_labels
-        flops += work.prefill(len(row.ids), {layer: kept.bool() for layer, kept in made.items()})
+        flops += work.prefill(len(row.ids), {Place(n, "block"): m.bool() for n, m in made.items()})
         whole += work.prefill(len(row.ids), {})
     assert quality["static_perplexity"] == pytest.approx(math.exp(nats / labels), rel=1e-4)
     assert quality["work"]["static"] == pytest.approx(flops / whole)
@@ -194,7 +195,7 @@ def check_published(report: dict, out: Path) -> None:
         labels += row.num_labels
         kept += sum(float(mask.sum()) for mask in made.values())
         units += len(made) * len(row.ids)
-        flops += work.prefill(len(row.ids), {layer: mask.bool() for layer, mask in made.items()})
+        flops += work.prefill(len(row.ids), {Place(n, "block"): m.bool() for n, m in made.items()})
         whole += work.prefill(len(row.ids), {})
     assert 0 < kept < units, "it keeps everything or nothing, whose work any fault may have"
     assert quality["published_capacity"] == pytest.approx(kept / units, abs=1e-3)

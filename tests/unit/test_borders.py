@@ -11,7 +11,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_mod.model.layout import TokenLayout, zigzag
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.router import Router
-from megatron_mod.routing.scheme import Place
 from megatron_mod.training.borders import move, shifts
 
 LAYERS, HIDDEN = (1, 3), 8
@@ -23,9 +22,9 @@ def test_biases_follow_the_routers_as_they_are_after_a_step(single_process, scop
     """Of the units that were noted before it: of each layer's its share, with scope ``model`` the
     mean share of all layers' together; what is no unit does not count."""
     torch.manual_seed(0)
-    routers = {Place(layer, "attn"): Router(HIDDEN, bias=True) for layer in LAYERS}
-    inputs = {place: torch.randn(200, HIDDEN) + 1 for place in routers}
     routing = RoutingConfig("attn_token", LAYERS, (0.5, 0.5), scope=scope, bias=True)
+    routers = {place: Router(HIDDEN, bias=True) for place in routing.places}
+    inputs = {place: torch.randn(200, HIDDEN) + 1 for place in routing.places}
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = SimpleNamespace(routers=lambda: routers, groups=groups)
     for place, router in routers.items():
@@ -37,7 +36,7 @@ def test_biases_follow_the_routers_as_they_are_after_a_step(single_process, scop
         router.weight.data += torch.randn(1, HIDDEN)
         router.bias.data += torch.randn(1)
     move(model, routing, shifts(model, routing, SHARES))
-    kept = torch.stack([(routers[k](inputs[k]) >= 0).float().mean() for k in routers])
+    kept = torch.stack([(routers[k](inputs[k]) >= 0).float().mean() for k in routing.places])
     if scope == "layer":
         torch.testing.assert_close(kept, SHARES, atol=0.01, rtol=0)
     else:

@@ -57,7 +57,7 @@ def test_a_loss_may_read_all_logits_and_decisions(trainer, tmp_path):
     loss = FromLogits()
     same = train(trainer, tmp_path / "same", loss)
     assert len(loss.seen) == 3 * 2  # steps and micro-batches
-    assert {tuple(layers) for layers in loss.seen} == {(1, 2)}
+    assert {tuple(places) for places in loss.seen} == {((1, "attn"), (2, "attn"))}
     for line, expected in zip(same, usual, strict=True):
         assert line["task_loss"] == pytest.approx(expected["task_loss"], rel=1e-5)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)

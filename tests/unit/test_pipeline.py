@@ -17,7 +17,7 @@ from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.cost import Costs, forward_costs, training_costs
 from megatron_mod.model.pipeline import cheapest_layout, even_layout, megatron_layout, step_cost
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.routing.scheme import GRANULARITIES
+from megatron_mod.routing.scheme import GRANULARITIES, Scheme
 
 ARCH = Architecture(
     num_layers=5, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
@@ -200,19 +200,21 @@ def test_what_is_not_run_is_on_the_first_stage_where_it_can_be(trainer, tmp_path
 def test_training_costs_what_torch_counts(single_process, granularity, layers):
     """But for pairs of tokens that do not see each other, which torch computes and hides, and the
     router, whose product has more than one form."""
-    routing = RoutingConfig(granularity, layers, (0.5,) * len(layers))
+    targets = len(Scheme.parse(granularity).targets)
+    routing = RoutingConfig(granularity, layers, (0.5,) * len(layers) * targets)
     counted = count(routing)
     costs = training_costs(ARCH, routing, [LENGTH], labels=0)
     unseen = LENGTH * LENGTH - LENGTH * (LENGTH + 1) // 2
     scores = 4 * 32 * unseen * (ARCH.num_layers + 2 * (ARCH.num_layers - 1 - layers[0]))
-    router = 3 * 2 * LENGTH * 32 * len(layers)
+    router = 3 * 2 * LENGTH * 32 * len(routing.places)
     assert counted - router <= sum(costs.layers) + scores <= counted + router
 
 
-@pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "block_sequence"])
+@pytest.mark.parametrize("granularity", ["attn_token+mlp_token", "mlp_token", "block_sequence"])
 def test_so_does_computing_again(single_process, granularity):
     """Of each kind what ``train.recompute`` adds, scores by the pairs that torch computes."""
-    routing = RoutingConfig(granularity, (1, 3), (0.5, 0.5))
+    routers = 2 * len(Scheme.parse(granularity).targets)
+    routing = RoutingConfig(granularity, (1, 3), (0.5,) * routers)
     costs = {
         kind: training_costs(ARCH, routing, [LENGTH], labels=0, recompute=kind).layers
         for kind in ("none", "selective", "full")
@@ -228,14 +230,15 @@ def test_so_does_computing_again(single_process, granularity):
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_sparse_training_costs_what_is_kept(single_process, granularity):
     """All that a fully skipped layer computes is what its scheme does not cover."""
+    routers = len(Scheme.parse(granularity).targets)
     skipped = RoutingConfig(
-        granularity, (1,), (0.0,), threshold=1 - 1e-9, training_compute="sparse"
+        granularity, (1,), (0.0,) * routers, threshold=1 - 1e-9, training_compute="sparse"
     )
     costs = training_costs(ARCH, skipped, [LENGTH], labels=0)
-    kept = training_costs(ARCH, replace(skipped, capacity=(1.0,)), [LENGTH], labels=0)
+    kept = training_costs(ARCH, replace(skipped, capacity=(1.0,) * routers), [LENGTH], labels=0)
     dense = training_costs(ARCH, replace(skipped, training_compute="dense"), [LENGTH], labels=0)
     assert kept == dense
-    router = 3 * 2 * LENGTH * 32
+    router = 3 * 2 * LENGTH * 32 * routers
     unseen = LENGTH * LENGTH - LENGTH * (LENGTH + 1) // 2
     runs_attention = not skipped.scheme.covers_attention
     scores = 4 * 32 * unseen * (ARCH.num_layers - 1 + runs_attention + 2 * 3)

@@ -11,12 +11,20 @@ from megatron_mod.routing.scheme import GRANULARITIES, Scheme
 @pytest.mark.parametrize("name", GRANULARITIES)
 def test_a_name_is_its_target_and_unit(name):
     scheme = Scheme.parse(name)
-    assert str(scheme) == f"{scheme.target}_{scheme.unit}" == name
+    assert str(scheme) == name
     assert scheme.per_sequence == (scheme.unit == "sequence")
-    assert (scheme.covers_attention, scheme.covers_mlp) == {
-        "attn": (True, False), "mlp": (False, True), "block": (True, True),
-    }[scheme.target]  # fmt: skip
-    assert scheme.chooses_keys == (name in ("attn_token", "block_token"))
+    assert (scheme.attention_target, scheme.mlp_target) == {
+        ("attn",): ("attn", None), ("mlp",): (None, "mlp"), ("block",): ("block", "block"),
+        ("attn", "mlp"): ("attn", "mlp"),
+    }[scheme.targets]  # fmt: skip
+    assert scheme.chooses_keys == (name in ("attn_token", "block_token", "attn_token+mlp_token"))
+
+
+def test_places_go_by_layer_and_attention_is_decided_on_first():
+    routing = RoutingConfig("attn_sequence+mlp_sequence", (3, 12), (0.5,) * 4)
+    assert routing.places == ((3, "attn"), (3, "mlp"), (12, "attn"), (12, "mlp"))
+    assert routing.labels == ["3.attn", "3.mlp", "12.attn", "12.mlp"]
+    assert RoutingConfig("block_token", (3, 12), (0.5,) * 2).labels == ["3", "12"]
 
 
 @pytest.mark.parametrize("name", ["token", "attn-token", "attn_tokens", "block", ""])

@@ -7,6 +7,7 @@ import torch
 
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.masks import TokenRole
+from megatron_mod.routing.scheme import Place
 
 ROUTING = RoutingConfig("block_token", (1,), (0.5,))
 
@@ -73,7 +74,8 @@ def test_what_a_step_asks_travels_with_the_layout(own_model):
     router.weight.data.normal_(0, 2)
     ids, positions = torch.randint(64, (2, 12)), torch.arange(12).expand(2, 12)
     slopes = []
-    for penalty in ({}, {1: torch.tensor(0.3)}, {2: torch.tensor(0.3)}):
+    for layer in (None, 1, 2):
+        penalty = {Place(layer, "block"): torch.tensor(0.3)}
         layout = TokenLayout(
             roles=torch.full((2, 12), int(TokenRole.PROMPT), dtype=torch.uint8),
             position_ids=positions,
