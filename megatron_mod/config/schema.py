@@ -72,7 +72,9 @@ class RouterConfig:
             router.work leaves.
         work: in its place, the share of the dense model's operations (a prefill's, head included,
             at the training data's lengths) that may remain, above 0 and at most 1: what each router
-            keeps of that is found in training, at a price per operation.
+            keeps of that is found in training, at a price per operation. A list of two, the least
+            and the most, trains routers that serve all budgets between: each step draws one, and
+            `model.set_work` of the export sets any.
         scope: `layer` holds every layer to its target, `model` only their mean, so that
             important layers may stay on.
         capacity_loss_weight: weight of the penalty on capacity above target, above 0; or `auto`: a
@@ -105,7 +107,7 @@ class RouterConfig:
     granularity: Granularity = "attn_token"
     layers: Layers = setting(AT_LEAST_0, default={"deepest": 16})
     capacity: float | list[float] | None = setting(Range(above=0, most=1), default=None)
-    work: float | None = setting(Range(above=0, most=1), default=None)
+    work: float | list[float] | None = setting(Range(above=0, most=1), default=None)
     scope: Literal["layer", "model"] = "model"
     capacity_loss_weight: float | Literal["auto"] = setting(
         Range(
@@ -151,7 +153,7 @@ class RouterConfig:
                 num_layers=len(layers),
                 targets=len(Scheme.parse(self.granularity).targets),
             ),
-            work=self.work,
+            work=(self.work[0], self.work[1]) if isinstance(self.work, list) else self.work,
             scope=self.scope,
             capacity_loss_weight=self.capacity_loss_weight,
             capacity_warmup_fraction=self.capacity_warmup_fraction,

@@ -93,7 +93,12 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
 def _check_work(r: RouterConfig, place: Callable[[str], str]) -> None:
     if r.work is None:
         return
-    work = f"router.work = {r.work:g}{place('router.work')}"
+    work = f"router.work = {r.work}{place('router.work')}"
+    if isinstance(r.work, list) and not (len(r.work) == 2 and r.work[0] < r.work[1]):
+        raise ValueError(
+            f"{work}: a list must hold two budgets, the least and the most; give these, or one "
+            "number."
+        )
     if r.capacity is not None:
         raise ValueError(
             f"router.capacity = {r.capacity}{place('router.capacity')} and {work}: both say what "

@@ -102,7 +102,11 @@ ROUTING = {
     "pooling": TEXT,
     "keys_values": TEXT,
     "training_compute": TEXT,
-    "work": Kind("a number from 0 to 1, or null", lambda v: v is None or is_share(v)),
+    "work": Kind(
+        "a number from 0 to 1, or a list of two",
+        lambda v: is_share(v) or _is_range(v),
+    ),
+    "budget": Kind("a number from 0 to 1", is_share),
     "bias": BOOLEAN,
     "stand_in_rank": Kind(
         "a whole number above 0, or null", lambda v: v is None or COUNT.accepts(v)
@@ -139,6 +143,10 @@ def routing_of(config: dict, path: Path) -> RoutingConfig | None:
     if list(layers) != sorted(set(layers)) or (layers and layers[0] < 0):
         raise ValueError(f"{path}: routing.layers = {list(layers)}: must be ascending indices.")
     return routing
+
+
+def _is_range(value: object) -> bool:
+    return isinstance(value, list | tuple) and _are_shares(value) and len(value) == 2
 
 
 def _are_shares(value: object) -> bool:

@@ -74,7 +74,13 @@ class RoutedTransformerLayer(TransformerLayer):
         place = None if config.use_cpu_initialization else torch.cuda.current_device()
         targets = routing.scheme.targets
         self.router = _for_each(
-            targets, lambda: Router(config.hidden_size, bias=routing.bias, device=place)
+            targets,
+            lambda: Router(
+                config.hidden_size,
+                bias=routing.bias,
+                position=routing.budgets and routing.position(routing.budget),
+                device=place,
+            ),
         )
         self.stand_in = None
         if rank := routing.stand_in_rank:

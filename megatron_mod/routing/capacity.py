@@ -55,10 +55,11 @@ class CapacityController:
         self.config = config
         self.workload = None
         shares = config.capacity
-        if config.work is not None:
+        work = config.least_work
+        if work is not None:
             assert workload is not None, "a budget of work that nothing counts"
             self.workload = workload
-            shares = (workload.share(config.work),) * len(config.places)
+            shares = (workload.share(work),) * len(config.places)
         weight = config.capacity_loss_weight
         self.weight = None if isinstance(weight, str) else weight  # none: auto
         self.final_target = torch.tensor(shares, dtype=torch.float32, device=device)
@@ -66,15 +67,26 @@ class CapacityController:
         self.previous = torch.ones_like(self.final_target)
         self.price: Tensor | None = None
 
-    def target_at(self, progress: float) -> Tensor:
-        """``[num_routed]``; ``progress``: the share of the training's steps done, 0 to 1."""
+    def target_at(self, progress: float, work: float | None = None) -> Tensor:
+        """``[num_routed]``.
+
+        Args:
+            progress: the share of the training's steps done, 0 to 1.
+            work: the budget, of several.
+        """
         warmup = self.config.capacity_warmup_fraction
         share = min(progress / warmup, 1.0) if warmup else 1.0
-        return torch.lerp(torch.ones_like(self.final_target), self.final_target, share)
+        final = self.final_target if work is None else self.target_of(work)
+        return torch.lerp(torch.ones_like(final), final, share)
 
-    def start_step(self, progress: float) -> None:
-        """Set a step's target."""
-        self.target = self.target_at(progress)
+    def target_of(self, work: float) -> Tensor:
+        """``[num_routed]``, of a budget of work."""
+        assert self.workload is not None
+        return torch.full_like(self.final_target, self.workload.share(work))
+
+    def start_step(self, progress: float, work: float | None = None) -> None:
+        """Set a step's target, see ``target_at``."""
+        self.target = self.target_at(progress, work)
 
     def prices(self) -> Tensor:
         """What a unit costs beside the mean of all places, ``[num_routed]``."""

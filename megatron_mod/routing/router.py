@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_mod.routing.config import KNOTS
 from megatron_mod.routing.decision import Decisions
 
 NOTED = 8192  # units of a layer and a global batch, about, whose inputs a training keeps
@@ -12,6 +13,10 @@ NOTED = 8192  # units of a layer and a global batch, about, whose inputs a train
 
 class Router(nn.Module):
     """``H -> 1``, in fp32 whatever the model's dtype, zero at the start.
+
+    One that serves a range of budgets is told which by its ``position`` in it, ``t`` from 0 to 1,
+    and computes ``(weight + t * work_weight) n + bias + borders(t)``, the last of these linear
+    between evenly spaced ``t``.
 
     Zeros put every logit exactly on the border of threshold 0.5, so an untrained
     router keeps everything and the model is exactly the dense one.
@@ -23,12 +28,22 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, *, bias: bool = False, device: torch.device | None = None
+        self,
+        hidden_size: int,
+        *,
+        bias: bool = False,
+        position: float | None = None,
+        device: torch.device | None = None,
     ) -> None:
+        """``position``: of the budget to begin with; ``None``: there is no range of them."""
         super().__init__()
         settings = {"dtype": torch.float32, "device": device}
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, **settings))
         self.bias = nn.Parameter(torch.zeros(1, **settings)) if bias else None
+        self.position = position
+        if position is not None:
+            self.work_weight = nn.Parameter(torch.zeros(1, hidden_size, **settings))
+            self.borders = nn.Parameter(torch.zeros(KNOTS, **settings))
         for name, size in {"kept": (), "valid": (), "pull": (2,)}.items():
             self.register_buffer(name, torch.zeros(size, **settings), persistent=False)
         exact = torch.zeros(2, 2, dtype=torch.float64, device=device)
@@ -39,8 +54,14 @@ class Router(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits ``[...]`` in fp32 of hidden states ``[..., H]``."""
-        logits = nn.functional.linear(hidden_states.float(), self.weight, self.bias)
-        return logits.squeeze(-1)
+        weight, bias = self.weight, self.bias
+        if self.position is not None:
+            at = self.position * (KNOTS - 1)
+            first = min(int(at), KNOTS - 2)
+            weight = torch.lerp(weight, weight + self.work_weight, self.position)
+            borders = self.borders.detach()  # set, not trained
+            bias = bias + torch.lerp(borders[first], borders[first + 1], at - first)
+        return nn.functional.linear(hidden_states.float(), weight, bias).squeeze(-1)
 
     def note(self, made: Decisions, sizes: Tensor) -> None:
         """Take note of a micro-batch's decisions; ``sizes``: tokens and pairs of its units,

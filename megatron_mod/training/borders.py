@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_mod.data.loader import StepBatch
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.parallel import device
-from megatron_mod.routing.config import RoutingConfig, logit_border
+from megatron_mod.routing.config import KNOTS, RoutingConfig, logit_border
 from megatron_mod.routing.costs import SIZES, UnitCosts
 from megatron_mod.routing.quantile import borders
 from megatron_mod.routing.scheme import Place
@@ -122,6 +122,46 @@ def settle(
         moved += found.float()
     model.train(was_training)
     return Settled(moved, capacity)
+
+
+def serve(model: ModelChunks, routing: RoutingConfig, work: float) -> None:
+    """Tell the routers which budget of their range it is."""
+    for router in model.routers().values():
+        router.position = routing.position(work)
+
+
+@torch.no_grad()
+def settle_each(
+    chunks: Sequence[torch.nn.Module],
+    model: ModelChunks,
+    batches: Sequence[StepBatch],
+    routing: RoutingConfig,
+    *,
+    share_of: Callable[[float], Tensor],
+    costs: UnitCosts | None,
+) -> Settled:
+    """The borders ``[P, KNOTS]`` of routers that serve a range of budgets, each found as ``settle``
+    does, and the capacities ``[P]`` at the least budget, which the routers are left at; called by
+    all ranks. Biases stay what they are, to rounding.
+
+    Args:
+        share_of: a budget's share of what all units cost, ``[P]``.
+    """
+    assert routing.budgets is not None
+    routers, (low, high) = model.routers(), routing.budgets
+    for router in routers.values():
+        router.borders.zero_()
+    found: list[Settled] = []
+    for knot in reversed(range(KNOTS)):  # nearly everything is kept at the first
+        work = low + (high - low) * knot / (KNOTS - 1)
+        serve(model, routing, work)
+        shares = share_of(work)
+        found.append(settle(chunks, model, batches, routing, shares=shares, costs=costs))
+    borders = torch.stack([each.moved for each in found], 1).cumsum(1).flip(1)
+    move(model, routing, -borders[:, 0])
+    for place, router in routers.items():
+        router.borders.copy_(borders[routing.places.index(place)])
+    return Settled(borders, found[-1].capacity)
 
 
 def _reduced(op: dist.ReduceOp.RedOpType) -> Callable[[Tensor], Tensor]:

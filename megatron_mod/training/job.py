@@ -77,10 +77,12 @@ def arrange(config: Config, arch: Architecture, *, world_size: int) -> Job:
 
 
 def evenly(routing: RoutingConfig, counted: Workload) -> RoutingConfig:
-    """With the capacities that are the budget of work's if all places keep alike, for counting
-    what a training will compute before they are found."""
-    assert routing.work is not None
-    capacity = counted.even_capacity(routing.work)
+    """With the capacities that are the budget of work's (of a range, the middle's) if all places
+    keep alike, for counting what a training will compute before they are found."""
+    low = routing.least_work
+    assert low is not None
+    high = routing.budgets[1] if routing.budgets else low
+    capacity = counted.even_capacity((low + high) / 2)
     return replace(routing, capacity=(capacity,) * len(routing.places))
 
 

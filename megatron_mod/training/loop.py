@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 
 import torch
@@ -21,7 +22,15 @@ from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import ROUTER
 from megatron_mod.routing.costs import UnitCosts
 from megatron_mod.training.average import ParameterAverage
-from megatron_mod.training.borders import TOKENS, move, settle, shifts, spent_share
+from megatron_mod.training.borders import (
+    TOKENS,
+    move,
+    serve,
+    settle,
+    settle_each,
+    shifts,
+    spent_share,
+)
 from megatron_mod.training.checkpoint import RunState, write_json
 from megatron_mod.training.ending import next_steps, summary
 from megatron_mod.training.faults import FaultCounter, not_finite
@@ -137,7 +146,8 @@ class Training:
         config, state = self.config, self.state
         with state.metrics.part("data"):
             batch = self.data.step(step - 1)
-        state.controller.start_step((step - 1) / self.plan.steps)
+        work = self._serve(step)
+        state.controller.start_step((step - 1) / self.plan.steps, work)
         groups = state.optimizer.param_groups
         learning_rate = groups[0]["lr"] if groups else 0.0
         for chunk in self.chunks:
@@ -178,7 +188,7 @@ class Training:
         routing = self.plan.routing
         norm = self.state.optimizer.step()[1]
         if routing.bias:
-            target = self.state.controller.target_at(step / self.plan.steps)
+            target = self.state.controller.target_at(step / self.plan.steps, self._serve(step + 1))
             move(self.model, routing, shifts(self.model, routing, target, costs=self._costs))
         return norm
 
@@ -189,6 +199,9 @@ class Training:
         if not self.plan.routing.bias:
             return
         topology.at("setting the borders on data")
+        if self.plan.routing.budgets:
+            self._settle_each()
+            return
         batches = self.data.until(reversed(range(self.plan.steps)), tokens=TOKENS)
         with self.state.average.applied():
             settled = settle(
@@ -206,6 +219,39 @@ class Training:
             mean = self.state.average.mean.get(KEY.format(place.layer, f"{name}.bias"))
             if mean is not None:  # after the block it is not the model's own
                 mean += shift
+
+    def _settle_each(self) -> None:
+        """Set borders at evenly spaced budgets of the range, and leave the routers at its least."""
+        routing, state = self.plan.routing, self.state
+        batches = self.data.until(reversed(range(self.plan.steps)), tokens=TOKENS)
+        with state.average.applied():
+            found = settle_each(
+                self.chunks,
+                self.model,
+                batches,
+                routing,
+                share_of=state.controller.target_of,
+                costs=self._costs,
+            )
+        self.settled = found.capacity.tolist()
+        routers = self.model.routers()
+        for place, borders in zip(routing.places, found.moved, strict=True):
+            if place in routers:
+                routers[place].borders.data.copy_(borders)
+            name = routing.name_of(ROUTER, place.target)
+            mean = state.average.mean.get(KEY.format(place.layer, f"{name}.borders"))
+            if mean is not None:
+                mean.copy_(borders)
+
+    def _serve(self, step: int) -> float | None:
+        """Tell the routers the budget that a step draws, where they serve a range of them: a
+        function of seed and step alone. Returns it."""
+        if self.plan.routing.budgets is None:
+            return None
+        low, high = self.plan.routing.budgets
+        work = random.Random(f"{self.config.train.seed} {step}").uniform(low, high)
+        serve(self.model, self.plan.routing, work)
+        return work
 
     @property
     def _costs(self) -> UnitCosts | None:

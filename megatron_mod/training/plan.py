@@ -121,10 +121,11 @@ def prepare(config: Config) -> Plan:
 def _check_work(routing: RoutingConfig, counted: Workload, *, mean_length: float) -> None:
     """Refuse a budget that cannot be met on documents of the training's lengths."""
     least = counted.work(0.0)
-    if routing.work < least:
+    assert routing.least_work is not None
+    if routing.least_work < least:
         keys = ", router.keys_values: selected" * (routing.keys_values == "all")
         raise ValueError(
-            f"router.work = {routing.work:g}: skipping everything that is routed, "
+            f"router.work = {routing.least_work:g}: skipping everything that is routed, "
             f"{routing.granularity} on {len(routing.layers)} layers, leaves {least:.3f} of the "
             f"dense model's operations at this data's lengths ({mean_length:.0f} tokens in the "
             f"mean); ask for no less, or route more (router.layers: all, a block granularity"

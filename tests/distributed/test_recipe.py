@@ -21,7 +21,7 @@ CONTEXT = {"parallel__context_parallel_size": 2}
 DISTRIBUTED = {"parallel__use_distributed_optimizer": "true"}
 TOKENS = {
     "router__granularity": "block_token", "router__keys_values": "selected",
-    "router__stand_in_rank": 4, "router__work": 0.8,
+    "router__stand_in_rank": 4, "router__work": "[0.7, 0.9]",
 }  # fmt: skip
 SEQUENCES = {
     "router__granularity": "block_sequence", "router__pooling": "all", "router__scope": "layer",

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from megatron_mod.calibration.search import Calibration
 from megatron_mod.checkpoint.manifest import read_manifest, resolve_step
 from megatron_mod.config import cli
 from megatron_mod.config.budget import BudgetRequest
+from megatron_mod.conversion.convert import megatron_to_hf
 from megatron_mod.conversion.source import open_base
 from megatron_mod.evaluation.perplexity import read_rows
 from megatron_mod.evaluation.work import Work
@@ -26,6 +28,7 @@ from megatron_mod.routing.config import RoutingConfig
 from tests.helpers.runs import DEFAULT, Trainer, metrics, saved
 
 LENGTHS = (7, 19, 40)
+READ = {"dtype": "float32", "max_length": 64, "batch_size": 20, "pooling": None}
 
 
 def write(path: Path, *, seed: int, samples: int = 100) -> Path:
@@ -60,7 +63,7 @@ def settings(**changes) -> dict:
 
 def counted_work(run: Path, data: Path) -> tuple[float, list[float]]:
     """The share of the dense model's operations on a text, and each place's capacity."""
-    model = load_routed(run, ONE_RANK, dtype="float32", max_length=64, batch_size=20, pooling=None)
+    model = load_routed(run, ONE_RANK, **READ)
     rows = read_rows(data, model.backend.tokenizer, max_length=64)
     calibration = Calibration(model.backend, rows, model.work, scope="model")
     point = calibration.at(model.backend.thresholds)
@@ -96,6 +99,53 @@ def test_a_budget_is_met_on_text_not_seen(trainer, tmp_path, changes):
     assert max(routing.capacity) - min(routing.capacity) > 0.3, "the budget is shared unevenly"
 
 
+def test_one_router_serves_a_range_of_budgets(trainer, tmp_path):
+    """Set on the export without data, and the same in Megatron; gone on from to the last bit."""
+    run, export, low, high = tmp_path / "run", tmp_path / "export", 0.6, 0.95
+    ranged = settings(router__work=f"[{low}, {high}]", router__keys_values="selected")
+    ranged |= {"optimizer__average_fraction": 0.5, "train__steps": 6}
+    with pytest.raises(Stopped):
+        trainer.train(run, **ranged, train__exit_interval=3)
+    capacity = read_manifest(resolve_step(run))["routing"]["capacity"]
+    assert capacity == metrics(run)[-1]["capacity"], "as it is found so far"
+    trainer.train(run, **ranged)
+    trainer.train(tmp_path / "whole", **ranged)
+    assert metrics(run) == metrics(tmp_path / "whole")
+    found, wanted = saved(run), saved(tmp_path / "whole")
+    assert all(found[key] == wanted[key] for key in wanted if not key.startswith("random."))
+    assert np.frombuffer(found["decoder.layers.1.router.work_weight"], np.float32).any()
+    targets = [step["work_target"] for step in metrics(run)[3:]]
+    assert max(targets) - min(targets) > 0.1
+    assert all(low <= target <= high for target in targets)
+    routing = RoutingConfig.from_dict(read_manifest(resolve_step(run))["routing"])
+    assert (routing.work, routing.budget) == ((low, high), low)
+
+    megatron_to_hf(run, export)
+    ours, theirs = (load_routed(f, ONE_RANK, **READ) for f in (run, export))
+    rows = read_rows(trainer.unseen, theirs.backend.tokenizer, max_length=64)
+    perplexities = []
+    for work in (low, 0.7, high):  # the first, as it is exported; one between two knots
+        theirs.backend.model.set_work(work)
+        for router in ours.backend.model.routers().values():
+            router.position = routing.position(work)
+        points = []
+        for model in (ours, theirs):
+            calibration = Calibration(model.backend, rows, model.work, scope="model")
+            points.append(calibration.at(model.backend.thresholds))
+        assert points[0].perplexity == pytest.approx(points[1].perplexity, rel=1e-4)
+        assert points[1].flops / calibration.dense_flops == pytest.approx(work, abs=0.03)
+        perplexities.append(points[1].perplexity)
+    model = theirs.backend.model
+    with pytest.raises(ValueError, match=r"routing.budget = 0.5: must be from 0.6 to 0.95"):
+        model.set_work(0.5)
+    model.save_pretrained(tmp_path / "again")
+    again = type(model).from_pretrained(tmp_path / "again")
+    assert again.config.routing["budget"] == high
+    ids = torch.tensor([rows[0].ids])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 def test_a_run_is_calibrated_for_any_budget(trainer, tmp_path):
     """One that was trained for something else, on other text."""
     run, data = tmp_path / "run", write(tmp_path / "few.jsonl", seed=3, samples=20)
@@ -107,21 +157,6 @@ def test_a_run_is_calibrated_for_any_budget(trainer, tmp_path):
     assert report["chosen"]["work"] == pytest.approx(work)
     assert 0.78 < work <= 0.8
     assert report["request"]["work"] == 0.8
-
-
-def test_a_run_with_a_budget_goes_on_to_the_last_bit(trainer, tmp_path):
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    trainer.train(whole, **settings())
-    with pytest.raises(Stopped):
-        trainer.train(parted, **settings(train__exit_interval=3))
-    routing = read_manifest(resolve_step(parted))["routing"]
-    assert routing["capacity"] == metrics(parted)[-1]["capacity"]
-    trainer.train(parted, **settings())
-    assert metrics(parted) == metrics(whole)
-    found, wanted = saved(parted), saved(whole)
-    for tensors in (found, wanted):
-        del tensors["random.torch"]  # of one process, which goes on
-    assert found == wanted
 
 
 @pytest.mark.parametrize("keys_values", ["all", "selected", None])
@@ -165,6 +200,8 @@ def test_what_is_counted_is_what_evaluation_counts(trainer, target, keys_values)
     [
         ({"router__capacity": 0.5}, r"router.capacity = 0.5 and router.work = 0.7: both say what"),
         ({"router__work": 1.2}, r"router.work = 1.2: must be above 0 and at most 1"),
+        ({"router__work": "[0.9, 0.6]"}, r"router.work = \[0.9, 0.6\]: a list must hold two"),
+        ({"router__work": "[0.6]"}, r"router.work = \[0.6\]: a list must hold two budgets"),
         ({"router__scope": "layer"}, "router.scope = layer: has no meaning for router.work = 0.7"),
         (
             {"router__bias": "false", "router__init": "zeros", "router__capacity_loss_weight": 1.0},
