@@ -99,6 +99,8 @@ class RoutedConfig:
         if not isinstance(work, (list, tuple)):
             return None
         low, high = work
+        if not low < high:
+            raise ValueError(f"routing.work = {work}: must be the least budget and the most.")
         if not low <= budget <= high:
             raise ValueError(
                 f"routing.budget = {budget}: must be from {low} to {high}, the budgets that the "

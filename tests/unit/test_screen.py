@@ -19,6 +19,7 @@ from megatron_mod.monitoring import display
 from megatron_mod.monitoring.scalars import scalars
 from megatron_mod.monitoring.screen import Screen
 from megatron_mod.parallel.peak import peak
+from megatron_mod.report.figures import capacities
 from megatron_mod.routing.config import RoutingConfig
 
 ARGUMENTS = ["--model.checkpoint=b", "--data.train=t", "--train.steps=9", "--checkpoint.save=r"]
@@ -85,6 +86,8 @@ def test_a_budget_of_work_is_shown_beside_the_capacity():
     assert found["work/target"] == 0.7
     assert found["work/validation"] == 0.69
     assert "capacity/target" not in found
+    lines = capacities([made, {**made, "step": 2}], held.labels, target=None).axes[0].lines
+    assert [line.get_label() for line in lines] == ["mean", "work", "target of work"]
 
 
 def test_the_level_has_a_short_name():
