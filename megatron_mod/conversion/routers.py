@@ -47,6 +47,7 @@ the same in Megatron's layer and in Hugging Face's (``RoutingConfig.added_shapes
 KEY = "decoder.layers.{}.{}"
 HF_KEY = "model.layers.{}.{}"
 ROUTER, BIAS = "router.weight", "router.bias"
+PUBLISHED = tuple(name for name in GRANULARITIES if "+" not in name)  # with one router a layer
 OURS = "megatron_mod"  # the published config's field for settings it has none for
 
 
@@ -237,10 +238,10 @@ def _read_published(folder: Path) -> tuple[RoutingConfig, Added]:
     granularity = str(config.get("granularity") or "attn_sequence").lower().replace("-", "_")
     if granularity in ("sequence", "token"):  # its first release routed nothing but attention
         granularity = f"attn_{granularity}"
-    if granularity not in GRANULARITIES:
+    if granularity not in PUBLISHED:
         raise ValueError(
             f"{path}: granularity = {config['granularity']!r} is not supported; it must be one of "
-            f"{', '.join(GRANULARITIES)}."
+            f"{', '.join(PUBLISHED)}."
         )
     target = config.get("mod_capacity")
     targets = target if isinstance(target, list) else [target] * len(routed)

@@ -86,7 +86,7 @@ class Backend(abc.ABC):
         self.tokenizer = tokenizer
         self.max_length = max_length or positions
         self.batch_size = batch_size
-        self.by_sequence = by_sequence
+        self.scheme, self.by_sequence = routed_by, by_sequence
         self.pooling = (pooling or "prompt") if by_sequence else None
         self.text_pooling = (pooling or "all") if by_sequence else None
         self.stop_tokens = stop_tokens(tokenizer)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from megatron_mod.config.evaluation import TEXT_LENGTH, Request
 from megatron_mod.evaluation.backend import Backend
 from megatron_mod.evaluation.perplexity import holds_conversations, perplexity, read_rows
+from megatron_mod.routing.scheme import Place, Scheme
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -52,7 +54,7 @@ def evaluate(
         **report,
         "pooling": backend.text_pooling if only_text else backend.pooling,
         "text_pooling": backend.text_pooling,
-        "capacity": summary(backend.capacity()),
+        "capacity": summary(backend.capacity(), backend.scheme),
     }
 
 
@@ -60,13 +62,13 @@ def _is_text(path: str | None) -> bool:
     return path is not None and not holds_conversations(path)
 
 
-def summary(capacity: dict[int, float]) -> dict | None:
-    """Each routed layer's share, and their mean; nothing without routed layers."""
-    if not capacity:
+def summary(capacity: Mapping[Place, float], scheme: Scheme | None) -> dict | None:
+    """Each router's share, and their mean; nothing without routers."""
+    if not capacity or scheme is None:
         return None
     return {
         "mean": fmean(capacity.values()),
-        "per_layer": {str(layer): share for layer, share in capacity.items()},
+        "per_layer": {str(scheme.label(place)): share for place, share in capacity.items()},
     }
 
 

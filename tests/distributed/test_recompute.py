@@ -77,8 +77,8 @@ def step(case, routing, recompute: str) -> tuple[dict, dict, Counter]:
         for name, parameter in layer.named_parameters():
             if parameter.requires_grad:
                 gradients[index, name] = parameter.main_grad.clone()
-        router = layer.router
-        noted[index] = [router.kept, router.valid, router.pull, *chain(*router.noted)]
+        for place, router in layer.routers.items():
+            noted[place] = [router.kept, router.valid, router.pull, *chain(*router.noted)]
     return gradients, noted, kept
 
 
@@ -92,9 +92,9 @@ def test_to_the_bit_noted_once_and_less_is_kept(case, training):
         again, noted_again, less = step(case, routing, recompute)
         assert again.keys() == gradients.keys()
         assert all(torch.equal(again[name], found) for name, found in gradients.items()), recompute
-        for index, found in noted.items():
-            assert len(noted_again[index]) == len(found)
-            assert all(map(torch.equal, noted_again[index], found)), (recompute, index)
+        for place, found in noted.items():
+            assert len(noted_again[place]) == len(found)
+            assert all(map(torch.equal, noted_again[place], found)), (recompute, place)
         assert less[0] == 0
         for layer in (1, 2, 3):
             assert 0 < less[layer] <= kept[layer], (recompute, layer, less, kept)

@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from megatron_mod.conversion import convert
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import read_config
-from megatron_mod.conversion.routers import read_routers, write_published
+from megatron_mod.conversion.routers import PUBLISHED, read_routers, write_published
 from megatron_mod.conversion.source import open_source
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.routing.scheme import GRANULARITIES
 from tests.helpers.runs import Trainer
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -107,7 +106,7 @@ OF_EACH = {  # what decides differently from granularity to granularity, and is 
 }
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", PUBLISHED)
 def test_ours_come_back_as_they_were(trainer, tmp_path, granularity):
     settings = {"layers": (1, 2), "capacity": (0.5, 0.5), **OF_EACH[granularity]}
     routing = RoutingConfig(granularity, **settings)
@@ -120,7 +119,7 @@ def test_ours_come_back_as_they_were(trainer, tmp_path, granularity):
         assert torch.equal(tensors[layer]["router.weight"], own["router.weight"])
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", PUBLISHED)
 def test_the_published_codes_are_read(trainer, tmp_path, granularity):
     folder = save_published(tmp_path / "published", granularity=granularity)
     arch = family_of(config := read_config(trainer.hf)).architecture_of(config)

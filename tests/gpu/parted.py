@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_mod.conversion.routers import Added
 from megatron_mod.data.chat import Sample
-from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.config import ROUTER, RoutingConfig
 from tests.helpers import training_formula
 
 MARGIN = 0.5  # of the logits at least, which are about 1.5 to 2.5
@@ -30,15 +30,19 @@ def parted(hf, samples: Sequence[Sample], routing: RoutingConfig, seed: int) -> 
             for name, shape in routing.added_shapes(hf.config.hidden_size).items()
         }
         states = seen_by(hf, samples, routing, added, layer)
-        size = 1.5 + torch.rand(len(states), generator=generator, dtype=torch.float64)
-        kept = wanted(samples, generator, per_sequence=routing.scheme.per_sequence)
-        logits = torch.where(kept, size, -size) - own.get("router.bias", 0.0)
         products = states @ states.t()
         products += RIDGE * products.diagonal().mean() * torch.eye(len(states), dtype=torch.float64)
-        own["router.weight"] = (states.t() @ torch.linalg.solve(products, logits))[None].float()
-        found = states @ own["router.weight"][0].double() + own.get("router.bias", 0.0)
-        assert found[kept].min() > MARGIN
-        assert found[~kept].max() < -MARGIN
+        for target in routing.scheme.targets:
+            router = routing.name_of(ROUTER, target)
+            bias = own.get(f"{router}.bias", 0.0)
+            size = 1.5 + torch.rand(len(states), generator=generator, dtype=torch.float64)
+            kept = wanted(samples, generator, per_sequence=routing.scheme.per_sequence)
+            logits = torch.where(kept, size, -size) - bias
+            weight = (states.t() @ torch.linalg.solve(products, logits))[None].float()
+            own[f"{router}.weight"] = weight
+            found = states @ weight[0].double() + bias
+            assert found[kept].min() > MARGIN
+            assert found[~kept].max() < -MARGIN
         added[layer] = {name: tensor.float() for name, tensor in own.items()}
     return added
 

@@ -31,7 +31,7 @@ SHAPE = {
 }  # fmt: skip
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": 5}, "qwen2": {}, "qwen3": {}}
 SCHEMES = [(name, None) for name in GRANULARITIES]
-SCHEMES += [("attn_token", "selected"), ("block_token", "selected")]
+SCHEMES += [(name, "selected") for name in ("attn_token", "block_token", "attn_token+mlp_token")]
 MORE = {"bias": True, "stand_in_rank": 3}
 BF16, FP32 = torch.bfloat16, torch.float32
 VARIANTS = {
@@ -66,7 +66,7 @@ def trainings_of(family: str) -> list[cases.Asked]:
     if family == "llama":
         some = [*asked, *added] if ALL else [asked[i] for i in (2, 5)] + added[2:]
         return [cases.Asked(*one) for one in some]
-    return [cases.Asked(*one) for one in (asked[3], asked[12], asked[15], added[0])]
+    return [cases.Asked(*one) for one in (asked[3], asked[16], asked[19], added[0])]
 
 
 class Case(NamedTuple):

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_mod.parallel import device
-from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.config import ROUTER, RoutingConfig
+from megatron_mod.routing.scheme import Scheme
 from tests.distributed.test_granularities import make_case
 from tests.gpu.parted import parted
 from tests.gpu.test_equality import SCHEMES, SHAPE, TIMES
@@ -48,14 +49,20 @@ class Exported:
             settings = {"keys_values": keys_values} if keys_values else {}
             if more:
                 settings.update(bias=True, stand_in_rank=3)
-            routing = RoutingConfig(granularity, ROUTED, (0.5, 0.5), **settings)
+            routers = len(ROUTED) * len(Scheme.parse(granularity).targets)
+            routing = RoutingConfig(granularity, ROUTED, (0.5,) * routers, **settings)
             added = parted(self.dense, self.samples, routing, len(self.made))
-            routers = {k: own["router.weight"] for k, own in added.items()}
-            rest = {k: {n: t for n, t in own.items() if n != "router.weight"}
-                    for k, own in added.items()}  # fmt: skip
+            names = {
+                place: f"{routing.name_of(ROUTER, place.target)}.weight" for place in routing.places
+            }
+            weights = {place: added[place.layer][name] for place, name in names.items()}
+            rest = {
+                layer: {n: t for n, t in own.items() if n not in names.values()}
+                for layer, own in added.items()
+            }
             name = "_".join(map(str, key))
             export = save_export(
-                self.folder / name, self.hf, routers, rest, granularity=granularity, **settings
+                self.folder / name, self.hf, weights, rest, granularity=granularity, **settings
             )
             scheme = training_formula.Scheme(
                 granularity, ROUTED, keys_values=routing.keys_values, pooling="all"

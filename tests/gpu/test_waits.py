@@ -12,7 +12,7 @@ import torch
 
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.routing.scheme import GRANULARITIES
+from megatron_mod.routing.scheme import GRANULARITIES, Scheme
 from tests.distributed import cases
 from tests.distributed.test_granularities import make_case
 from tests.gpu.where import HAS_GPU, layers_of, long_on_cpu
@@ -22,7 +22,7 @@ from tests.helpers.runs import DEFAULT, Trainer
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("single_process"), long_on_cpu]
 
 SCHEMES = [(name, None) for name in GRANULARITIES]
-SCHEMES += [("attn_token", "selected"), ("block_token", "selected")]
+SCHEMES += [(name, "selected") for name in ("attn_token", "block_token", "attn_token+mlp_token")]
 AT_ITS_END = 2  # waits of a step: whether it is finite, and Megatron's norm of the gradient
 
 
@@ -77,8 +77,9 @@ def test_a_routed_layer_waits_for_its_number_of_tokens(
     granularity, keys_values, implementation, stand_in_rank
 ):
     for compute, expected in (("dense", 0), ("sparse", 1)):
+        capacity = (0.5,) * len(Scheme.parse(granularity).targets)
         routing = RoutingConfig(
-            granularity, (0,), (0.5,), keys_values=keys_values, training_compute=compute,
+            granularity, (0,), capacity, keys_values=keys_values, training_compute=compute,
             bias=True, stand_in_rank=stand_in_rank, capacity_loss_weight="auto",
         )  # fmt: skip
         with layers_of(implementation):
@@ -86,14 +87,16 @@ def test_a_routed_layer_waits_for_its_number_of_tokens(
             for training, most in ((True, expected), (False, 1)):
                 layer.train(training)
                 for measured in (False, True):  # what is made once is made in the first
-                    layer.router.reset(notes_every=2 if training else 0)
+                    for router in layer.routers.values():
+                        router.reset(notes_every=2 if training else 0)
                     with waits() as seen:
                         output, _ = layer(hidden, rotary_pos_emb=rotary)
                         output.sum().backward()
                     if measured:
                         assert len(seen) == count(most), (compute, training)
-        kept, valid = float(layer.router.kept), float(layer.router.valid)
-        assert 0 < kept < valid, "the case skips nothing or everything"
+        for router in layer.routers.values():
+            kept, valid = float(router.kept), float(router.valid)
+            assert 0 < kept < valid, "the case skips nothing or everything"
 
 
 @pytest.fixture(scope="module")
