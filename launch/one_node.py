@@ -54,7 +54,7 @@ KNOBS = (
          f"{'':22}list of zero-based indices (formerly mod_n, mindskip_n)", "16",
          ("router.layers",)),
     Knob("TARGET_CAPACITY", "share of sequences or tokens that keep a layer", "0.5",
-         ("router.capacity",)),
+         ("router.capacity", "router.work")),
     Knob("LEARNING_RATE", "peak", "0.01", ("optimizer.lr",)),
     Knob("WEIGHT_DECAY", "decoupled", "0", ("optimizer.weight_decay",)),
     Knob("NUM_EPOCHS", "times the samples are gone through", "1", ("train.epochs", "train.steps")),

@@ -63,7 +63,9 @@ class Trained:
     def step(self, number: int) -> Step:
         """Forward and backward of a step, all ranks together."""
         batch = self.data.step(number)
-        controller = CapacityController(self.plan.routing, device=device.device())
+        controller = CapacityController(
+            self.plan.routing, device=device.device(), workload=self.plan.workload
+        )
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         dist.barrier()

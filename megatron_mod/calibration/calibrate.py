@@ -52,7 +52,8 @@ def calibrate(request: BudgetRequest, ranks: Topology) -> dict:
         calibration = Calibration(
             model.backend, rows, model.work, scope=scope, after_pass=passes.update
         )
-        chosen = find(request, calibration)
+        found = find(request, calibration)
+        chosen = found.point
         curve = Curve(calibration, timing=timing)
         say(HEADER)
         say(dense_line(calibration))
@@ -60,12 +61,13 @@ def calibrate(request: BudgetRequest, ranks: Topology) -> dict:
         for capacity in request.curve:
             shown.append(curve.at(calibration.at_capacity(capacity, tolerance=NEAR)))
             say(line(shown[-1]))
-        for name, point in (
-            ("as it was", calibration.at(model.backend.thresholds)),
-            ("chosen", chosen),
-        ):
+        lines = [("as it was", calibration.at(model.backend.thresholds)), ("chosen", chosen)]
+        if found.other:
+            lines.insert(1, ("instead", found.other))
+        for name, point in lines:
             shown.append(curve.at(point))
             say(line(shown[-1], name))
+    instead = shown.pop(-2).to_dict() if found.other else None
     *points, was, met = (point.to_dict() for point in shown)
     report = {
         "request": request.to_dict(),
@@ -78,6 +80,8 @@ def calibrate(request: BudgetRequest, ranks: Topology) -> dict:
         "curve": points,
         "before": was,
         "chosen": met,
+        "chosen_by": found.method,
+        "instead": instead,
     }
     save = partial(
         write_thresholds, model, chosen.thresholds, save=request.save, add=partial(add, report)
@@ -85,7 +89,9 @@ def calibrate(request: BudgetRequest, ranks: Topology) -> dict:
     folder = on_first_rank(lambda: str(save()))
     print_once(
         f"{request.describe()}: capacity {chosen.mean_capacity:.3f}; thresholds, {REPORT} and "
-        f"{FIGURE} are in {folder}"
+        f"{FIGURE} are in {folder}\n"
+        f"found by {found.method} for all routers: work "
+        f"{chosen.flops / calibration.dense_flops:.3f} of the dense model's"
     )
     return report
 

@@ -42,6 +42,7 @@ class CurvePoint:
             "static_capacity": self.static.mean_capacity,
             "static_counted_speedup": self.static_speedup,
             "counted_speedup": self.speedup,
+            "work": 1 / self.speedup,
             "prefill_speedup": self.prefill,
             "decode_speedup": self.decode,
         }

@@ -89,7 +89,7 @@ class Calibration:
             alike = (point for point in self._known.values() if point.decides_as(thresholds))
             if point := next(alike, None):
                 # A layer that keeps nobody takes less work once it is known that it never will.
-                flops = self._flops(thresholds, point.logits)
+                flops = self.flops(thresholds, point.logits)
                 point = replace(point, thresholds=thresholds, flops=flops)
             else:
                 point = self._run(thresholds)
@@ -112,11 +112,12 @@ class Calibration:
             ),
             perplexity=math.exp(nats / self.labels),
             nats=nats,
-            flops=self._flops(thresholds, logits),
+            flops=self.flops(thresholds, logits),
             logits=logits,
         )
 
-    def _flops(self, thresholds: tuple[float, ...], logits: dict[Place, Tensor]) -> int:
+    def flops(self, thresholds: tuple[float, ...], logits: dict[Place, Tensor]) -> int:
+        """Counted work of a prefill of every row, of units with these logits at thresholds."""
         work, lengths = self.work.at(thresholds), [len(row.ids) for row in self.rows]
         units = [1] * len(lengths) if self.backend.by_sequence else lengths
         kept = {
@@ -202,7 +203,28 @@ class Calibration:
                 f"--speedup {speedup:g}: skipping everything in the {len(most.capacity)} routed "
                 f"layers gives {self.speedup(most):.3f} at most; ask for less, or route more."
             )
-        return self._border_of(lambda point: self.speedup(point) >= speedup)[0]
+        return self._at_flops(self.dense_flops / speedup)
+
+    def at_work(self, work: float) -> Point:
+        """The point of largest capacity whose counted work is at most that share of the dense
+        model's.
+
+        Raises:
+            ValueError: skipping everything that is routed leaves more.
+        """
+        least = self.at_capacity(0.0).flops / self.dense_flops
+        if least > work:
+            raise ValueError(
+                f"--work {work:g}: skipping everything that the {len(self.backend.places)} routers "
+                f"decide on leaves {least:.3f} of the dense model's work at least; ask for no "
+                "less, or route more."
+            )
+        return self._at_flops(work * self.dense_flops)
+
+    def _at_flops(self, flops: float) -> Point:
+        found = self._border_of(lambda point: point.flops <= flops)[0]
+        assert found is not None, "more work than skipping everything"
+        return found
 
     def at_perplexity(self, largest: float) -> Point:
         """The point of least capacity whose perplexity is at most ``largest`` (no less than the

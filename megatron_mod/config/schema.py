@@ -30,6 +30,7 @@ from megatron_mod.routing.config import (
 from megatron_mod.routing.scheme import Granularity, Scheme
 
 MINUTES_OF_A_YEAR = 525_600
+DEFAULT_CAPACITY = 0.5
 
 
 @dataclass
@@ -73,13 +74,19 @@ class RouterConfig:
             offset: k}`, every n-th from index k on (offset defaults to n - 1); or a list of
             zero-based indices; `[]`: none, where adapters train alone (train.trainable: lora).
         capacity: target share of units that keep a layer, above 0 and at most 1; one number, or
-            one per router (of a layer that has two, its attention's first).
+            one per router (of a layer that has two, its attention's first); unset: 0.5, or what
+            router.work leaves.
+        work: in its place, the share of the dense model's operations (a prefill's, head included,
+            at the training data's lengths) that may remain, above 0 and at most 1: what each router
+            keeps of that is found in training, at a price per operation. A list of two, the least
+            and the most, trains routers that serve all budgets between: each step draws one, and
+            `model.set_work` of the export sets any.
         scope: `layer` holds every layer to its target, `model` only their mean, so that
             important layers may stay on.
         capacity_loss_weight: weight of the penalty on capacity above target, above 0; or `auto`: a
             price of each kept unit, found during training, that needs no tuning.
         capacity_warmup_fraction: share of the steps, the first ones, over which the target falls
-            from 1 to `capacity`; 0 to 1.
+            from 1 to `capacity` or `work`; 0 to 1.
         bias: give every router one, which follows the scores: after each step it is set so that
             the step's units would have been kept to the target, and at the end so that the last
             samples are. Without, as published, nothing but the penalty holds the capacity.
@@ -105,7 +112,8 @@ class RouterConfig:
 
     granularity: Granularity = "attn_token"
     layers: Layers = setting(AT_LEAST_0, default={"deepest": 16})
-    capacity: float | list[float] = setting(Range(above=0, most=1), default=0.5)
+    capacity: float | list[float] | None = setting(Range(above=0, most=1), default=None)
+    work: float | list[float] | None = setting(Range(above=0, most=1), default=None)
     scope: Literal["layer", "model"] = "model"
     capacity_loss_weight: float | Literal["auto"] = setting(
         Range(
@@ -129,8 +137,13 @@ class RouterConfig:
     training_compute: Literal["dense", "sparse"] = "dense"
     check_decisions_interval: int = setting(AT_LEAST_0, default=0)
 
+    def __post_init__(self) -> None:
+        if self.capacity is None and self.work is None:
+            self.capacity = DEFAULT_CAPACITY
+
     def resolve(self, *, num_layers: int, hidden_size: int) -> RoutingConfig:
-        """These settings for a model of ``num_layers`` layers.
+        """These settings for a model of ``num_layers`` layers. With ``work`` the capacities are
+        still to be found: all of them 1.
 
         Raises:
             ValueError: layers, capacities or a rank that do not fit the model, or settings without
@@ -139,14 +152,16 @@ class RouterConfig:
         if self.layers == []:
             return NO_ROUTERS
         layers = resolve_layers(self.layers, num_layers=num_layers)
+        capacity = 1.0 if self.capacity is None else self.capacity
         return RoutingConfig(
             granularity=self.granularity,
             layers=layers,
             capacity=resolve_capacity(
-                self.capacity,
+                capacity,
                 num_layers=len(layers),
                 targets=len(Scheme.parse(self.granularity).targets),
             ),
+            work=(self.work[0], self.work[1]) if isinstance(self.work, list) else self.work,
             scope=self.scope,
             capacity_loss_weight=self.capacity_loss_weight,
             capacity_warmup_fraction=self.capacity_warmup_fraction,

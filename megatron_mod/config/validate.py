@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_mod.config import rules
 
 if TYPE_CHECKING:
-    from megatron_mod.config.schema import Config, DataConfig, TrainConfig
+    from megatron_mod.config.schema import Config, DataConfig, RouterConfig, TrainConfig
 
 
 def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "") -> None:
@@ -27,6 +27,7 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
         )
     r, d, p, t = config.router, config.data, config.parallel, config.train
     _check_length(t, place)
+    _check_work(r, place)
     if r.check_decisions_interval and p.tensor_model_parallel_size == 1:
         raise ValueError(
             f"router.check_decisions_interval = {r.check_decisions_interval}: compares "
@@ -152,6 +153,39 @@ def _check_no_routers(config: Config, place: Callable[[str], str]) -> None:
             f"train.loss = distill{place('train.loss')}: without routers (router.layers = []) the "
             "dense model is the one that adapters start from, and there is nothing to learn from "
             "it; set train.loss to task or both."
+        )
+
+
+def _check_work(r: RouterConfig, place: Callable[[str], str]) -> None:
+    if r.work is None:
+        return
+    work = f"router.work = {r.work}{place('router.work')}"
+    if isinstance(r.work, list) and not (len(r.work) == 2 and r.work[0] < r.work[1]):
+        raise ValueError(
+            f"{work}: a list must hold two budgets, the least and the most; give these, or one "
+            "number."
+        )
+    if r.capacity is not None:
+        raise ValueError(
+            f"router.capacity = {r.capacity}{place('router.capacity')} and {work}: both say what "
+            "may be kept; leave one of them out, or set it to null."
+        )
+    if r.scope == "layer":
+        raise ValueError(
+            f"router.scope = layer{place('router.scope')}: has no meaning for {work}, which is of "
+            "the whole model; set it to model, or give router.capacity in place of router.work."
+        )
+    if not r.bias:
+        raise ValueError(
+            f"router.bias = false{place('router.bias')}: nothing but biases holds {work}; set it "
+            "to true, or give router.capacity in place of router.work."
+        )
+    if r.capacity_loss_weight != "auto":
+        raise ValueError(
+            f"router.capacity_loss_weight = {r.capacity_loss_weight:g}"
+            f"{place('router.capacity_loss_weight')}: is a penalty on capacity, and {work} is held "
+            "by a price per operation; set it to auto, or give router.capacity in place of "
+            "router.work."
         )
 
 

@@ -102,6 +102,11 @@ ROUTING = {
     "pooling": TEXT,
     "keys_values": TEXT,
     "training_compute": TEXT,
+    "work": Kind(
+        "a number from 0 to 1, or a list of two that ascend",
+        lambda v: is_share(v) or _is_range(v),
+    ),
+    "budget": Kind("a number from 0 to 1", is_share),
     "bias": BOOLEAN,
     "stand_in_rank": Kind(
         "a whole number above 0, or null", lambda v: v is None or COUNT.accepts(v)
@@ -135,9 +140,21 @@ def routing_of(config: dict, path: Path) -> RoutingConfig | None:
             f"{path}: routing: capacity and a threshold that is a list must have one number for "
             f"each of the {routers} routers."
         )
+    low, high = routing.budgets or (0.0, 1.0)
+    if routing.budget is not None and not low <= routing.budget <= high:
+        raise ValueError(
+            f"{path}: routing.budget = {routing.budget}: must be from {low} to {high}, the budgets "
+            "that the routers serve (routing.work)."
+        )
     if list(layers) != sorted(set(layers)) or (layers and layers[0] < 0):
         raise ValueError(f"{path}: routing.layers = {list(layers)}: must be ascending indices.")
     return routing
+
+
+def _is_range(value: object) -> bool:
+    if not isinstance(value, list | tuple) or not _are_shares(value):
+        return False
+    return len(value) == 2 and value[0] < value[1]
 
 
 def _are_shares(value: object) -> bool:

@@ -174,6 +174,11 @@ def write_published(folder: Path, routing: RoutingConfig, added: Added, hf_confi
             f"--routers-only: router.granularity = {routing.granularity}: the published format has "
             "one router a layer; export the whole model."
         )
+    if routing.budgets:
+        raise ValueError(
+            "--routers-only: routers that serve a range of budgets (router.work) are not known to "
+            "the published format; export the whole model."
+        )
     thresholds = {
         logit_border(threshold) - float(added[layer].get(BIAS, 0.0))
         for layer, threshold in zip(routing.layers, routing.thresholds, strict=True)

@@ -21,8 +21,9 @@ class RoutedConfig:
     layers), ``threshold`` (keep when ``sigmoid(logit)`` reaches it: a number, or one per router, in
     the order of ``places``; 0 keeps and 1 skips everything), ``keys_values`` (``all`` or
     ``selected``; where tokens skip attention), ``bias`` (whether routers have one),
-    ``stand_in_rank`` (of what skipped units add; none without), and what the routers were trained
-    for.
+    ``stand_in_rank`` (of what skipped units add; none without), ``work`` (of routers that serve a
+    range of budgets, the least and the most) and ``budget`` (the one that is set), and what the
+    routers were trained for.
     """
 
     routing: dict[str, Any]
@@ -89,6 +90,23 @@ class RoutedConfig:
                 f"{self.hidden_size}, or null."
             )
         self.thresholds()
+        self.work_position()
+
+    def work_position(self) -> float | None:
+        """Where the budget lies in the range that the routers serve, from 0 to 1; None: they serve
+        none."""
+        work, budget = self.routing.get("work"), self.routing.get("budget")
+        if not isinstance(work, (list, tuple)):
+            return None
+        low, high = work
+        if not low < high:
+            raise ValueError(f"routing.work = {work}: must be the least budget and the most.")
+        if not low <= budget <= high:
+            raise ValueError(
+                f"routing.budget = {budget}: must be from {low} to {high}, the budgets that the "
+                "routers were trained for."
+            )
+        return (budget - low) / (high - low)
 
     def thresholds(self) -> dict[tuple[int, str], float]:
         """Each router's threshold, by its place."""

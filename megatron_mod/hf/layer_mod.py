@@ -23,6 +23,8 @@ from .cache_mod import (
 from .configuration_mod import RoutedConfig
 from .thresholds_mod import CapacityBorders, WatchedBorders, logit_border
 
+KNOTS = 5  # budgets of a range, evenly spaced, that a router has borders for
+
 
 @dataclass
 class RoutingCall:
@@ -38,15 +40,25 @@ class RoutingCall:
 class Router(nn.Module):
     """One affine map ``H -> 1``, computed in fp32."""
 
-    def __init__(self, hidden_size: int, bias: bool) -> None:
+    def __init__(self, hidden_size: int, bias: bool, position: float | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, hidden_size))
         self.bias = nn.Parameter(torch.zeros(1)) if bias else None
+        self.position = position  # in the range of budgets that it serves; None: there is none
+        if position is not None:
+            self.work_weight = nn.Parameter(torch.zeros(1, hidden_size))
+            self.borders = nn.Parameter(torch.zeros(KNOTS))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits ``[...]`` of hidden states ``[..., H]``."""
-        bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(hidden_states.float(), self.weight.float(), bias).squeeze(-1)
+        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
+        if self.position is not None:
+            at = self.position * (KNOTS - 1)
+            first = min(int(at), KNOTS - 2)
+            weight = torch.lerp(weight, weight + self.work_weight.float(), self.position)
+            borders = self.borders.float()
+            bias = bias + torch.lerp(borders[first], borders[first + 1], at - first)
+        return nn.functional.linear(hidden_states.float(), weight, bias).squeeze(-1)
 
 
 class StandIn(nn.Module):
@@ -78,7 +90,8 @@ class RoutedLayer:
             hidden_size, bias = config.hidden_size, config.routing.get("bias", False)
             rank = config.routing.get("stand_in_rank")
             self.targets, self.per_sequence = config.targets, config.per_sequence
-            self.router = self._of_each(lambda: Router(hidden_size, bias))
+            position = config.work_position()
+            self.router = self._of_each(lambda: Router(hidden_size, bias, position))
             self.stand_in = self._of_each(lambda: StandIn(hidden_size, rank)) if rank else None
             self.set_thresholds(config.thresholds())
             self.attention_target = config.attention_target
@@ -96,6 +109,12 @@ class RoutedLayer:
         self.logit_borders = {
             target: logit_border(thresholds[self.layer_idx, target]) for target in self.targets
         }
+
+    def set_position(self, position: float) -> None:
+        """Tell the layer's routers which budget of their range it is."""
+        routers = [self.router] if len(self.targets) == 1 else self.router.values()
+        for router in routers:
+            router.position = position
 
     @property
     def is_removed(self) -> bool:

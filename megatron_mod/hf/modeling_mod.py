@@ -100,6 +100,29 @@ class RoutingControls:
         for layer in self._routed_layers().values():
             layer.set_thresholds(thresholds)
 
+    def set_work(self, work: float) -> None:
+        """Set the share of the dense model's operations that remains, on text of the kind that the
+        routers were trained on; needs routers that were trained for a range of budgets
+        (``router.work`` of two numbers), and no data. ``save_pretrained`` writes it.
+
+        Raises:
+            ValueError: other routers, or a budget out of their range.
+        """
+        before = self.config.routing
+        if not isinstance(before.get("work"), (list, tuple)):
+            raise ValueError(
+                "set_work: these routers were trained for one budget; use set_capacity on a text, "
+                "or tools/calibrate_router.py --work."
+            )
+        self.config.routing = {**before, "budget": work}
+        try:
+            position = self.config.work_position()
+        except ValueError:
+            self.config.routing = before
+            raise
+        for layer in self._routed_layers().values():
+            layer.set_position(position)
+
     @torch.no_grad()
     def set_capacity(
         self,

@@ -15,6 +15,7 @@ from megatron_mod.config.lora import TARGETS, LoraSettings
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.reach import FC1, FC2, PLACES, PROJ, QKV, Reach
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.costs import UnitCosts, Workload
 from megatron_mod.routing.scheme import Place
 
 LENGTH = 512  # tokens of a sequence where nothing is known of them; only attention depends on it
@@ -93,6 +94,30 @@ def forward_costs(arch: Architecture, *, length: int = LENGTH) -> Costs:
     """Of a forward pass of the dense model with logits at every token."""
     layer = round(_products(arch, _Text.of(arch, [length]), _Shares()).forward)
     return Costs((layer,) * arch.num_layers, _head(arch, length))
+
+
+def workload(arch: Architecture, routing: RoutingConfig, lengths: Sequence[int]) -> Workload:
+    """What a prefill of documents of these lengths computes, by what a model's places keep of them;
+    as ``evaluation/work.py`` counts it, with logits of a document's last token."""
+    text, scheme = _Text.of(arch, lengths), routing.scheme
+    stand_in = 4 * arch.hidden_size * (routing.stand_in_rank or 0)
+    table = []
+    for place in routing.places:
+        attends, token = place.target != "mlp", 0
+        if attends:
+            token += 2 * arch.query_weights
+            token += 2 * arch.key_weights * (routing.keys_values != "all")
+        if place.target != "attn":
+            token += 2 * arch.mlp_weights
+        table.append((0, token - stand_in, 4 * arch.query_channels * attends))
+    units = len(lengths) if scheme.per_sequence else text.tokens
+    sizes = (units, text.tokens, text.pairs)
+    costs = UnitCosts(tuple(table), among_kept=routing.keys_values == "selected")
+    layer = _products(arch, text, _Shares()).forward
+    dense = round(arch.num_layers * layer) + _head(arch, len(lengths))
+    routers = 2 * arch.hidden_size * text.tokens * len(routing.places)
+    saved = sum(token * text.tokens + pair * text.pairs for _, token, pair in table)
+    return Workload(costs, sizes, dense, dense + routers - saved)
 
 
 def training_costs(

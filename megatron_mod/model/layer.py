@@ -78,7 +78,13 @@ class RoutedTransformerLayer(TransformerLayer):
         place = None if config.use_cpu_initialization else torch.cuda.current_device()
         targets = routing.scheme.targets
         self.router = _for_each(
-            targets, lambda: Router(config.hidden_size, bias=routing.bias, device=place)
+            targets,
+            lambda: Router(
+                config.hidden_size,
+                bias=routing.bias,
+                position=routing.budgets and routing.position(routing.budget),
+                device=place,
+            ),
         )
         self.stand_in = None
         if rank := routing.stand_in_rank:
@@ -246,41 +252,50 @@ class RoutedTransformerLayer(TransformerLayer):
 
     def _decide_tokens(self, place: Place, normed: Tensor, layout: TokenLayout) -> Tensor:
         """The mask ``[S, B]`` of what is kept, with its gradient: ones and zeros."""
-        router = self.routers[place]
-        mask = self._decide(place, router(normed), layout.valid, layout)
+        router, sizes = self.routers[place], layout.sizes(self._window)
+        mask = self._decide(place, router(normed), layout.valid, sizes, layout)
         if every := router.notes_every:
             places = layout.every(every, context_rank=self.pg_collection.cp.rank())
             flat = normed.flatten(0, 1), layout.valid.flatten()
-            router.note_inputs(*(tokens[places] for tokens in flat))
+            noted = [tokens[places] for tokens in flat]
+            router.note_inputs(*noted, sizes.flatten(1)[:, places])
         return mask
 
     def _decide_sequences(self, place: Place, normed: Tensor, layout: TokenLayout) -> Tensor:
         """As ``_decide_tokens``, with one decision for all tokens of a document."""
         router, pooled = self.routers[place], layout.pooled(self.routing.pooling)
         total = layout.pool(router(normed), pooled)
-        counts = torch.stack(
-            [layout.pool(tokens.to(total.dtype), tokens) for tokens in (pooled, layout.valid)]
-        )
+        # In float64, which holds the pairs of the longest documents.
+        counted = (pooled, *layout.sizes(self._window))
+        counts = torch.stack([layout.pool(each.double(), layout.valid) for each in counted])
         cp = self.pg_collection.cp
         if cp.size() > 1:
             total = reduce_from_tensor_model_parallel_region(total, group=cp)
             counts = reduce_from_tensor_model_parallel_region(counts, group=cp)
-        is_valid = counts[1] > 0
-        logits = total / counts[0].clamp(min=1)
-        mask = self._decide(place, logits, is_valid, layout)
+        of, sizes = counts[0].clamp(min=1).to(total.dtype), counts[1:]
+        is_valid = sizes[0] > 0
+        mask = self._decide(place, total / of, is_valid, sizes, layout)
         if every := router.notes_every:
             read = layout.pool(normed.detach().float(), pooled[..., None])
             if cp.size() > 1:
                 read = reduce_from_tensor_model_parallel_region(read, group=cp)
-            read = read / counts[0].clamp(min=1)[:, None]
-            router.note_inputs(read[::every], is_valid[::every])
+            read = read / of[:, None]
+            router.note_inputs(read[::every], is_valid[::every], sizes[:, ::every])
         if cp.size() > 1:
             # Each rank's use of the mask sees only its tokens: add up what comes back.
             mask = copy_to_tensor_model_parallel_region(mask, group=cp)
         return layout.per_token(mask)
 
-    def _decide(self, place: Place, logits: Tensor, valid: Tensor, layout: TokenLayout) -> Tensor:
-        """The mask of units with these logits, zero where there is none; noted in the layout."""
+    @property
+    def _window(self) -> int | None:
+        """How many tokens a query attends to, its own included; ``None``: all before it."""
+        return self.config.window_size and self.config.window_size[0] + 1
+
+    def _decide(
+        self, place: Place, logits: Tensor, valid: Tensor, sizes: Tensor, layout: TokenLayout
+    ) -> Tensor:
+        """The mask of units with these logits, zero where there is none; noted in the layout, and
+        with their ``sizes`` in the router."""
         router, penalty = self.routers[place], layout.step.penalty_per_unit.get(place)
         finds_price = self.routing.capacity_loss_weight == AUTO
         mask = keep_mask(
@@ -293,7 +308,7 @@ class RoutedTransformerLayer(TransformerLayer):
             only_kept=finds_price and self.routing.training_compute == "sparse",
         )
         layout.decisions[place] = made = Decisions(logits, mask, valid)
-        router.note(made)
+        router.note(made, sizes)
         return mask
 
     def _attend(

@@ -117,6 +117,7 @@ class TokenLayout(PackedSeqParams):
         self.max_seqlen_q = self.max_seqlen_kv = self.roles.shape[1] * self.context_ranks
         self.decisions: dict[Place, Decisions] = {}
         self._pooled: dict[str, Tensor] = {}
+        self._sizes: dict[int | None, Tensor] = {}
         self._rotary: tuple[Tensor, Tensor] | None = None  # of a table, all layers' alike
 
     @classmethod
@@ -161,6 +162,15 @@ class TokenLayout(PackedSeqParams):
     def valid(self) -> Tensor:
         """bool ``[S, B]``: not padding."""
         return valid_tokens(self.roles).t()
+
+    def sizes(self, window: int | None) -> Tensor:
+        """Of each token whether it is one and how many keys its query sees, its own included and
+        at most ``window``: int64 ``[2, S, B]``, zeros at padding."""
+        if window not in self._sizes:
+            seen = self.position_ids.t() + 1
+            seen = seen if window is None else seen.clamp(max=window)
+            self._sizes[window] = torch.stack((self.valid.long(), seen * self.valid))
+        return self._sizes[window]
 
     def pooled(self, pooling: str) -> Tensor:
         """bool ``[S, B]``: the tokens a sequence router averages over."""

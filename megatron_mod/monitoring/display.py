@@ -117,10 +117,12 @@ class Display:
     def _numbers(self, width: int) -> Iterator[Text]:
         """As many of them a line as there is room for."""
         record, line = self.record, Text()
+        held = "capacity" if self.routing.work is None else "work"
         numbers = {
             "loss": f"{record['loss']:.4f}",
             "capacity": f"{record['capacity_mean']:.3f}",
-            "target": f"{record['capacity_target']:.3f}",
+            **({} if held == "capacity" else {held: f"{record[held]:.3f}"}),
+            "target": f"{record[f'{held}_target']:.3f}",
             "tokens/s": f"{record['tokens_per_second']:.0f}",
             "lr": f"{record['learning_rate']:.2e}",
             "grad norm": f"{record['grad_norm']:.3f}",
@@ -177,10 +179,13 @@ class _Console(Console):
         return False
 
 
-def _bar(share: float, target: float, width: int) -> Text:
-    """A share of 1, with a mark at its target."""
-    full, mark = round(share * width), min(round(target * width), width - 1)
+def _bar(share: float, target: float | None, width: int) -> Text:
+    """A share of 1, with a mark at its target, if it has one."""
+    full = round(share * width)
     text = Text(_FULL * full, "cyan") + Text(_EMPTY * (width - full), "dim")
+    if target is None:
+        return text
+    mark = min(round(target * width), width - 1)
     return text[:mark] + Text(_TARGET, "yellow") + text[mark + 1 :]
 
 

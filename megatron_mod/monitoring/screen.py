@@ -66,13 +66,19 @@ class Screen:
             pooling = f"  (pooling: {self.routing.pooling})" if self.routing.pooling else ""
             return (
                 f"{step}  validation loss {record['validation_loss']:.4f}"
-                f"  capacity {record['validation_capacity_mean']:.3f}{pooling}"
+                f"  capacity {record['validation_capacity_mean']:.3f}"
+                f"{self._work(record, 'validation_work')}{pooling}"
             )
         return (
             f"{step}  loss {record['loss']:.4f}  capacity {record['capacity_mean']:.3f}"
+            f"{self._work(record, 'work')}"
             f"  {record['tokens_per_second']:.0f} tokens/s  lr {record['learning_rate']:.2e}"
             f"  grad norm {record['grad_norm']:.3f}"
         )
+
+    def _work(self, record: dict, name: str) -> str:
+        """Where that is what the training is held to."""
+        return "" if self.routing.work is None else f"  work {record[name]:.3f}"
 
 
 def can_redraw() -> bool:

@@ -32,15 +32,21 @@ def losses(steps: Sequence[dict], validations: Sequence[dict]) -> Figure:
     return figure
 
 
-def capacities(steps: Sequence[dict], labels: Sequence[str], *, target: float) -> Figure:
-    """Mean capacity over steps, and below it that of every router, which are called ``labels``."""
+def capacities(steps: Sequence[dict], labels: Sequence[str], *, target: float | None) -> Figure:
+    """Mean capacity over steps, and below it that of every router, which are called ``labels``;
+    without a ``target`` of it the work that is held to one."""
     figure = Figure(figsize=(8, 3 + 0.16 * len(labels)), layout="constrained")
     mean, by_layer = figure.subplots(
         2, 1, sharex=True, height_ratios=[2, max(1.5, 0.16 * len(labels))]
     )
     at = [record["step"] for record in steps]
     mean.plot(at, [record["capacity_mean"] for record in steps], color=ROUTED, label="mean")
-    mean.axhline(target, color=DENSE, linestyle=":", label="target")
+    if target is None:
+        mean.plot(at, [record["work"] for record in steps], color=STATIC, label="work")
+        targets = [record["work_target"] for record in steps]
+        mean.plot(at, targets, color=DENSE, linestyle=":", label="target of work")
+    else:
+        mean.axhline(target, color=DENSE, linestyle=":", label="target")
     mean.set_ylim(-0.03, 1.03)
     mean.set_ylabel("capacity")
     mean.legend()

@@ -47,7 +47,7 @@ def draw(run: Run, measured: Measured | None) -> dict[str, Figure]:
     if run.steps:
         found["loss"] = figures.losses(run.steps, run.validations)
     if run.steps and routing:
-        target = fmean(routing.capacity)
+        target = fmean(routing.capacity) if routing.work is None else None
         found["capacity"] = figures.capacities(run.steps, routing.labels, target=target)
     if measured:
         found["decisions"] = figures.decisions(measured.decisions)

@@ -10,8 +10,9 @@ from typing import Literal, TypeAlias
 from megatron_mod.routing.scheme import Place, Scheme
 
 AUTO = "auto"
-ROUTER, STAND_IN = "router", "stand_in"  # what a routed layer has beside a dense one
 Layers: TypeAlias = Literal["all"] | dict[str, int] | list[int]  # as ``resolve_layers`` reads them
+KNOTS = 5  # budgets of a range, evenly spaced, that borders are set at
+ROUTER, STAND_IN = "router", "stand_in"  # what a routed layer has beside a dense one
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,10 @@ class RoutingConfig:
     (``attn_token``, with ``mlp_token`` or without, and ``block_token``, default ``all``); elsewhere
     they are ``None``. ``threshold`` is one number or, once calibrated, one per router; 0 keeps and
     1 skips everything. ``stand_in_rank`` is that of what skipped units add, ``None`` if
-    they add nothing.
+    they add nothing. ``work``: the share of the dense model's operations that all places together
+    are held to in place of ``capacity``, which is then what each of them was found to keep; or the
+    least and the most of a range of them, of which ``budget`` is the one that is set (at first the
+    least), with ``capacity`` what is kept at the least.
 
     Raises:
         ValueError: an unknown granularity, or a setting that this granularity would ignore.
@@ -43,8 +47,12 @@ class RoutingConfig:
     training_compute: str = "dense"
     bias: bool = False
     stand_in_rank: int | None = None
+    work: float | tuple[float, float] | None = None
+    budget: float | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.work, tuple) and self.budget is None:
+            object.__setattr__(self, "budget", self.work[0])
         scheme = self.scheme
         self._own("pooling", scheme.per_sequence, "prompt", "a sequence granularity")
         where = "attn_token, attn_token+mlp_token or block_token"
@@ -72,6 +80,23 @@ class RoutingConfig:
         return tuple(place for layer in self.layers for place in self.scheme.places(layer))
 
     @property
+    def budgets(self) -> tuple[float, float] | None:
+        """The least and the most of the budgets of work that routers serve; ``None``: they serve
+        one, or a capacity."""
+        return self.work if isinstance(self.work, tuple) else None
+
+    @property
+    def least_work(self) -> float | None:
+        """The budget of work, the least of several; ``None``: a capacity is held."""
+        return self.work[0] if isinstance(self.work, tuple) else self.work
+
+    def position(self, work: float) -> float:
+        """Where a budget lies in the range of those that are served, from 0 to 1."""
+        assert self.budgets is not None
+        low, high = self.budgets
+        return (work - low) / (high - low)
+
+    @property
     def labels(self) -> list[str]:
         """What ``places`` are called, in their order."""
         return [str(self.scheme.label(place)) for place in self.places]
@@ -91,6 +116,9 @@ class RoutingConfig:
             shapes[f"{router}.weight"] = (1, hidden_size)
             if self.bias:
                 shapes[f"{router}.bias"] = (1,)
+            if self.budgets:
+                shapes[f"{router}.work_weight"] = (1, hidden_size)
+                shapes[f"{router}.borders"] = (KNOTS,)
             if rank := self.stand_in_rank:
                 shapes[f"{stand_in}.down.weight"] = (rank, hidden_size)
                 shapes[f"{stand_in}.up.weight"] = (hidden_size, rank)
@@ -112,7 +140,7 @@ class RoutingConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> RoutingConfig:
-        lists = ("layers", "capacity", "threshold")
+        lists = ("layers", "capacity", "threshold", "work")
         return cls(
             **{k: tuple(v) if k in lists and isinstance(v, list) else v for k, v in values.items()}
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_mod.routing.config import KNOTS
 from megatron_mod.routing.decision import Decisions
 
 NOTED = 8192  # units of a layer and a global batch, about, whose inputs a training keeps
@@ -13,55 +14,88 @@ NOTED = 8192  # units of a layer and a global batch, about, whose inputs a train
 class Router(nn.Module):
     """``H -> 1``, in fp32 whatever the model's dtype, zero at the start.
 
+    One that serves a range of budgets is told which by its ``position`` in it, ``t`` from 0 to 1,
+    and computes ``(weight + t * work_weight) n + bias + borders(t)``, the last of these linear
+    between evenly spaced ``t``.
+
     Zeros put every logit exactly on the border of threshold 0.5, so an untrained
     router keeps everything and the model is exactly the dense one.
 
     What it has decided since ``reset`` it notes on the device, unsaved: how many units it ``kept``
-    of how many ``valid`` ones; ``pull`` is what ``decision.keep_mask`` adds up; and what every
-    ``notes_every``-th unit was decided on (0: of none).
+    of how many ``valid`` ones; ``sizes``, the tokens and pairs (``costs.SIZES``) of the kept ones
+    and of all; ``pull`` is what ``decision.keep_mask`` adds up; and what every ``notes_every``-th
+    unit was decided on (0: of none).
     """
 
     def __init__(
-        self, hidden_size: int, *, bias: bool = False, device: torch.device | None = None
+        self,
+        hidden_size: int,
+        *,
+        bias: bool = False,
+        position: float | None = None,
+        device: torch.device | None = None,
     ) -> None:
+        """``position``: of the budget to begin with; ``None``: there is no range of them."""
         super().__init__()
         settings = {"dtype": torch.float32, "device": device}
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, **settings))
         self.bias = nn.Parameter(torch.zeros(1, **settings)) if bias else None
+        self.position = position
+        if position is not None:
+            self.work_weight = nn.Parameter(torch.zeros(1, hidden_size, **settings))
+            self.borders = nn.Parameter(torch.zeros(KNOTS, **settings))
         for name, size in {"kept": (), "valid": (), "pull": (2,)}.items():
             self.register_buffer(name, torch.zeros(size, **settings), persistent=False)
+        exact = torch.zeros(2, 2, dtype=torch.float64, device=device)
+        self.register_buffer("sizes", exact, persistent=False)
         self.notes_every = 0
-        self.noted: list[tuple[Tensor, Tensor]] = []  # inputs [N, H], and which of them are units
+        # Inputs [N, H], which of them are units, and tokens and pairs of each [2, N].
+        self.noted: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits ``[...]`` in fp32 of hidden states ``[..., H]``; of a router that does not train a
         constant, which nothing below it hears of."""
         if not self.weight.requires_grad:
             hidden_states = hidden_states.detach()
-        logits = nn.functional.linear(hidden_states.float(), self.weight, self.bias)
-        return logits.squeeze(-1)
+        weight, bias = self.weight, self.bias
+        if self.position is not None:
+            at = self.position * (KNOTS - 1)
+            first = min(int(at), KNOTS - 2)
+            weight = torch.lerp(weight, weight + self.work_weight, self.position)
+            borders = self.borders.detach()  # set, not trained
+            bias = bias + torch.lerp(borders[first], borders[first + 1], at - first)
+        return nn.functional.linear(hidden_states.float(), weight, bias).squeeze(-1)
 
-    def note(self, made: Decisions) -> None:
-        """Take note of a micro-batch's decisions."""
-        self.kept += (made.mask.detach().bool() & made.valid).sum()
+    def note(self, made: Decisions, sizes: Tensor) -> None:
+        """Take note of a micro-batch's decisions; ``sizes``: tokens and pairs of its units,
+        ``[2, ...]``."""
+        kept = made.mask.detach().bool() & made.valid
+        self.kept += kept.sum()
         self.valid += made.valid.sum()
+        for which, sums in zip((kept, made.valid), self.sizes, strict=True):
+            sums += (sizes * which).flatten(1).sum(1)
 
-    def note_inputs(self, inputs: Tensor, valid: Tensor) -> None:
+    def note_inputs(self, inputs: Tensor, valid: Tensor, sizes: Tensor) -> None:
         """Keep what units ``[N, H]`` were decided on, those of them that are ``valid`` ``[N]``
-        ones."""
+        ones; ``sizes``: tokens and pairs of each, ``[2, N]``."""
         # What lies between the units that are kept must not stay with them.
-        self.noted.append((inputs.detach().contiguous(), valid))
+        self.noted.append((inputs.detach().contiguous(), valid, sizes))
 
     @torch.no_grad()
     def scores(self) -> Tensor:
         """Logits ``[N]`` that the units whose inputs are noted would have now, NaN where there is
         no unit."""
-        found = [self(inputs).masked_fill(~valid, torch.nan) for inputs, valid in self.noted]
+        found = [self(inputs).masked_fill(~valid, torch.nan) for inputs, valid, _ in self.noted]
         return torch.cat(found) if found else self.weight.new_empty(0)
+
+    def noted_sizes(self) -> Tensor:
+        """Units, tokens and pairs of what is noted (``costs.SIZES``), fp64 ``[N, 3]``."""
+        found = [torch.cat((valid[None], sizes)).double() for _, valid, sizes in self.noted]
+        return torch.cat(found, 1).t() if found else self.sizes.new_empty(0, 3)
 
     def reset(self, *, notes_every: int = 0) -> None:
         """Forget what was noted; ``notes_every``: of how many units one's inputs are to be kept
         from now on; 0: none."""
-        for sums in (self.kept, self.valid, self.pull):
+        for sums in (self.kept, self.valid, self.sizes, self.pull):
             sums.zero_()
         self.notes_every, self.noted = notes_every, []

@@ -34,6 +34,8 @@ def summary(config: Config, plan: Plan, state: RunState, *, changed: int) -> dic
             "frozen_parameters_changed": changed,
         },
         "capacity_last": last.get("capacity"),
+        "work_last": last.get("work"),
+        "work_target": config.router.work,
     }
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_mod.config.lora import LoraSettings
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
 from megatron_mod.model.architecture import Architecture, check_parallel
+from megatron_mod.model.cost import LENGTH, workload
 from megatron_mod.model.pipeline import Layout
 from megatron_mod.model.reach import Reach
 from megatron_mod.parallel import topology
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.costs import Workload
 from megatron_mod.training.pipeline import asked_layout
 
 
@@ -63,6 +65,8 @@ def arrange(
     p = config.parallel
     shape = {"num_layers": arch.num_layers, "hidden_size": arch.hidden_size}
     routing = routing or config.router.resolve(**shape)
+    if routing.work is not None and "routers" in config.train.parts:
+        routing = evenly(routing, workload(arch, routing, [LENGTH]))
     lora = lora or config.lora.resolve(num_layers=arch.num_layers)
     computed = _computed(config, routing, lora, num_layers=arch.num_layers)
     ranks = topology.plan(
@@ -93,6 +97,16 @@ def arrange(
         )
     dense_passes = int(config.train.loss != "task")
     return Job(config, arch, routing, lora, ranks, computed, layout, dense_passes)
+
+
+def evenly(routing: RoutingConfig, counted: Workload) -> RoutingConfig:
+    """With the capacities that are the budget of work's (of a range, the middle's) if all places
+    keep alike, for counting what a training will compute before they are found."""
+    low = routing.least_work
+    assert low is not None
+    high = routing.budgets[1] if routing.budgets else low
+    capacity = counted.even_capacity((low + high) / 2)
+    return replace(routing, capacity=(capacity,) * len(routing.places))
 
 
 def _computed(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from megatron_mod import verbosity
 from megatron_mod.checkpoint.folders import writing
@@ -21,8 +23,17 @@ from megatron_mod.parallel import device, topology
 from megatron_mod.parallel.agree import largest, on_first_rank
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import AUTO, ROUTER, RoutingConfig
+from megatron_mod.routing.costs import UnitCosts
 from megatron_mod.training.average import ParameterAverage
-from megatron_mod.training.borders import TOKENS, move, settle, shifts
+from megatron_mod.training.borders import (
+    TOKENS,
+    move,
+    serve,
+    settle,
+    settle_each,
+    shifts,
+    spent_share,
+)
 from megatron_mod.training.checkpoint import RunState, write_json
 from megatron_mod.training.ending import next_steps, summary
 from megatron_mod.training.faults import FaultCounter, not_finite
@@ -92,7 +103,7 @@ class Training:
             trainable,
             optimizer,
             scheduler,
-            CapacityController(self._held_to(), device=device.device()),
+            CapacityController(self._held_to(), device=device.device(), workload=plan.workload),
             ParameterAverage(trainable.parameters),
             Metrics(config, plan, self.model),
             FaultCounter(most_in_a_row=config.train.max_skipped_steps),
@@ -101,6 +112,7 @@ class Training:
         if step is None:
             start(self.model, config, plan, self.data)
         self.start = step or 0
+        self.settled: list[float] = []  # capacities, once the last borders are set
         if step is None or step < plan.steps:
             record_start(config, after=self.start)
         self.frozen = frozen_digests(self.model)
@@ -138,7 +150,7 @@ class Training:
             asked = asked or self._validate_if_due(step) or self._asked_at(step)
             self._leave_if(self._save_if_due(step, asked), step)
         if steps == 0:
-            self.run.save(0, self.state)
+            self.run.save(0, self.state, capacity=self._reached())
         changed = count_changed(self.frozen, frozen_digests(self.model))
         return summary(self.config, self.plan, self.state, changed=changed)
 
@@ -147,7 +159,8 @@ class Training:
         config, state = self.config, self.state
         with state.metrics.part("data"):
             batch = self.data.step(step - 1)
-        state.controller.start_step((step - 1) / self.plan.steps)
+        work = self._serve(step)
+        state.controller.start_step((step - 1) / self.plan.steps, work)
         groups = state.optimizer.param_groups
         rates = {"learning_rate": groups[0]["lr"] if groups else 0.0}
         for group in groups:
@@ -191,8 +204,8 @@ class Training:
         routing = self.plan.routing
         norm = self.state.optimizer.step()[1]
         if self.moves_borders:
-            target = self.state.controller.target_at(step / self.plan.steps)
-            move(self.model, routing, shifts(self.model, routing, target))
+            target = self.state.controller.target_at(step / self.plan.steps, self._serve(step + 1))
+            move(self.model, routing, shifts(self.model, routing, target, costs=self._costs))
         return norm
 
     @torch.no_grad()
@@ -202,27 +215,77 @@ class Training:
         if not self.moves_borders:
             return
         topology.at("setting the borders on data")
+        if self.plan.routing.budgets:
+            self._settle_each()
+            return
         batches = self.data.until(reversed(range(self.plan.steps)), tokens=TOKENS)
         with self.state.average.applied():
-            moved = settle(
+            settled = settle(
                 self.chunks,
                 self.model,
                 batches,
                 self.plan.routing,
                 shares=self.state.controller.final_target,
+                costs=self._costs,
             )
+        self.settled = settled.capacity.tolist()
         routing = self.plan.routing
-        for place, shift in zip(routing.places, moved, strict=True):
+        for place, shift in zip(routing.places, settled.moved, strict=True):
             name = routing.name_of(ROUTER, place.target)
             mean = self.state.average.mean.get(KEY.format(place.layer, f"{name}.bias"))
             if mean is not None:  # after the block it is not the model's own
                 mean += shift
 
+    def _settle_each(self) -> None:
+        """Set borders at evenly spaced budgets of the range, and leave the routers at its least."""
+        routing, state = self.plan.routing, self.state
+        batches = self.data.until(reversed(range(self.plan.steps)), tokens=TOKENS)
+        with state.average.applied():
+            found = settle_each(
+                self.chunks,
+                self.model,
+                batches,
+                routing,
+                share_of=state.controller.target_of,
+                costs=self._costs,
+            )
+        self.settled = found.capacity.tolist()
+        routers = self.model.routers()
+        for place, borders in zip(routing.places, found.moved, strict=True):
+            if place in routers:
+                routers[place].borders.data.copy_(borders)
+            name = routing.name_of(ROUTER, place.target)
+            mean = state.average.mean.get(KEY.format(place.layer, f"{name}.borders"))
+            if mean is not None:
+                mean.copy_(borders)
+
+    def _serve(self, step: int) -> float | None:
+        """Tell the routers the budget that a step draws, where they serve a range of them: a
+        function of seed and step alone. Returns it."""
+        if self.plan.routing.budgets is None:
+            return None
+        low, high = self.plan.routing.budgets
+        work = random.Random(f"{self.config.train.seed} {step}").uniform(low, high)
+        serve(self.model, self.plan.routing, work)
+        return work
+
+    @property
+    def _costs(self) -> UnitCosts | None:
+        """What units cost that the budget is of; ``None``: all the same."""
+        return None if self.plan.routing.work is None else self.plan.workload.costs
+
+    def _work(self, kept: Tensor, valid: Tensor) -> float:
+        """The share of the dense model's operations, when units of these sizes are kept."""
+        workload = self.plan.workload
+        return workload.work(float(spent_share(workload.costs, kept, valid)))
+
     def _log(
         self, step: int, result: StepResult, rates: Mapping[str, float], grad_norm: float
     ) -> None:
-        target = self.state.controller.target
         penalty = float(self.state.controller.penalty(result.capacity))
+        targets = self.state.controller.target
+        target = float(targets.mean()) if len(targets) else 1.0
+        is_work = self.plan.routing.work is not None
         self.state.metrics.log(
             step,
             loss=float(result.loss) + penalty,
@@ -232,7 +295,9 @@ class Training:
             grad_norm=float(grad_norm),
             data_position=step * self.config.train.global_batch_size,
             penalty=penalty,
-            capacity_target=float(target.mean()) if len(target) else 1.0,
+            capacity_target=None if is_work else target,
+            work=self._work(result.kept, result.valid),
+            work_target=self.plan.workload.work(target) if is_work else None,
         )
 
     def _validate_if_due(self, step: int) -> int:
@@ -245,27 +310,31 @@ class Training:
             measured = self._validate()
         if isinstance(measured, int):
             return measured
-        self.state.metrics.log_validation(step, loss=measured[0], capacity=measured[1])
+        loss, capacity, work = measured
+        self.state.metrics.log_validation(step, loss=loss, capacity=capacity, work=work)
         return 0
 
     @torch.no_grad()
-    def _validate(self) -> tuple[float, list[float]] | int:
-        """Mean loss (nats per labelled token) and capacity of each router, with real skipping.
+    def _validate(self) -> tuple[float, list[float], float] | int:
+        """Mean loss (nats per labelled token), capacity of each router, and work, with real
+        skipping.
 
         Or what the ranks broke off for.
         """
         routing = self.plan.routing
         self.model.eval()
-        loss, capacity, labels, units = 0.0, 0.0, 0, 0
+        loss, labels = 0.0, 0
+        kept = valid = torch.zeros((), device=device.device())
         for batch in self.validation.passes():
             if asked := self.stop.agreed():
                 return asked
             result = run_schedule(self.chunks, self.model, batch, routing, controller=None)
             loss = loss + result.task_loss * batch.num_labels
-            capacity = capacity + result.capacity * result.num_units
-            labels, units = labels + batch.num_labels, units + result.num_units
+            kept, valid = kept + result.kept, valid + result.valid
+            labels += batch.num_labels
         self.model.train()
-        return float(loss / labels), (capacity / units).tolist()
+        capacity = kept[:, 0] / valid[:, 0].clamp(min=1)
+        return float(loss / labels), capacity.tolist(), self._work(kept, valid)
 
     def _asked_at(self, step: int) -> int:
         """``EXIT_INTERVAL`` where the job stops after this step, or 0."""
@@ -280,8 +349,14 @@ class Training:
             return 0
         topology.at(f"the checkpoint of step {step}")
         with self.state.metrics.apart(CHECKPOINT):
-            self.run.save(step, self.state, leaving=bool(asked))
+            self.run.save(step, self.state, capacity=self._reached(), leaving=bool(asked))
         return asked or (0 if last else self.stop.agreed())
+
+    def _reached(self) -> list[float] | None:
+        """The capacity of each place where training finds it; ``None``: the settings say it."""
+        if self.plan.routing.work is None:
+            return None
+        return self.settled or self.state.controller.previous.tolist()
 
     def _leave_if(self, asked: int, step: int) -> None:
         if asked:

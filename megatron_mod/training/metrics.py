@@ -144,7 +144,8 @@ class Metrics:
         ``values``: ``loss``, ``task_loss``, ``capacity`` (a list, of each router),
         ``learning_rate``, ``lora_learning_rate`` if adapters have their own, ``grad_norm``,
         ``data_position`` (sequences taken so far), ``penalty``, ``capacity_target`` (mean over the
-        routers).
+        routers), ``work`` (share of the dense model's operations) and ``work_target``; targets are
+        ``None`` where there is none.
         """
         now = time.perf_counter()
         seconds = max(now - self._since - sum(self._apart.values()), 1e-9)
@@ -182,13 +183,14 @@ class Metrics:
         """A step has been made, recorded or not."""
         self._screen.advance(step)
 
-    def log_validation(self, step: int, *, loss: float, capacity: list[float]) -> None:
+    def log_validation(self, step: int, *, loss: float, capacity: list[float], work: float) -> None:
         """Record a measurement on the validation data, with real skipping."""
         record = {
             "step": step,
             "validation_loss": loss,
             "validation_capacity": capacity,
             "validation_capacity_mean": _mean(capacity),
+            "validation_work": work,
         }
         if self.timers.on:
             record["seconds"] = {VALIDATION: self._apart[VALIDATION]}

@@ -15,12 +15,14 @@ from megatron_mod.data.dataset import Samples, load_data
 from megatron_mod.data.loader import Loader
 from megatron_mod.data.order import epoch_length, steps_of
 from megatron_mod.data.tokenizer import load_tokenizer
+from megatron_mod.model.cost import workload
 from megatron_mod.model.specs import choose_implementation
 from megatron_mod.monitoring.weights_and_biases import check_installed
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.costs import Workload
 from megatron_mod.training.given import fixed_routing, given_adapters
-from megatron_mod.training.job import arrange
+from megatron_mod.training.job import arrange, evenly
 from megatron_mod.training.kernels import kernels
 from megatron_mod.training.losses import CrossEntropy, Distillation, Loss
 from megatron_mod.training.pipeline import Cut, cut
@@ -53,6 +55,8 @@ class Plan:
     """Whether a row holds several documents."""
     steps: int
     """Of the whole run."""
+    workload: Workload
+    """What is computed of documents like the training's."""
     lora: LoraSettings | None = None
     cut: Cut | None = None
     dense_passes: int = 0
@@ -87,6 +91,11 @@ def prepare(config: Config) -> Plan:
         _require_prompts(train=train_data, validation=validation)
     loss = LOSSES[config.train.loss]()
     few = train_data.draw(SAMPLES, seed=config.train.seed)
+    lengths = [len(sample.ids) for sample in few]
+    counted = workload(arch, routing, lengths)
+    if routing.work is not None and "routers" in config.train.parts:
+        _check_work(routing, counted, mean_length=sum(lengths) / len(lengths))
+        routing = evenly(routing, counted)
     packing = _packs(config, plan, few)
     pipeline = cut(
         config,
@@ -116,7 +125,23 @@ def prepare(config: Config) -> Plan:
         lora=job.lora,
         cut=pipeline,
         dense_passes=job.dense_passes,
+        workload=counted,
     )
+
+
+def _check_work(routing: RoutingConfig, counted: Workload, *, mean_length: float) -> None:
+    """Refuse a budget that cannot be met on documents of the training's lengths."""
+    least = counted.work(0.0)
+    assert routing.least_work is not None
+    if routing.least_work < least:
+        keys = ", router.keys_values: selected" * (routing.keys_values == "all")
+        raise ValueError(
+            f"router.work = {routing.least_work:g}: skipping everything that is routed, "
+            f"{routing.granularity} on {len(routing.layers)} layers, leaves {least:.3f} of the "
+            f"dense model's operations at this data's lengths ({mean_length:.0f} tokens in the "
+            f"mean); ask for no less, or route more (router.layers: all, a block granularity"
+            f"{keys})."
+        )
 
 
 def _steps(config: Config, samples: Samples) -> int:

@@ -34,7 +34,7 @@ _MAY_CHANGE = {
 # What a run did that was started before there were these settings.
 _BEFORE = {
     "router.bias": False, "router.init": "zeros", "router.stand_in": "none",
-    "train.loss": "task", "train.trainable": "routers", "lora.rank": None,
+    "router.work": None, "train.loss": "task", "train.trainable": "routers", "lora.rank": None,
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = {"checkpoint", "logging", "parallel"}
 
@@ -166,13 +166,24 @@ class RunCheckpoints:
             return f"train.steps = {train.steps}"
         return f"train.epochs = {train.epochs:g} ({self.steps} steps)"
 
-    def save(self, step: int, state: RunState, *, leaving: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        state: RunState,
+        *,
+        capacity: list[float] | None = None,
+        leaving: bool = False,
+    ) -> None:
         """Save after ``step``; the last step's checkpoint exports the average, if any.
 
-        ``leaving``: whether the job ends here, so that this one has to be written.
+        Args:
+            capacity: what each place keeps, where the settings do not say it.
+            leaving: whether the job ends here, so that this one has to be written.
         """
         last = step == self.steps
-        manifest = {**self._manifest, "averaged": last}
+        routing = self._manifest["routing"]
+        routing = {**routing, "capacity": capacity or routing["capacity"]}
+        manifest = {**self._manifest, "averaged": last, "routing": routing}
         self.folder.save(
             step,
             lambda folder: checkpoint.save_step(folder, state, step=step, manifest=manifest),

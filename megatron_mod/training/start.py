@@ -66,6 +66,10 @@ def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
         label = routing.scheme.label
         shown = ", ".join(f"{label(place)}: {cost:.3f}" for place, cost in costs.items())
         topology.print_once(f"cost of leaving a layer out, nats a label: {shown}")
+    if routing.work is not None:  # what is cheap to lose for what it costs goes first
+        prices = plan.workload.mean_costs()
+        shares = (prices / prices.mean()).tolist()
+        costs = {k: cost / share for (k, cost), share in zip(costs.items(), shares, strict=True)}
     start_apart(model, costs, border=routing.logit_border(routing.places[0]))
 
 

@@ -25,8 +25,9 @@ class StepResult:
     """What a pass measured over the whole global batch, the same on every rank, on the device.
 
     ``loss``: what is minimised, without the penalty; ``task_loss``: cross entropy in nats per
-    labelled token; ``capacity``: kept over valid units, ``[num_routed]``; ``pull``: see
-    ``keep_mask``, ``[num_routed, 2]``; ``num_units``: valid units that each router decides on.
+    labelled token; ``capacity``: kept over valid units, ``[P]``; ``pull``: see ``keep_mask``,
+    ``[P, 2]``; ``num_units``: valid units of a place; ``kept``, ``valid``: units, tokens and pairs
+    (``routing.costs.SIZES``) of the kept and of all units, fp64 ``[P, 3]``.
     """
 
     loss: Tensor
@@ -34,6 +35,8 @@ class StepResult:
     capacity: Tensor
     pull: Tensor
     num_units: int
+    kept: Tensor
+    valid: Tensor
 
 
 def run_schedule(
@@ -90,24 +93,28 @@ def _reduce(
     shares: list[Shares], model: ModelChunks, routing: RoutingConfig, num_units: int
 ) -> StepResult:
     """Add up what all ranks found; tensor-parallel ranks hold copies."""
-    losses = torch.zeros(2, device=device.device())
-    noted = torch.zeros(len(routing.places), 4, device=device.device())
+    exact = {"dtype": torch.float64, "device": device.device()}
+    losses = torch.zeros(2, **exact)
+    noted = torch.zeros(len(routing.places), 8, **exact)
     if model.groups.tp.rank() == 0:
         for share in shares:
             losses += torch.stack(share)
         routers = model.routers()
         for number, place in enumerate(routing.places):
             if router := routers.get(place):
-                counts = torch.stack((router.kept, router.valid))
-                noted[number] = torch.cat((counts, router.pull))
+                units = torch.stack((router.kept, router.valid))[:, None]
+                sizes = torch.cat((units, router.sizes), 1)
+                noted[number] = torch.cat((sizes.flatten(), router.pull))
     totals = torch.cat((losses, noted.flatten()))
     dist.all_reduce(totals)
     noted = totals[2:].view_as(noted)
-    kept, valid = noted[:, 0], noted[:, 1]
+    kept, valid = noted[:, :3], noted[:, 3:6]
     return StepResult(
-        loss=totals[0],
-        task_loss=totals[1],
-        capacity=kept / valid.clamp(min=1),
-        pull=noted[:, 2:],
+        loss=totals[0].float(),
+        task_loss=totals[1].float(),
+        capacity=(kept[:, 0] / valid[:, 0].clamp(min=1)).float(),
+        pull=noted[:, 6:].float(),
         num_units=num_units,
+        kept=kept,
+        valid=valid,
     )

@@ -19,7 +19,10 @@ TENSOR = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_paralle
 PIPELINE = {"parallel__pipeline_model_parallel_size": 2}
 CONTEXT = {"parallel__context_parallel_size": 2}
 DISTRIBUTED = {"parallel__use_distributed_optimizer": "true"}
-TOKENS = {"router__granularity": "attn_token", "router__stand_in_rank": 4}
+TOKENS = {
+    "router__granularity": "block_token", "router__keys_values": "selected",
+    "router__stand_in_rank": 4, "router__work": "[0.7, 0.9]",
+}  # fmt: skip
 SEQUENCES = {
     "router__granularity": "block_sequence", "router__pooling": "all", "router__scope": "layer",
     "train__loss": "both", "train__trainable": "routers+stand_ins", "router__stand_in_rank": 4,
@@ -76,6 +79,7 @@ def runs(trainer, tmp_path_factory):
         job(trainer, root / "tokens-tensor", TOKENS, TENSOR),
         job(trainer, root / "tokens-pipeline", TOKENS, PIPELINE),
         job(trainer, root / "tokens-data", TOKENS, DISTRIBUTED),
+        job(trainer, root / "tokens-context", TOKENS, CONTEXT),
         job(trainer, root / "sequences-context", SEQUENCES, CONTEXT),
         job(trainer, root / "sequences-data", SEQUENCES, DISTRIBUTED),
         job(
@@ -99,14 +103,14 @@ def runs(trainer, tmp_path_factory):
 @pytest.mark.parametrize(
     "name",
     [
-        "tokens-tensor", "tokens-pipeline", "tokens-data", "sequences-context", "sequences-data",
-        "sequences-elsewhere",
+        "tokens-tensor", "tokens-pipeline", "tokens-data", "tokens-context", "sequences-context",
+        "sequences-data", "sequences-elsewhere",
     ],
 )  # fmt: skip
 def test_a_whole_training_is_the_same_at_every_topology(runs, name):
     run, one = runs / name, runs / name.partition("-")[0]
     for line, wanted in zip(metrics(run), metrics(one), strict=True):
-        for key in ("loss", "task_loss", "grad_norm", "capacity", "learning_rate"):
+        for key in ("loss", "task_loss", "grad_norm", "capacity", "work", "learning_rate"):
             assert line[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5), (line["step"], key)
     for step in range(1, STEPS + 1):
         found, wanted = weights(run, step), weights(one, step)

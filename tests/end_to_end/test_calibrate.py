@@ -239,7 +239,12 @@ def test_the_curve_passes_through_its_capacities(case, tmp_path):
 )
 def test_a_speedup_is_met_in_counted_work(case, scheme, scope, tmp_path):
     wanted = 1.1 if scheme == "attn_sequence" else 1.4
-    found = run(case, scheme, tmp_path / "new", speedup=wanted, scope=scope)["chosen"]
+    report = run(case, scheme, tmp_path / "new", speedup=wanted, scope=scope)
+    found = report["chosen"]
+    assert found["work"] == pytest.approx(1 / found["counted_speedup"])
+    others = [] if report["instead"] is None else [report["instead"]]
+    assert bool(others) == (report["chosen_by"] == "one price")
+    assert all(found["perplexity"] < other["perplexity"] for other in others)
     check(case, scheme, found)
     assert wanted <= found["counted_speedup"] <= wanted * 1.1
 

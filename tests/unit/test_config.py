@@ -263,7 +263,7 @@ def test_a_file_that_ends_anywhere_is_one_message_at_most(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "type_in_words"),
     [
-        ("router.capacity", "x", "a number or a list of numbers"),
+        ("router.capacity", "x", "a number, a list of numbers or null"),
         ("router.capacity_loss_weight", "automatic", "a number or auto"),
         ("router.layers", "x", "all, a mapping to whole numbers or a list of whole numbers"),
         (

@@ -9,7 +9,6 @@ import pty
 import select
 import sys
 import warnings
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -17,8 +16,11 @@ from rich.console import Console
 from megatron_mod import verbosity
 from megatron_mod.config import cli
 from megatron_mod.monitoring import display
+from megatron_mod.monitoring.scalars import scalars
 from megatron_mod.monitoring.screen import Screen
 from megatron_mod.parallel.peak import peak
+from megatron_mod.report.figures import capacities
+from megatron_mod.routing.config import RoutingConfig
 
 ARGUMENTS = ["--model.checkpoint=b", "--data.train=t", "--train.steps=9", "--checkpoint.save=r"]
 
@@ -31,9 +33,9 @@ def record(step: int, layers: int = 2) -> dict:
     }  # fmt: skip
 
 
-def routing(layers: int = 2) -> SimpleNamespace:
-    labels = [str(layer) for layer in range(10, 10 + layers)]
-    return SimpleNamespace(labels=labels, pooling="all")
+def routing(layers: int = 2, **more: object) -> RoutingConfig:
+    routed = tuple(range(10, 10 + layers))
+    return RoutingConfig("attn_sequence", routed, (0.6,) * layers, pooling="all", **more)
 
 
 VALIDATION = {"step": 3, "validation_loss": 2.0, "validation_capacity_mean": 0.25}
@@ -61,6 +63,31 @@ def test_in_a_file_there_are_lines_of_a_level(level, lines, capsys):
             screen.write(each)
         screen.close(failed=False)
     assert capsys.readouterr().out == lines
+
+
+def test_a_budget_of_work_is_shown_beside_the_capacity():
+    held = routing(work=0.7)
+    made = {**record(1), "capacity_target": None, "work": 0.712, "work_target": 0.7}
+    validated = {**VALIDATION, "validation_work": 0.69}
+    screen = Screen(held, steps=10)
+    assert "  capacity 0.500  work 0.712  100 tokens/s" in screen.line(made)
+    assert screen.line(validated).endswith("  capacity 0.250  work 0.690  (pooling: all)")
+    shown = display.Display(held, steps=10, after=0, ending=bool)
+    shown.console = Console(file=io.StringIO(), width=120, height=30)
+    shown.record = made
+    shown.console.print(shown)
+    text = shown.console.file.getvalue()
+    assert "capacity 0.500" in text
+    assert "work 0.712" in text
+    assert "target 0.700" in text
+    assert "┿" not in text, "no router has a capacity to reach"
+    found = scalars({**made, **validated}, held.places)
+    assert found["work/share_of_dense"] == 0.712
+    assert found["work/target"] == 0.7
+    assert found["work/validation"] == 0.69
+    assert "capacity/target" not in found
+    lines = capacities([made, {**made, "step": 2}], held.labels, target=None).axes[0].lines
+    assert [line.get_label() for line in lines] == ["mean", "work", "target of work"]
 
 
 def test_the_level_has_a_short_name():

@@ -252,7 +252,7 @@ def test_borders_are_settled_with_real_skipping(case, scope):
     routing = replace(next(iter(model.routed_layers().values())).routing)
     before = {k: float(r.bias) for k, r in model.routers().items()}
     shares = torch.tensor([0.4, 0.7])
-    moved = settle(model, model, batches, routing, shares=shares)
+    moved, reached = settle(model, model, batches, routing, shares=shares)
     for (layer, router), shift in zip(model.routers().items(), moved.tolist(), strict=True):
         assert float(router.bias) == pytest.approx(before[layer] + shift, abs=1e-6)
     model.eval()
@@ -262,6 +262,7 @@ def test_borders_are_settled_with_real_skipping(case, scope):
             result = run_schedule(model, model, batch, routing, controller=None)
             kept += result.capacity * result.num_units
     capacity = kept / sum(batch.num_tokens for batch in batches)
+    assert reached.tolist() == pytest.approx(capacity.tolist(), abs=1e-6)
     if scope == "layer":
         assert capacity.tolist() == pytest.approx([0.4, 0.7], abs=0.02)
     else:
