@@ -138,7 +138,7 @@ class RouterConfig:
     check_decisions_interval: int = setting(AT_LEAST_0, default=0)
 
     def __post_init__(self) -> None:
-        if self.capacity is None and self.work is None:
+        if self.capacity is None and self.work is None and self.layers != []:
             self.capacity = DEFAULT_CAPACITY
 
     def resolve(self, *, num_layers: int, hidden_size: int) -> RoutingConfig:
