@@ -30,6 +30,11 @@ class CurvePoint:
     prefill: float | None = None
     decode: float | None = None
 
+    @property
+    def removed_layers(self) -> list[int | str]:
+        """What is removed, as people call it."""
+        return list(map(self.scheme.label, self.removed))
+
     def to_dict(self) -> dict:
         return {
             "capacity": self.point.mean_capacity,
@@ -38,7 +43,7 @@ class CurvePoint:
             "perplexity": self.point.perplexity,
             "static_method": METHOD,
             "static_perplexity": self.static.perplexity,
-            "static_removed_layers": list(map(self.scheme.label, self.removed)),
+            "static_removed_layers": self.removed_layers,
             "static_capacity": self.static.mean_capacity,
             "static_counted_speedup": self.static_speedup,
             "counted_speedup": self.speedup,

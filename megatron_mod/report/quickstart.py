@@ -92,7 +92,7 @@ def build_report(
             "routed_perplexity": found.point.perplexity,
             "static_method": METHOD,
             "static_perplexity": found.static.perplexity,
-            "static_removed_layers": found.removed,
+            "static_removed_layers": found.removed_layers,
             "static_capacity": found.static.mean_capacity,
             "static_counted_speedup": found.static_speedup,
             "work": {"routed": 1 / found.speedup, "static": 1 / found.static_speedup},
