@@ -11,7 +11,7 @@ A training run (what ``pretrain_router`` writes, under ``checkpoint.save``)::
 
     RUN/config.yaml         its settings, and in the first line who it is
     RUN/step_00000100/megatron_mod.json   kind, step, run, base and its fingerprint, routing,
-                            settings, counts and state of the run, checksums
+                            adapters, settings, counts and state of the run, checksums
     RUN/step_00000100/state/              what was added, its average, optimizer, random states
     RUN/latest              the name of the newest step folder, for people and scripts
 

@@ -215,18 +215,19 @@ ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_pro
 
 
 @pytest.mark.parametrize(
-    ("granularity", "targets", "layers", "trained", "lowest"),
+    ("granularity", "targets", "layers", "trained", "lowest", "recompute"),
     [  # lowest: layers that attention's backward pass goes through
-        ("attn_token", ATTENTION + MLP, (0, 1, 2, 3, 4), "routers+lora", 5),
-        ("mlp_token", ("o_proj", "up_proj"), (1, 3), "routers+lora", 3),
-        ("block_token", ("down_proj",), (1, 2), "routers+lora", 3),
-        ("block_token", ATTENTION, (3,), "lora", 2),
-        ("attn_token", MLP, (2,), "routers+lora", 2),
-        (None, ("gate_proj",), (2, 4), "lora", 2),
-        (None, ATTENTION + MLP, (1, 2), "lora", 4),
+        ("attn_token", ATTENTION + MLP, (0, 1, 2, 3, 4), "routers+lora", 5, "none"),
+        ("mlp_token", ("o_proj", "up_proj"), (1, 3), "routers+lora", 3, "none"),
+        ("mlp_token", ("o_proj", "up_proj"), (1, 3), "routers+lora", 3, "selective"),
+        ("block_token", ("down_proj",), (1, 2), "routers+lora", 3, "none"),
+        ("block_token", ATTENTION, (3,), "lora", 2, "full"),
+        ("attn_token", MLP, (2,), "routers+lora", 2, "none"),
+        ("attn_token", MLP, (2,), "routers+lora", 2, "selective"),
+        (None, ("gate_proj",), (2, 4), "lora", 2, "none"),
+        (None, ATTENTION + MLP, (1, 2), "lora", 4, "full"),
     ],
 )
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_adapters_cost_what_torch_counts(
     single_process, granularity, targets, layers, trained, lowest, recompute
 ):
