@@ -9,6 +9,7 @@ EVAL = ["lm-eval>=0.4.13,<0.5", "accelerate>=1.0"]  # tools/evaluate.py --tasks
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.5",
+    "peft>=0.21",  # what our adapters are compared with
     "ruff>=0.17,<0.18",  # formatting differs between releases
     "mypy>=2.4,<2.5",  # so do findings
     "types-PyYAML",

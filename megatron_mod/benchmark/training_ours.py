@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_mod.benchmark.training_ways import Taken
 from megatron_mod.config.schema import Config
+from megatron_mod.model.lora import seed_dropout
 from megatron_mod.parallel import device, topology
 from megatron_mod.training.loop import Training
 from megatron_mod.training.plan import prepare
@@ -34,6 +35,7 @@ class Ours:
         stack.enter_context(topology.joined(plan.topology, seed=config.train.seed, **method))
         folder = RunFolder(config.checkpoint)
         stack.enter_context(folder.held())
+        seed_dropout(plan.lora, seed=config.train.seed, groups=topology.process_groups())
         self.training = Training(config, plan, RunCheckpoints(config, folder, plan))
         self.loader = self.training.data
         self.shape = (plan.base.arch.hidden_size, plan.base.arch.ffn_hidden_size)

@@ -10,6 +10,7 @@ from megatron_mod.checkpoint.checksums import file_table, verify
 from megatron_mod.checkpoint.companions import COMPANION_FILES, member, read_json
 from megatron_mod.checkpoint.folders import write_durably
 from megatron_mod.checkpoint.manifest import manifest_text
+from megatron_mod.config.model_folder import ADAPTER
 
 FILE = "checksums.json"
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -56,6 +57,6 @@ def _damage(folder: Path) -> str | None:
 
 
 def model_files(folder: Path) -> list[str]:
-    """A Hugging Face folder's weights, config and tokenizer, by name."""
+    """A Hugging Face folder's weights, config and tokenizer, or those of an adapter, by name."""
     names = [path.name for path in folder.iterdir() if path.is_file()]
-    return [n for n in names if n in COMPANION_FILES or n.endswith(_WEIGHTS)]
+    return [n for n in names if n in (*COMPANION_FILES, ADAPTER) or n.endswith(_WEIGHTS)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from megatron_mod.commands.command import command
-from megatron_mod.config.model_folder import ModelFolder, check_base
+from megatron_mod.config.model_folder import LORA, ModelFolder, check_base
 from megatron_mod.config.options import Options
 from megatron_mod.config.rules import InputFolder, NewFolder, Size, setting
 
@@ -26,6 +27,9 @@ class ToHuggingFace(Options):
         routers: export a base with these routers: a folder of the published Router-Tuning code, or
             a training run.
         routers_only: write the routers alone, as the published Router-Tuning code saves them.
+        lora: what becomes of a run's LoRA adapters: `merge` them into the weights, or put them
+            `apart`, as a PEFT adapter in the folder `lora` of the export, whose weights are then
+            the base's; unset: merge.
     """
 
     load: str = setting(ModelFolder())
@@ -35,13 +39,15 @@ class ToHuggingFace(Options):
     max_shard_size: str = setting(Size(), default="5GB")
     routers: str | None = setting(InputFolder(), default=None)
     routers_only: bool = False
+    lora: Literal["merge", "apart"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_base(self.base, self.load)
-        if self.routers_only and (self.routers or self.dtype):
+        if self.routers_only and (self.routers or self.dtype or self.lora):
             raise ValueError(
-                "--routers-only writes --load's routers as they are: no --routers, no --dtype."
+                "--routers-only writes --load's routers as they are: no --routers, no --dtype, no "
+                "--lora."
             )
 
 
@@ -62,5 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 dtype=options.dtype,
                 max_shard_bytes=Size.bytes_of(options.max_shard_size),
                 routers_path=options.routers,
+                lora=options.lora,
             )
         print(f"Wrote {options.save}: load it with AutoModelForCausalLM.from_pretrained.")
+        if options.lora == "apart":
+            print(
+                f"Its adapters are in {Path(options.save, LORA)}: PeftModel.from_pretrained(model, "
+                "that folder)."
+            )

@@ -19,11 +19,13 @@ class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatt
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that is most like another one, as a whole or in what follows its last dot."""
+    """The known name that is most like another one, as a whole or in what follows its last dot; of
+    equals the first, or if the name has a dot the one that is most like it as a whole."""
 
     def likeness(candidate: str) -> tuple[float, float]:
         whole = _ratio(name, candidate)
-        return max(whole, _ratio(_last(name), _last(candidate))), whole
+        likeness = max(whole, _ratio(_last(name), _last(candidate)))
+        return likeness, whole if "." in name else 0.0
 
     return max(known, key=likeness)
 

@@ -8,6 +8,8 @@ MANIFEST = "megatron_mod.json"  # of a base checkpoint, and of each step of a tr
 HUGGINGFACE = "huggingface"  # of a base checkpoint: config.json and tokenizer
 LATEST = "latest"  # of a training: the name of its newest step's folder
 CONFIG = "config.yaml"  # of a training: the resolved configuration
+ADAPTER = "adapter_config.json"  # of a folder that PEFT wrote
+LORA = "lora"  # such a folder in an export whose weights are without its adapters
 _OF_MEGATRON_LM = ("latest_checkpointed_iteration.txt", "metadata.json", ".metadata")
 
 
@@ -51,12 +53,24 @@ NOT_SAVED = (
 )
 
 
+def adapter_problem(folder: str | Path) -> str | None:
+    """Why a folder is no model, whatever else lies in it, if PEFT wrote an adapter there."""
+    if not Path(folder, ADAPTER).is_file():
+        return None
+    return (
+        f"holds a PEFT adapter ({ADAPTER}), which is no model; give the model it was made for (and "
+        f"a training the adapter as model.lora), or take {ADAPTER} out if a whole model is here too"
+    )
+
+
 class ModelFolder:
     """A Hugging Face folder, a base checkpoint, a training run or one of its steps."""
 
     def problem(self, value: str) -> str | None:
         if is_started_run(value):
             return NOT_SAVED
+        if problem := adapter_problem(value):
+            return problem
         if is_megatron(value) or Path(value, "config.json").is_file():
             return None
         if any(Path(value, name).is_file() for name in _OF_MEGATRON_LM):
@@ -73,6 +87,8 @@ class HuggingFaceFolder:
     """A folder with a Hugging Face model."""
 
     def problem(self, value: str) -> str | None:
+        if problem := adapter_problem(value):
+            return problem
         if Path(value, "config.json").is_file():
             return None
         what = "has no config.json" if Path(value).is_dir() else "no such folder"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_mod.config.lora import ALL_LINEAR, LoraSettings, resolve_targets
 from megatron_mod.config.rules import (
     AT_LEAST_0,
     COUNT,
@@ -19,6 +20,7 @@ from megatron_mod.config.rules import (
     setting,
 )
 from megatron_mod.routing.config import (
+    NO_ROUTERS,
     Layers,
     RoutingConfig,
     default_rank,
@@ -43,7 +45,10 @@ class ModelConfig:
             config.json and tokenizer.
         routers: folder with routers to start from: a training run, or one of the published
             Router-Tuning code; unset: those beside the checkpoint, if any, else untrained ones.
-        dtype: what the frozen weights and activations are held in; routers stay in float32.
+        lora: folder with adapters to start from: a PEFT adapter of this model, or a training run;
+            they train if train.trainable says so, and else stay as they are; unset: new ones, if
+            lora.rank asks for any.
+        dtype: what the frozen weights and activations are held in; what trains stays in float32.
         transformer_impl: the layers' modules: `transformer_engine` (GPUs only) or `local`,
             Megatron's own with torch's attention; unset: Transformer Engine where it works, but
             `local` in float32, which Transformer Engine multiplies as TF32.
@@ -52,6 +57,7 @@ class ModelConfig:
     checkpoint: str | None = None
     hf_path: str | None = None
     routers: str | None = None
+    lora: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     transformer_impl: Literal["local", "transformer_engine"] | None = None
 
@@ -66,7 +72,7 @@ class RouterConfig:
             with a router and a stand-in of its own (`attn_token+mlp_token`).
         layers: routed layers: `all`; `{deepest: n}`, the n deepest but the last; `{every: n,
             offset: k}`, every n-th from index k on (offset defaults to n - 1); or a list of
-            zero-based indices.
+            zero-based indices; `[]`: none, where adapters train alone (train.trainable: lora).
         capacity: target share of units that keep a layer, above 0 and at most 1; one number, or
             one per router (of a layer that has two, its attention's first); unset: 0.5, or what
             router.work leaves.
@@ -132,7 +138,7 @@ class RouterConfig:
     check_decisions_interval: int = setting(AT_LEAST_0, default=0)
 
     def __post_init__(self) -> None:
-        if self.capacity is None and self.work is None:
+        if self.capacity is None and self.work is None and self.layers != []:
             self.capacity = DEFAULT_CAPACITY
 
     def resolve(self, *, num_layers: int, hidden_size: int) -> RoutingConfig:
@@ -143,6 +149,8 @@ class RouterConfig:
             ValueError: layers, capacities or a rank that do not fit the model, or settings without
                 meaning for the granularity.
         """
+        if self.layers == []:
+            return NO_ROUTERS
         layers = resolve_layers(self.layers, num_layers=num_layers)
         capacity = 1.0 if self.capacity is None else self.capacity
         return RoutingConfig(
@@ -275,16 +283,19 @@ class TrainConfig:
         loss: what is minimised: `task`, the labels' cross entropy; `distill`, the Kullback-Leibler
             divergence from the dense model, the same weights with routing off, which costs one more
             forward pass; `both`, their sum.
-        trainable: what trains: the `routers`, or `routers+stand_ins`.
-        frozen_prefix: what becomes of the layers before the first routed one, whose result is the
-            same whenever a sample is read: `recompute` them, or `cache` it: compute it once, keep
-            it on the disk (hidden size x bytes of model.dtype a token), and train without these
-            layers.
+        trainable: what trains: the `routers`, or with them the stand-ins (`routers+stand_ins`), the
+            adapters of the section lora (`routers+lora`) or both (`routers+stand_ins+lora`); or
+            `lora`, adapters alone: given routers (model.routers) then decide as they are, or there
+            are none (router.layers: []).
+        frozen_prefix: what becomes of the layers before the first that is routed or has adapters,
+            whose result is the same whenever a sample is read: `recompute` them, or `cache` it:
+            compute it once, keep it on the disk (hidden size x bytes of model.dtype a token), and
+            train without these layers.
         prefix_cache: folder for that, which runs and sweeps of the same model and data share, and
             all machines of a job; unset: `prefix` in data.cache.
         recompute: activations that backward computes again, for memory: `none`; `selective`, those
             of the MLPs, which are more than half; `full`, all but what enters a layer. Nothing is
-            kept, nor computed again, below the first router.
+            kept, nor computed again, below the first that trains.
         deterministic: on a GPU, let equal steps give equal results to the last bit, so that a run
             that goes on is the run in one go; costs some time in attention's backward pass. A CPU
             does so anyway.
@@ -301,7 +312,9 @@ class TrainConfig:
     exit_duration: float | None = setting(Range(above=0, below=MINUTES_OF_A_YEAR), default=None)
     exit_interval: int = setting(AT_LEAST_0, default=0)
     loss: Literal["task", "distill", "both"] = "task"
-    trainable: Literal["routers", "routers+stand_ins"] = "routers"
+    trainable: Literal[
+        "routers", "routers+stand_ins", "routers+lora", "routers+stand_ins+lora", "lora"
+    ] = "routers"
     frozen_prefix: Literal["recompute", "cache"] = "recompute"
     prefix_cache: str | None = None
     recompute: Literal["none", "selective", "full"] = "none"
@@ -318,12 +331,12 @@ class OptimizerConfig:
     """Adam with a cosine schedule down to zero.
 
     Args:
-        lr: peak learning rate, above 0.
+        lr: peak learning rate, above 0; that of adapters may be another (lora.lr).
         warmup_fraction: share of the steps over which the learning rate rises to lr; 0 to 1.
         weight_decay: decoupled weight decay, at least 0.
         clip_grad: largest gradient norm; 0 does not clip.
-        average_fraction: share of the steps, the last ones, whose routers are averaged for the
-            final checkpoint; 0 keeps the last step's; 0 to 1.
+        average_fraction: share of the steps, the last ones, over which what trains is averaged for
+            the final checkpoint; 0 keeps the last step's; 0 to 1.
     """
 
     lr: float = setting(Range(above=0), default=1e-3)
@@ -331,6 +344,50 @@ class OptimizerConfig:
     weight_decay: float = setting(AT_LEAST_0, default=0.0)
     clip_grad: float = setting(AT_LEAST_0, default=1.0)
     average_fraction: float = setting(SHARE, default=0.0)
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA) on the frozen model's projections, which train with the routers or
+    without them (train.trainable). Of adapters that are given (model.lora) rank, alpha, targets and
+    layers are theirs, unset or said again.
+
+    Args:
+        rank: of each adapter, at least 1; unset: there are none.
+        alpha: what an adapter adds is multiplied by alpha / rank; above 0; unset: twice the rank.
+        dropout: share of its inputs that an adapter does not see in training; 0 to 1, the latter
+            excluded; unset: 0.
+        targets: the projections that have one: `all-linear` (unset), all of a layer's; or some, by
+            Hugging Face's names (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj) or
+            Megatron's, each for all projections in it (linear_qkv, linear_proj, linear_fc1,
+            linear_fc2).
+        layers: the layers that have them: `all` (unset), or as router.layers.
+        lr: peak learning rate of the adapters, above 0; unset: optimizer.lr.
+    """
+
+    rank: int | None = setting(COUNT, default=None)
+    alpha: float | None = setting(Range(above=0), default=None)
+    dropout: float | None = setting(Range(least=0, below=1), default=None)
+    targets: list[str] | str | None = None
+    layers: Layers | None = setting(AT_LEAST_0, default=None)
+    lr: float | None = setting(Range(above=0), default=None)
+
+    def resolve(self, *, num_layers: int) -> LoraSettings | None:
+        """These settings for a model of ``num_layers`` layers; ``None``: it has no adapters.
+
+        Raises:
+            ValueError: layers or projections that the model does not have.
+        """
+        if self.rank is None:
+            return None
+        layers = "all" if self.layers is None else self.layers
+        return LoraSettings(
+            rank=self.rank,
+            alpha=2.0 * self.rank if self.alpha is None else self.alpha,
+            dropout=self.dropout or 0.0,
+            targets=resolve_targets(ALL_LINEAR if self.targets is None else self.targets),
+            layers=resolve_layers(layers, num_layers=num_layers, field="lora.layers"),
+        )
 
 
 @dataclass
@@ -396,5 +453,6 @@ class Config:
     parallel: ParallelConfig
     train: TrainConfig
     optimizer: OptimizerConfig
+    lora: LoraConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig

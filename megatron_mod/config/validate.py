@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,9 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
             f"router.check_decisions_interval = {r.check_decisions_interval}: compares "
             "tensor-parallel ranks and parallel.tensor_model_parallel_size is 1; leave it 0."
         )
+    _check_lora(config, place)
+    if r.layers == []:
+        _check_no_routers(config, place)
     if not r.bias and r.capacity_loss_weight == "auto":
         raise ValueError(
             "router.bias = false: router.capacity_loss_weight = auto needs biases, without which "
@@ -88,6 +92,68 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
                 "that to true, or leave the name out."
             )
     _check_data(d, validation_interval=t.validation_interval)
+
+
+def _check_lora(config: Config, place: Callable[[str], str]) -> None:
+    lora, trainable, given = config.lora, config.train.trainable, config.model.lora
+    trains = "lora" in config.train.parts
+    for name in ("dropout", "lr"):
+        value = getattr(lora, name)
+        if given and value is not None and not trains:
+            raise ValueError(
+                f"lora.{name} = {value}{place(f'lora.{name}')}: would be ignored, because the "
+                f"adapters of model.lora stay as they are (train.trainable = {trainable}); leave "
+                f"it out, or train them ({trainable}+lora)."
+            )
+    if given:
+        return
+    if lora.rank is not None and not trains:
+        raise ValueError(
+            f"lora.rank = {lora.rank}{place('lora.rank')}: would be ignored, because "
+            f"train.trainable = {trainable} trains no adapters; set that to {trainable}+lora, or "
+            "leave the rank out."
+        )
+    if lora.rank is None and trains:
+        raise ValueError(
+            f"train.trainable = {trainable}{place('train.trainable')}: there are no adapters to "
+            "train; set lora.rank (16, for example), name some (model.lora), or set "
+            "train.trainable to routers."
+        )
+    for name, value in vars(lora).items():
+        if value is not None and lora.rank is None:
+            raise ValueError(
+                f"lora.{name} = {value}{place(f'lora.{name}')}: would be ignored, because "
+                "lora.rank is unset and there are no adapters; set that, or leave it out."
+            )
+
+
+def _check_no_routers(config: Config, place: Callable[[str], str]) -> None:
+    trainable = config.train.trainable
+    if config.train.parts != ("lora",):
+        raise ValueError(
+            f"router.layers = []{place('router.layers')}: train.trainable = {trainable} trains "
+            "routers; name at least one layer, or use 'deepest: n' or 'all', or train adapters "
+            "alone (train.trainable: lora)."
+        )
+    if config.model.routers is not None:
+        raise ValueError(
+            f"model.routers = {config.model.routers}{place('model.routers')}: would be ignored, "
+            "because router.layers = [] has none; leave one of the two out."
+        )
+    for field in dataclasses.fields(config.router):
+        value = getattr(config.router, field.name)
+        if field.name != "layers" and value != field.default:
+            name = f"router.{field.name}"
+            raise ValueError(
+                f"{name} = {value}{place(name)}: would be ignored, because router.layers = [] has "
+                "no routers; leave it out, or name layers."
+            )
+    if config.train.loss == "distill":
+        raise ValueError(
+            f"train.loss = distill{place('train.loss')}: without routers (router.layers = []) the "
+            "dense model is the one that adapters start from, and there is nothing to learn from "
+            "it; set train.loss to task or both."
+        )
 
 
 def _check_work(r: RouterConfig, place: Callable[[str], str]) -> None:

@@ -21,7 +21,9 @@ def check_hf_names(family: Family, arch: Architecture, names: set[str], folder: 
     """
     wanted = {name for row in family.table(arch) for name in row.hf}
     left = {name for name in names - wanted if not family.ignored(arch, name)}
-    _refuse(wanted - names, left, what="tensors", whose=family.architecture, folder=folder)
+    refuse_difference(
+        wanted - names, left, what="tensors", whose=family.architecture, folder=folder
+    )
 
 
 def check_megatron_names(
@@ -33,7 +35,7 @@ def check_megatron_names(
         ValueError: parameters that are missing, or have no place; they are listed.
     """
     wanted, names = {row.megatron for row in family.table(arch)}, set(names)
-    _refuse(
+    refuse_difference(
         wanted - names,
         names - wanted,
         what="parameters",
@@ -127,7 +129,14 @@ def expected_shape(arch: Architecture, megatron: str) -> tuple[int, ...]:
     return next(shape for part, shape in shapes.items() if part in megatron)
 
 
-def _refuse(missing: set[str], left: set[str], *, what: str, whose: str, folder: Path) -> None:
+def refuse_difference(
+    missing: set[str], left: set[str], *, what: str, whose: str, folder: Path
+) -> None:
+    """Refuse a folder that lacks some names, or has others.
+
+    Raises:
+        ValueError: naming them, and ``whose`` the wanted ones are.
+    """
     if missing:
         raise ValueError(f"{folder}: {len(missing)} {what} are missing: {_some(missing)}.")
     if left:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,12 +18,16 @@ from megatron_mod.checkpoint.export_checksums import as_written, write_checksums
 from megatron_mod.checkpoint.folders import new_folder, require_room
 from megatron_mod.checkpoint.manifest import (
     HUGGINGFACE,
+    MANIFEST,
     ROUTERS,
     STATE,
     content_fingerprint,
     read_manifest,
+    resolve_step,
     write_manifest,
 )
+from megatron_mod.config.lora import lora_of
+from megatron_mod.config.model_folder import LORA
 from megatron_mod.conversion import mappings, routers
 from megatron_mod.conversion.check import check_hf_names, check_tied, megatron_shapes
 from megatron_mod.conversion.export import add_routing, make_portable
@@ -30,9 +35,14 @@ from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.finite import cast
 from megatron_mod.conversion.hf_reader import HFReader, read_config
 from megatron_mod.conversion.hf_writer import MAX_SHARD_BYTES, HFWriter
+from megatron_mod.conversion.lora import read_step_adapters
+from megatron_mod.conversion.merging import merged
+from megatron_mod.conversion.peft import write_peft
 from megatron_mod.conversion.progress import byte_progress
 from megatron_mod.conversion.source import open_source
 from megatron_mod.conversion.weights import Weight, hf_weights
+from megatron_mod.model.architecture import Architecture
+from megatron_mod.routing.config import RoutingConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OVERHEAD = 2**17  # bytes beside tensors and companions: manifest, metadata, modelling file
@@ -67,7 +77,7 @@ def _fill_base(
     family = family_of(hf_config)
     arch = family.architecture_of(hf_config)
     beside = check_companions(hf_path)
-    found = routers.read_routers(routers_path, arch) if routers_path else None
+    found = _read_routers(routers_path, arch) if routers_path else None
     with HFReader(hf_path) as reader:
         check_hf_names(family, arch, reader.names(), hf_path)
         check_tied(reader, tied=arch.tied_embeddings)
@@ -127,34 +137,44 @@ def megatron_to_hf(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     routers_path: str | Path | None = None,
+    lora: Literal["merge", "apart"] | None = None,
 ) -> None:
     """Write a base checkpoint, or a training run with its routers, as a Hugging Face folder.
 
     Args:
         base: where the base of a training run is now, if not where it was.
-        dtype: change all weights but the routers to this one of ``DTYPES``.
+        dtype: change all weights but the routers and adapters to this one of ``DTYPES``.
         routers_path: export the base with these routers.
+        lora: ``merge`` a run's adapters into the weights, which is what becomes of them without it,
+            or write them ``apart``, in the folder ``lora`` of PEFT's format.
 
     Raises:
         ValueError: ``load`` is no checkpoint of ours, is damaged or does not match its base, its
-            weights are not finite, there is too little room, or ``save`` exists; nothing is left
-            behind.
+            weights are not finite, there is too little room, ``save`` exists, or ``lora`` without
+            adapters; nothing is left behind.
     """
     source = open_source(load, base=base)
+    adapters = read_step_adapters(source.step) if source.step and source.lora else None
+    if lora and adapters is None:
+        raise ValueError(f"--lora {lora}: {load} has no adapters; leave it out.")
     chosen = routers.read_source(source)
     if routers_path is not None:
         if chosen:
             raise ValueError(
                 f"--routers {routers_path}: {load} has routers of its own; give its base."
             )
-        chosen = routers.read_routers(routers_path, source.base.arch)
+        chosen = _read_routers(routers_path, source.base.arch)
     beside = check_companions(source.base.huggingface)
     with new_folder(save) as folder, hf_weights(source.base) as weights:
+        if adapters and lora != "apart":
+            weights = merged(weights, *adapters)
         writer = HFWriter(folder, max_shard_bytes=max_shard_bytes)
         like = [_as(weight.like, dtype) for weight in weights]
         added = routers.hf_tensors(chosen[1], like[0].dtype) if chosen else {}
         total = _size(like) + _size(added.values())
         size = total + beside + _OVERHEAD + _PER_TENSOR * (len(weights) + len(added))
+        if lora == "apart":
+            size += sum(_size(own.values()) + _PER_TENSOR for own in adapters[1].values())
         require_room(Path(save), size, what="the export")
         with byte_progress(f"Writing {save}", total=total) as advance:
             for weight, tensor in zip(weights, like, strict=True):
@@ -166,6 +186,8 @@ def megatron_to_hf(
         make_portable(folder)
         if chosen:
             add_routing(folder, chosen[0])
+        if lora == "apart":
+            write_peft(folder / LORA, *adapters, base=Path(save).resolve())
         write_checksums(folder)
 
 
@@ -191,9 +213,25 @@ def export_routers(load: str | Path, save: str | Path, *, base: str | Path | Non
     chosen = routers.read_source(source)
     if chosen is None:
         raise ValueError(f"{load}: holds no routers; give a training run, or one of its steps.")
+    _refuse_adapters(source.step, "--routers-only")
     with new_folder(save) as folder:
         routers.write_published(folder, *chosen, read_config(source.base.huggingface))
         write_checksums(folder)
+
+
+def _read_routers(folder: str | Path, arch: Architecture) -> tuple[RoutingConfig, routers.Added]:
+    found = routers.read_routers(folder, arch)
+    _refuse_adapters(resolve_step(folder), f"--routers {folder}")
+    return found
+
+
+def _refuse_adapters(step: Path, option: str) -> None:
+    """Refuse to leave a run's adapters behind unsaid."""
+    if (step / MANIFEST).is_file() and lora_of(read_manifest(step)):
+        raise ValueError(
+            f"{option}: these routers were trained with adapters, which they would be without; "
+            "export the whole run, or train on from it (model.routers and model.lora)."
+        )
 
 
 def _as(like: Tensor, dtype: str | None) -> Tensor:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_mod.checkpoint.companions import member, read_json
+from megatron_mod.config.model_folder import adapter_problem
 from megatron_mod.conversion.config_types import check_types
 from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_writer import DTYPE_NAMES
@@ -24,14 +25,16 @@ def read_config(folder: str | Path) -> dict:
     """The folder's ``config.json``.
 
     Raises:
-        ValueError: no such folder, an empty one, one without ``config.json``, a broken file, or a
-            field of the wrong type.
+        ValueError: no such folder, an empty one, one without ``config.json``, one with an adapter
+            in it, a broken file, or a field of the wrong type.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a local Hugging Face model folder.")
     if not any(folder.iterdir()):
         raise ValueError(f"{folder}: the folder is empty; give a local Hugging Face model folder.")
+    if problem := adapter_problem(folder):
+        raise ValueError(f"{folder}: {problem}.")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: has no config.json, so it is no Hugging Face model folder.")
     return read_config_file(folder / "config.json")
@@ -54,8 +57,8 @@ class HFReader:
     What it reads is finite, or a ``ValueError`` names tensor and file.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        """Index the folder's safetensors.
+    def __init__(self, folder: str | Path, *, file: str | None = None) -> None:
+        """Index the folder's safetensors: those of its model, or one ``file`` that is there.
 
         Raises:
             ValueError: no safetensors (pickled ``.bin`` files are not read), a shard that the
@@ -66,7 +69,7 @@ class HFReader:
         self._handles = {}
         self._where: dict[str, str] = {}
         try:
-            for name in self._shard_names():
+            for name in [file] if file else self._shard_names():
                 self._open(name)
         except BaseException:
             self._files.close()

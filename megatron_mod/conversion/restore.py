@@ -10,6 +10,7 @@ import torch
 
 from megatron_mod.checkpoint.distributed import StateReader, load_state
 from megatron_mod.checkpoint.manifest import STATE, read_manifest
+from megatron_mod.config.lora import LoraSettings
 from megatron_mod.config.ranks import OPTIONS
 from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.load import load_base
@@ -35,9 +36,11 @@ def load_model(
     trained: Sequence[str] = (ROUTERS,),
     computed: range | None = None,
     recompute: str = "none",
+    lora: LoraSettings | None = None,
 ) -> ModelChunks:
-    """This rank's part of a base, with new routers where ``routing`` wants them, if it does; called
-    by all ranks alike. Whatever runs a model gets it from here.
+    """This rank's part of a base, with new routers where ``routing`` wants them and new adapters
+    where ``lora`` does, if they do; called by all ranks alike. Whatever runs a model gets it from
+    here.
 
     Args:
         ranks: a layout that fits the model (``check_parallel``).
@@ -59,6 +62,7 @@ def load_model(
         implementation=implementation,
         trained=trained,
         computed=computed,
+        lora=lora,
     )
     load_base(model, base)
     return model
@@ -71,8 +75,8 @@ def restore_model(
     implementation: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[ModelChunks, object]:
-    """This rank's stage of a base checkpoint (dense) or of a training run (with what it trained),
-    and the tokenizer.
+    """This rank's stage of a base checkpoint (dense) or of a training run (with its routers and
+    adapters), and the tokenizer.
 
     Args:
         implementation: ``None``: what the training ran, where it can work, and ``local`` otherwise,
@@ -90,8 +94,10 @@ def restore_model(
         names=OPTIONS,
     )
     implementation = implementation or _implementation(source, dtype)
-    model = load_model(base, source.routing, ranks, implementation=implementation, dtype=dtype)
-    if source.routing:
+    model = load_model(
+        base, source.routing, ranks, implementation=implementation, dtype=dtype, lora=source.lora
+    )
+    if source.step:
         load_trained(model, source.step)
     return model, load_tokenizer(base.huggingface, vocab_size=base.arch.vocab_size)
 

@@ -33,6 +33,7 @@ from megatron_mod.conversion.config_types import (
 )
 from megatron_mod.conversion.finite import cast, require_finite
 from megatron_mod.conversion.hf_reader import HFReader, read_config
+from megatron_mod.conversion.lora import is_adapter
 from megatron_mod.conversion.source import Source
 from megatron_mod.hf.thresholds_mod import threshold_at
 from megatron_mod.model.architecture import Architecture
@@ -60,16 +61,27 @@ def read_routers(folder: str | Path, arch: Architecture) -> tuple[RoutingConfig,
     """
     step = resolve_step(folder)
     if (step / MANIFEST).is_file():
-        manifest = verify_checkpoint(step)
-        if manifest["kind"] != "routers":
-            raise ValueError(f"{folder}: holds no routers; give a training run or a published one.")
-        routing = RoutingConfig.from_dict(manifest["routing"])
+        routing = _routing_of(verify_checkpoint(step), folder)
         added = read_step(step, routing)
     else:
         with as_written(folder):
             routing, added = _read_published(Path(folder))
     _check_fit(Path(folder), routing, added, arch)
     return routing, added
+
+
+def read_routing(folder: str | Path) -> RoutingConfig:
+    """The settings alone, as ``read_routers`` reads them; called by one rank or many."""
+    step = resolve_step(folder)
+    if not (step / MANIFEST).is_file():
+        return _read_published(Path(folder))[0]
+    return _routing_of(read_manifest(step), folder)
+
+
+def _routing_of(manifest: dict, folder: str | Path) -> RoutingConfig:
+    if manifest["kind"] != "routers" or not manifest["routing"]["layers"]:
+        raise ValueError(f"{folder}: holds no routers; give a training run or a published one.")
+    return RoutingConfig.from_dict(manifest["routing"])
 
 
 def read_source(source: Source) -> tuple[RoutingConfig, Added] | None:
@@ -99,7 +111,8 @@ def read_step(step: Path, routing: RoutingConfig) -> Added:
         for layer in routing.layers
         for name in routing.added_shapes(1)
     }
-    if difference := sorted({k for k in held if k.startswith("decoder.")} ^ set(wanted)):
+    own = {key for key in held if key.startswith("decoder.") and not is_adapter(key)}
+    if difference := sorted(own ^ set(wanted)):
         raise ValueError(f"{step}: routers do not match its manifest: {difference}.")
     for key, (layer, name) in wanted.items():
         key = AVERAGE + key if averaged and AVERAGE + key in held else key

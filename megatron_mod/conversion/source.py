@@ -19,6 +19,7 @@ from megatron_mod.checkpoint.manifest import (
     resolve_step,
     verify_checkpoint,
 )
+from megatron_mod.config.lora import LoraSettings, lora_of
 from megatron_mod.conversion import megatron_lm
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.families.base import Family
@@ -125,11 +126,13 @@ def open_base(
 
 @dataclass(frozen=True)
 class Source:
-    """A model to run or export: a base and, where it is routed, the step folder of its routers."""
+    """A model to run or export: a base and, where something was added to it, the step folder with
+    that, its routing and its adapters, ``None`` of what it has not."""
 
     base: Base
     step: Path | None = None
     routing: RoutingConfig | None = None
+    lora: LoraSettings | None = None
 
 
 def open_source(load: str | Path, *, base: str | Path | None = None) -> Source:
@@ -157,7 +160,8 @@ def open_source(load: str | Path, *, base: str | Path | None = None) -> Source:
         )
     found = open_base(base or step / manifest["base"], hf_path=manifest.get("base_config"))
     check_base(found.fingerprint(), manifest, step=step, base=found.path)
-    return Source(found, step, RoutingConfig.from_dict(manifest["routing"]))
+    routing = RoutingConfig.from_dict(manifest["routing"])
+    return Source(found, step, routing if routing.layers else None, lora_of(manifest))
 
 
 def check_base(fingerprint: str, manifest: dict, *, step: Path, base: Path) -> None:

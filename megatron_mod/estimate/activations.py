@@ -8,33 +8,39 @@ most there can be.
 
 from __future__ import annotations
 
+from megatron_mod.config.lora import TARGETS
 from megatron_mod.estimate.placed import Placed
 from megatron_mod.model.head import CHUNK
+from megatron_mod.model.reach import BELOW, FC1, FC2, PLACES, PROJ, QKV
 
 
 def kept(placed: Placed, layer: int) -> int:
-    """Bytes of one layer: nothing below the first router, where no gradient goes."""
+    """Bytes of one layer: nothing below the first that trains, where no gradient goes."""
     return _kept(placed, layer, placed.job.config.train.recompute)
 
 
 def _kept(placed: Placed, layer: int, recompute: str) -> int:
-    job, e = placed.job, placed.element
-    first = job.routing.layers[0]
-    if layer < first:
+    job, down_to = placed.job, placed.job.reach.down_to(layer)
+    if down_to is None:
         return 0
-    if layer not in job.routing.layers:
-        states = placed.split_tokens * job.arch.hidden_size * e
-        if recompute == "full":
-            return states
-        rest = states if recompute == "selective" else _mlp(placed)
-        return 2 * _norm(placed, placed.split_tokens) + _attention(placed, layer) + rest
-    return _routed(placed, layer, recompute, goes_on=layer > first)
+    adapters = _adapters(placed, layer, recompute)
+    if job.reach.routes(layer):
+        return _routed(placed, layer, recompute, down_to=down_to) + adapters
+    states = placed.split_tokens * job.arch.hidden_size * placed.element
+    if recompute == "full":
+        return states
+    norm, found = _norm(placed, placed.split_tokens), adapters
+    found += norm * (down_to == BELOW) + _attention(placed, layer) * (down_to <= QKV)
+    found += norm * (down_to < FC1)
+    if down_to < FC2:
+        found += states if recompute == "selective" else _mlp(placed)
+    return found
 
 
-def _routed(placed: Placed, layer: int, recompute: str, *, goes_on: bool) -> int:
-    """Of a routed layer, which has whole rows; ``goes_on``: a gradient goes to its input."""
+def _routed(placed: Placed, layer: int, recompute: str, *, down_to: int) -> int:
+    """Of a routed layer, which has whole rows."""
     job, e, tokens = placed.job, placed.element, placed.tokens
-    states = tokens * job.arch.hidden_size * e
+    states, goes_on = tokens * job.arch.hidden_size * e, down_to == BELOW
     norm = _norm(placed, tokens)
     router = norm  # its input in fp32, and a logit
     is_wide = e == 4  # then a norm's or router's copy in fp32 is the tensor itself
@@ -44,12 +50,40 @@ def _routed(placed: Placed, layer: int, recompute: str, *, goes_on: bool) -> int
     targets = job.routing.scheme.targets
     # What each mask multiplies.
     found = router + len(targets) * states + _stand_ins(placed, is_wide=is_wide)
-    if goes_on:
-        found += norm + _attention(placed, layer)
-        if "mlp" in targets and job.routing.stand_in_rank and not is_wide:
-            found += norm  # the stand-in's own
-    if goes_on or "attn" in targets:
-        found += states if recompute == "selective" else norm + _mlp(placed)
+    found += norm * goes_on + _attention(placed, layer) * (down_to <= QKV)
+    if down_to < FC1 and "mlp" in targets and job.routing.stand_in_rank and not is_wide:
+        found += norm  # the stand-in's own
+    if job.reach.computes_mlp_again(layer) and recompute == "selective":
+        found += states
+    else:
+        found += norm * (down_to < FC1) + _mlp(placed) * (down_to < FC2)
+    return found
+
+
+def _adapters(placed: Placed, layer: int, recompute: str) -> int:
+    """What adapters that train read, what they make of it within, and their matrices as they are
+    multiplied with."""
+    job, e, lora = placed.job, placed.element, placed.job.lora
+    if lora is None or not job.reach.adapts(layer) or recompute == "full":
+        return 0
+    is_routed, found = layer in job.routing.layers, 0
+    split = placed.tokens if is_routed else placed.split_tokens
+    for linear, place in PLACES.items():
+        targets = [target for target in TARGETS if TARGETS[target] == linear]
+        ranks = lora.rank * sum(target in lora.targets for target in targets)
+        if not ranks or (recompute == "selective" and place >= FC1):
+            continue
+        inputs = job.arch.projections[targets[0]][0]
+        outputs = sum(job.arch.projections[target][1] for target in targets)
+        if place in (QKV, FC1):
+            read, within, outputs = split, placed.tokens, outputs // _tensor(placed)
+            if place == QKV and e == 4 and job.reach.routes(layer):
+                read = 0  # the router's own input
+        else:
+            read, within, inputs = placed.tokens, split, inputs // _tensor(placed)
+            if place == PROJ:
+                read = 0  # attention's own output
+        found += e * (read * inputs + within * ranks + ranks * (inputs + outputs))
     return found
 
 

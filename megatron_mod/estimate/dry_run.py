@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from megatron_mod.config import cli
 from megatron_mod.config.machines import Machines
-from megatron_mod.config.model_folder import ModelFolder
+from megatron_mod.config.model_folder import ADAPTER, ModelFolder
 from megatron_mod.config.ranks import SETTINGS
 from megatron_mod.config.rules import InputFile
 from megatron_mod.config.schema import Config
@@ -72,6 +72,10 @@ def _files(config: Config) -> Iterator[Found]:
     for name in ("checkpoint", "hf_path", "routers"):
         if place := getattr(model, name):
             yield Found(f"model.{name}", place, _model_problem(name, place))
+    if model.lora:
+        is_run, adapter = ModelFolder().problem(model.lora) is None, Path(model.lora, ADAPTER)
+        problem = None if is_run or adapter.is_file() else "no adapters (PEFT's, or a run's) there"
+        yield Found("model.lora", model.lora, problem)
     for name in ("train", "validation"):
         sources = getattr(data, name)
         for source in [sources] if isinstance(sources, str) else sources or ():

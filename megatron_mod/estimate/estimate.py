@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_mod.config.schema import Config
 from megatron_mod.estimate import communication, memory, parameters, time
@@ -115,7 +116,17 @@ def estimate(
     Raises:
         ValueError: settings that do not fit the model or the number of devices.
     """
-    placed = Placed.of(arrange(config, arch, world_size=nodes * per_node))
+    routing = lora = None
+    if config.model.lora is not None or "routers" not in config.train.parts:
+        # Reading them imports Megatron, which takes seconds.
+        from megatron_mod.training.given import fixed_routing, given_adapters
+
+        base = Path(config.model.checkpoint or config.model.hf_path or "")
+        routing = fixed_routing(config, arch, base=base)
+        lora = given_adapters(config, arch)
+    placed = Placed.of(
+        arrange(config, arch, world_size=nodes * per_node, routing=routing, lora=lora)
+    )
     kind = kind_of(placed)
     rank, held = memory.fullest(placed, kind)
     return Estimate(

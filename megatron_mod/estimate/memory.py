@@ -49,7 +49,8 @@ def of_rank(placed: Placed, rank: int, kind: Kind) -> Memory:
     averaged = job.config.optimizer.average_fraction > 0
     lasting = {
         "frozen weights": found.frozen * placed.element,
-        "routers and stand-ins": 4 * found.added,
+        "routers and stand-ins": 4 * (found.added - found.adapters),
+        "adapters": 4 * found.adapters,
         "gradients": 4 * found.trained,
         "optimizer state": 8 * found.trained // shards,  # Adam's two moments
         "average": 4 * found.trained if averaged else 0,
@@ -102,7 +103,7 @@ def _teacher(placed: Placed, rank: int) -> int:
 def _noted(placed: Placed, rank: int) -> int:
     """What routers with biases were asked about in a step, as borders follow it (``NOTED``)."""
     job = placed.job
-    if not job.routing.bias:
+    if not job.routing.bias or "routers" not in job.config.train.parts:
         return 0
     sequences = job.config.train.global_batch_size
     units = sequences * (1 if job.routing.scheme.per_sequence else placed.length)
@@ -117,7 +118,7 @@ def _solving(placed: Placed, rank: int) -> int:
     micro-batch goes into one, or the matrices that solve one."""
     job, h = placed.job, placed.job.arch.hidden_size
     routed = len(placed.routed_of(rank))
-    if not routed or not job.routing.stand_in_rank or job.config.model.routers:
+    if not routed or not job.routing.stand_in_rank or job.config.model.routers is not None:
         return 0
     moments = 8 * (h + 1) * (2 * h + 1)
     tokens = min(placed.tokens, job.config.router.stand_in_tokens or TOKENS)

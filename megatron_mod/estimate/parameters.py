@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
+from megatron_mod.config.lora import TARGETS
 from megatron_mod.estimate.placed import Placed
 from megatron_mod.model.architecture import Architecture, padded_vocab_size
 
@@ -12,19 +14,19 @@ PARTS = {"router": "routers", "stand_in": "stand_ins"}  # by an added tensor's f
 
 
 class Parameters(NamedTuple):
-    """Frozen ones of the base, those added to it, and those of both that train."""
+    """Frozen ones of the base, those added to it, those of both that train, and those of the added
+    ones that are adapters'."""
 
     frozen: int
     added: int
     trained: int
+    adapters: int
 
 
 def total(placed: Placed) -> Parameters:
     """Of the whole model, each once."""
-    arch, routed = placed.job.arch, len(placed.job.routing.layers)
-    embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
-    frozen = arch.num_layers * layer(arch, tensor=1) + embeddings + arch.hidden_size
-    return Parameters(frozen, routed * _added(placed), routed * _trained(placed))
+    routed, layers = len(placed.job.routing.layers), range(placed.job.arch.num_layers)
+    return _together(placed, placed.job.arch.num_parameters, routed, layers, tensor=1)
 
 
 def of_rank(placed: Placed, rank: int) -> Parameters:
@@ -35,12 +37,39 @@ def of_rank(placed: Placed, rank: int) -> Parameters:
     shared = arch.tied_embeddings and placed.has_embedding(rank) and placed.has_head(rank)
     frozen += vocabulary * (placed.has_embedding(rank) + placed.has_head(rank) - shared)
     frozen += arch.hidden_size * placed.has_head(rank)  # the last norm
-    routed = len(placed.routed_of(rank))
-    return Parameters(frozen, routed * _added(placed), routed * _trained(placed))
+    routed, layers = len(placed.routed_of(rank)), placed.layers_of(rank)
+    return _together(placed, frozen, routed, layers, tensor=tensor)
+
+
+def _together(
+    placed: Placed, frozen: int, routed: int, layers: Sequence[int], *, tensor: int
+) -> Parameters:
+    lora, parts = placed.job.lora, placed.job.config.train.parts
+    adapted = 0 if lora is None else len(set(layers) & set(lora.layers))
+    adapters = adapted * of_adapters(placed, tensor=tensor)
+    return Parameters(
+        frozen,
+        routed * _added(placed) + adapters,
+        routed * _trained(placed) + adapters * ("lora" in parts),
+        adapters,
+    )
+
+
+def of_adapters(placed: Placed, *, tensor: int) -> int:
+    """Of a layer's adapters, on one of the ranks that share it."""
+    lora = placed.job.lora
+    if lora is None:
+        return 0
+    found = 0
+    for name, shape in lora.shapes(placed.job.arch.projections).items():
+        target, _, key = name.partition(".")
+        by_rows = TARGETS[target] in ("linear_proj", "linear_fc2")
+        found += prod(shape) // (tensor if (key == "a") == by_rows else 1)
+    return found
 
 
 def layer(arch: Architecture, *, tensor: int) -> int:
-    """Of a layer on one of the ranks that share it: matrices split, norms whole."""
+    """Of a layer of the base on one of the ranks that share it: matrices split, norms whole."""
     split = arch.query_weights + arch.key_weights + arch.mlp_weights
     split += (arch.query_channels + 2 * arch.key_channels) * arch.qkv_bias
     return split // tensor + 2 * arch.hidden_size + 2 * arch.kv_channels * arch.qk_norm

@@ -35,6 +35,8 @@ class Placed:
             dense_passes=job.dense_passes,
             num_free_layers=job.computed.start,
             recompute=job.config.train.recompute,
+            lora=job.lora,
+            parts=job.config.train.parts,
         )
         micro_batches = micro_batches_of(job.config, job.topology)
         free = job.computed.start

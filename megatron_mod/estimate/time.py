@@ -69,7 +69,7 @@ def _reading(placed: Placed, stage: int) -> int:
     """Bytes of weights that a micro-batch reads in a stage: each way once, and for what is computed
     beside."""
     job = placed.job
-    first, full = job.routing.layers[0], job.config.train.recompute == "full"
+    first, full = job.reach.first, job.config.train.recompute == "full"
     times = sum(
         1 + job.dense_passes + (layer > first) + (full and layer >= first)
         for layer in placed.stages[stage]

@@ -6,16 +6,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from megatron_mod.checkpoint.companions import check_companions
 from megatron_mod.checkpoint.export_checksums import as_written
+from megatron_mod.config.model_folder import ADAPTER, LORA
 from megatron_mod.conversion.check import check_tied
-from megatron_mod.conversion.export import routing_of
+from megatron_mod.conversion.export import dense_config, routing_of
+from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_reader import HFReader, read_config
+from megatron_mod.conversion.merging import add_to
+from megatron_mod.conversion.peft import read_peft
 from megatron_mod.data.tokenizer import open_tokenizer, require_fit
 from megatron_mod.hf import FILES, MODULE, modeling_mod
+from megatron_mod.process import is_first_rank
+from megatron_mod.verbosity import says
 
 TRUST = "--trust-remote-code"
 
@@ -41,7 +48,8 @@ def load_model(
 ):
     """A Hugging Face model with torch's attention, original and export alike.
 
-    An export runs on this package's own class, which its code must be a copy of.
+    An export runs on this package's own class, which its code must be a copy of. The adapters that
+    it carries apart are merged into its weights.
 
     Args:
         trust_remote_code: run other code that the folder brings.
@@ -85,7 +93,19 @@ def _load_model(folder: str | Path, *, dtype: torch.dtype, trust_remote_code: bo
         _require_whole(folder, found)
         for name, tensor in model.state_dict().items():
             require_finite(tensor, name, where=reader.file(name))
+    _add_own_adapters(model, folder, config)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _add_own_adapters(model: nn.Module, folder: Path, config: dict) -> None:
+    """Add to an export's weights the adapters that it carries apart from them."""
+    if not (folder / LORA / ADAPTER).is_file():
+        return
+    dense = dense_config(config)
+    settings, adapters = read_peft(folder / LORA, family_of(dense).architecture_of(dense))
+    add_to(model, settings, adapters)
+    if is_first_rank() and says():
+        print(f"{folder / LORA}: its adapters of rank {settings.rank} are added to the weights")
 
 
 def _refuse_generation_code(folder: Path) -> None:

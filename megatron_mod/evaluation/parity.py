@@ -11,8 +11,9 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_mod.config.model_folder import is_run
+from megatron_mod.config.model_folder import LORA, is_run
 from megatron_mod.conversion.hf_reader import HFReader, read_config
+from megatron_mod.conversion.merging import adapted_weights
 from megatron_mod.conversion.restore import restore_model
 from megatron_mod.conversion.routers import HF_KEY
 from megatron_mod.conversion.source import Source, open_source
@@ -130,6 +131,8 @@ def default_tolerance(source: Source, hf_path: str | Path) -> float:
         if source.routing is not None:
             for layer, name in product(source.routing.layers, source.routing.added_shapes(1)):
                 ours[HF_KEY.format(layer, name)] = torch.float32
+        if source.lora is not None and not Path(hf_path, LORA).is_dir():  # sums, not rounded here
+            ours |= dict.fromkeys(adapted_weights(source.lora), torch.float32)
         pairs = [(ours[name], reader.like(name).dtype) for name in ours.keys() & reader.names()]
     rounded = [max(torch.finfo(d).eps for d in pair) for pair in pairs if pair[0] != pair[1]]
     return max(ROUNDING, ROUNDED_STEPS * max(rounded, default=0.0))

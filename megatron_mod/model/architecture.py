@@ -50,6 +50,33 @@ class Architecture:
     def mlp_weights(self) -> int:
         return 3 * self.hidden_size * self.ffn_hidden_size
 
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer, its norms and biases included."""
+        weights = self.query_weights + self.key_weights + self.mlp_weights
+        biases = (self.query_channels + 2 * self.key_channels) * self.qkv_bias
+        return weights + biases + 2 * self.hidden_size + 2 * self.kv_channels * self.qk_norm
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model, tied ones once."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return self.num_layers * self.layer_parameters + embeddings + self.hidden_size
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """``(in, out)`` of a layer's projections, by Hugging Face's names."""
+        hidden, queries, keys = self.hidden_size, self.query_channels, self.key_channels
+        return {
+            "q_proj": (hidden, queries),
+            "k_proj": (hidden, keys),
+            "v_proj": (hidden, keys),
+            "o_proj": (queries, hidden),
+            "gate_proj": (hidden, self.ffn_hidden_size),
+            "up_proj": (hidden, self.ffn_hidden_size),
+            "down_proj": (self.ffn_hidden_size, hidden),
+        }
+
 
 def padded_vocab_size(vocab_size: int, *, tensor: int) -> int:
     """The smallest vocabulary of at least ``vocab_size`` that ``tensor`` ranks can share."""

@@ -13,9 +13,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_mod.config.lora import LoraSettings
 from megatron_mod.model.architecture import Architecture, padded_vocab_size
 from megatron_mod.model.cost import forward_costs
 from megatron_mod.model.layer import RoutedTransformerLayer
+from megatron_mod.model.lora import LayerAdapters
 from megatron_mod.model.pipeline import cheapest_layout, megatron_layout
 from megatron_mod.model.recompute import SETTINGS
 from megatron_mod.model.specs import get_routed_layer_specs
@@ -158,6 +160,12 @@ class ModelChunks(torch.nn.ModuleList):
         """This rank's routed layers by global layer index."""
         return {index: layer for chunk in self for index, layer in chunk.routed_layers().items()}
 
+    def adapters(self) -> dict[int, LayerAdapters]:
+        """This rank's adapters by global layer index."""
+        layers = [layer for chunk in self for layer in chunk.decoder.layers]
+        found = {layer.layer_number - 1: getattr(layer, "lora", None) for layer in layers}
+        return {index: adapters for index, adapters in found.items() if adapters is not None}
+
     def routers(self) -> dict[Place, Router]:
         """This rank's routers by their places."""
         layers = self.routed_layers().values()
@@ -252,6 +260,7 @@ def build_model(
     implementation: str = "local",
     trained: Sequence[str] = (ROUTERS,),
     computed: range | None = None,
+    lora: LoraSettings | None = None,
     groups: ProcessGroupCollection | None = None,
 ) -> ModelChunks:
     """This rank's part of the model on its device, weights not yet loaded; called by all ranks.
@@ -262,6 +271,7 @@ def build_model(
         computed: the layers that the model computes, all without it. From above the first on it has
             no embedding and starts from the hidden states of its micro-batches; up to below the
             last it has no head and gives hidden states.
+        lora: the adapters it has, which add nothing until they are filled.
         groups: the process groups to share it with; without them, ``parallel_state``'s.
 
     Raises:
@@ -276,7 +286,7 @@ def build_model(
         groups.embd = None
     model = ModelChunks(
         [
-            _build_chunk(arch, config, routing, stage, implementation, computed, groups)
+            _build_chunk(arch, config, routing, stage, implementation, computed, lora, groups)
             for stage in stages
         ]
     )
@@ -292,6 +302,7 @@ def _build_chunk(
     vp_stage: int | None,
     implementation: str,
     computed: range,
+    lora: LoraSettings | None,
     groups: ProcessGroupCollection,
 ) -> RoutedGPTModel:
     rank, last = groups.pp.rank(), groups.pp.size() - 1
@@ -308,6 +319,7 @@ def _build_chunk(
             pp_rank=rank,
             implementation=implementation,
             computed=computed,
+            lora=lora,
         ),
         vocab_size=padded_vocab_size(arch.vocab_size, tensor=config.tensor_model_parallel_size),
         unpadded_vocab_size=arch.vocab_size,

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_mod.config.lora import TARGETS, LoraSettings
 from megatron_mod.model.architecture import Architecture
+from megatron_mod.model.reach import FC1, FC2, PLACES, PROJ, QKV, Reach
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.costs import UnitCosts, Workload
 from megatron_mod.routing.scheme import Place
@@ -49,34 +51,54 @@ class _Text(NamedTuple):
 
 
 class _Products(NamedTuple):
-    """A layer's forward operations: attention's projections, scores and values, and the MLP."""
+    """A layer's forward operations: its linears', and attention's scores and values."""
 
-    projections: float
+    qkv: float
     scores: float
-    mlp: float
+    proj: float
+    fc1: float
+    fc2: float
 
     @property
     def forward(self) -> float:
         return sum(self)
 
     @property
-    def backward(self) -> float:
-        """To the layer's input: weights are frozen, so each product with one has one of its size,
-        and only those of two activations have two."""
-        return self.forward + self.scores
+    def mlp(self) -> float:
+        return self.fc1 + self.fc2
+
+    def backward(self, down_to: int) -> float:
+        """To the lowest place where something trains: weights are frozen, so each product with one
+        has one of its size, and only those of two activations have two."""
+        linears = {QKV: self.qkv, PROJ: self.proj, FC1: self.fc1, FC2: self.fc2}
+        found = sum(own for place, own in linears.items() if place > down_to)
+        return found + 2 * self.scores * (down_to <= QKV)
+
+
+class _Adapters(NamedTuple):
+    """Forward operations of the adapters on one linear: with their ``A``, and with their ``B``."""
+
+    inner: float
+    outer: float
+
+    @property
+    def forward(self) -> float:
+        return self.inner + self.outer
+
+    def backward(self, *, trains: bool, goes_on: bool) -> float:
+        """``goes_on``: something below trains too."""
+        return self.forward * trains + self.outer * (trains or goes_on) + self.inner * goes_on
 
 
 def forward_costs(arch: Architecture, *, length: int = LENGTH) -> Costs:
     """Of a forward pass of the dense model with logits at every token."""
-    layer = round(_products(arch, _Text.of(arch, [length])).forward)
+    layer = round(_products(arch, _Text.of(arch, [length]), _Shares()).forward)
     return Costs((layer,) * arch.num_layers, _head(arch, length))
 
 
 def workload(arch: Architecture, routing: RoutingConfig, lengths: Sequence[int]) -> Workload:
     """What a prefill of documents of these lengths computes, by what a model's places keep of them;
-    as ``evaluation/work.py`` counts it, with logits of a document's last token.
-
-    """
+    as ``evaluation/work.py`` counts it, with logits of a document's last token."""
     text, scheme = _Text.of(arch, lengths), routing.scheme
     stand_in = 4 * arch.hidden_size * (routing.stand_in_rank or 0)
     table = []
@@ -91,7 +113,7 @@ def workload(arch: Architecture, routing: RoutingConfig, lengths: Sequence[int])
     units = len(lengths) if scheme.per_sequence else text.tokens
     sizes = (units, text.tokens, text.pairs)
     costs = UnitCosts(tuple(table), among_kept=routing.keys_values == "selected")
-    layer = _products(arch, text).forward
+    layer = _products(arch, text, _Shares()).forward
     dense = round(arch.num_layers * layer) + _head(arch, len(lengths))
     routers = 2 * arch.hidden_size * text.tokens * len(routing.places)
     saved = sum(token * text.tokens + pair * text.pairs for _, token, pair in table)
@@ -108,11 +130,13 @@ def training_costs(
     num_free_layers: int = 0,
     recompute: str = "none",
     kept: Sequence[float] | None = None,
+    lora: LoraSettings | None = None,
+    parts: Sequence[str] = ("routers",),
 ) -> Costs:
     """Of training on documents of these lengths in tokens, ``labels`` of them labelled together.
 
-    Every layer runs forward; those above the first routed one backward too, to their inputs, and so
-    does the MLP of that one if only its attention is routed. The head runs both ways, at labelled
+    Every layer runs forward; those above the first with something that trains backward too, to
+    their inputs, and that one down to what trains in it. The head runs both ways, at labelled
     tokens. With ``training_compute = sparse`` routed layers compute what is kept.
 
     Args:
@@ -121,31 +145,40 @@ def training_costs(
         recompute: what backward computes again (see ``model/recompute.py``).
         kept: the share that each router kept; without, what a training that is held to its
             target keeps on average over the steps.
+        lora: the model's adapters.
+        parts: what trains (``train.trainable``).
     """
-    text = _Text.of(arch, lengths)
-    dense, first = _products(arch, text), routing.layers[0]
+    text, reach = _Text.of(arch, lengths), Reach(routing, lora, parts, recompute)
+    dense = _products(arch, text, _Shares())
     kept = [_mean_share(routing, target) for target in routing.capacity] if kept is None else kept
     capacity = dict(zip(routing.places, kept, strict=True))
-    router = 1 + 2 * (routing.stand_in_rank or 0)  # the stand-in is two products
-    added = 2 * text.tokens * arch.hidden_size * router * len(routing.scheme.targets)
-    attention_apart = "attn" in routing.scheme.targets
+    width, routers = 2 * text.tokens * arch.hidden_size, len(routing.scheme.targets)
+    router, stand_in = routers * width, routers * 2 * width * (routing.stand_in_rank or 0)
     found = []
     for layer in range(arch.num_layers):
         if layer < num_free_layers:
             found.append(0)
             continue
-        own, more = dense, 0
-        if layer in routing.layers:
-            own, more = _routed(arch, routing, text, layer, capacity), added
-        total = own.forward + more + dense_passes * dense.forward
-        if layer > first:
-            total += own.backward + more
-        elif layer == first and attention_apart:
-            total += own.mlp
-        if layer >= first and recompute == "full":
-            total += own.forward
-        elif recompute == "selective" and (layer > first or attention_apart):
-            total += own.mlp * (layer >= first)
+        is_routed = layer in routing.layers
+        shares = _shares(routing, layer, capacity) if is_routed else _Shares()
+        own = _products(arch, text, shares)
+        adapters = _adapters(arch, lora, text, shares) if lora and layer in lora.layers else {}
+        total = own.forward + (router + stand_in) * is_routed + dense_passes * dense.forward
+        total += sum(each.forward for each in adapters.values())
+        down_to = reach.down_to(layer)
+        if down_to is not None:
+            if layer > reach.first:
+                total += stand_in * is_routed + router * reach.routes(layer)
+            total += own.backward(down_to)
+            total += sum(
+                each.backward(trains=reach.adapts(layer), goes_on=place > down_to)
+                for place, each in adapters.items()
+            )
+            if recompute == "full":
+                total += own.forward + sum(each.forward for each in adapters.values())
+            elif reach.computes_mlp_again(layer):
+                total += own.mlp
+                total += sum(each.forward for k, each in adapters.items() if k in (FC1, FC2))
         found.append(round(total))
     return Costs(tuple(found), _head(arch, labels) * (2 + dense_passes))
 
@@ -159,16 +192,19 @@ def _mean_share(routing: RoutingConfig, target: float) -> float:
     return target + (1 - target) * routing.capacity_warmup_fraction / 2
 
 
-def _routed(
-    arch: Architecture,
-    routing: RoutingConfig,
-    text: _Text,
-    layer: int,
-    capacity: Mapping[Place, float],
-) -> _Products:
+class _Shares(NamedTuple):
+    """Of a layer's tokens, or pairs of them, that it computes."""
+
+    queries: float = 1.0
+    keys: float = 1.0
+    pairs: float = 1.0
+    mlp: float = 1.0
+
+
+def _shares(routing: RoutingConfig, layer: int, capacity: Mapping[Place, float]) -> _Shares:
     """Of a routed layer in training whose routers keep such shares."""
     if routing.training_compute == "dense":
-        return _products(arch, text)
+        return _Shares()
     scheme = routing.scheme
     queries, mlp = (
         1.0 if target is None else capacity[Place(layer, target)]
@@ -177,24 +213,43 @@ def _routed(
     keys = 1.0 if routing.keys_values == "all" else queries
     # Of a kept sequence every pair is computed; of kept tokens those of two that are kept.
     pairs = queries if scheme.per_sequence else queries * keys
-    return _products(arch, text, queries=queries, keys=keys, pairs=pairs, mlp=mlp)
+    return _Shares(queries, keys, pairs, mlp)
 
 
-def _products(
-    arch: Architecture,
-    text: _Text,
-    *,
-    queries: float = 1.0,
-    keys: float = 1.0,
-    pairs: float = 1.0,
-    mlp: float = 1.0,
-) -> _Products:
-    """Of a layer over documents, of which it computes these shares."""
+def _products(arch: Architecture, text: _Text, shares: _Shares) -> _Products:
+    """Of a layer over documents."""
+    width = 2 * text.tokens
+    queries = shares.queries * arch.query_weights / 2  # of the query's projection, or the output's
     return _Products(
-        2 * text.tokens * (queries * arch.query_weights + keys * arch.key_weights),
-        4 * arch.query_channels * text.pairs * pairs,
-        2 * text.tokens * arch.mlp_weights * mlp,
+        width * (queries + shares.keys * arch.key_weights),
+        4 * arch.query_channels * text.pairs * shares.pairs,
+        width * queries,
+        width * shares.mlp * arch.mlp_weights * 2 / 3,
+        width * shares.mlp * arch.mlp_weights / 3,
     )
+
+
+def _adapters(
+    arch: Architecture, lora: LoraSettings, text: _Text, shares: _Shares
+) -> dict[int, _Adapters]:
+    """Of a layer, by the place of their linear: one product with all ``A`` of a linear, and one
+    with their ``B`` for all its outputs."""
+    found = {}
+    for linear, place in PLACES.items():
+        members = [target for target, of in TARGETS.items() if of == linear]
+        ranks = lora.rank * sum(target in lora.targets for target in members)
+        if not ranks:
+            continue
+        inputs = arch.projections[members[0]][0]
+        outputs = sum(arch.projections[target][1] for target in members)
+        inner = outer = shares.mlp if place in (FC1, FC2) else shares.queries
+        if place == QKV and shares.queries != shares.keys:  # queries apart from keys and values
+            inner = shares.queries + shares.keys
+            part = arch.query_channels / outputs
+            outer = shares.queries * part + shares.keys * (1 - part)
+        width = 2 * text.tokens * ranks
+        found[place] = _Adapters(width * inputs * inner, width * outputs * outer)
+    return found
 
 
 def _visible_pairs(length: int, *, window: int | None) -> int:

@@ -16,9 +16,11 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_mod.config.lora import LoraSettings
 from megatron_mod.model import recompute
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
-from megatron_mod.model.trainable import ROUTERS, STAND_INS
+from megatron_mod.model.lora import LayerAdapters
+from megatron_mod.model.trainable import LORA, ROUTERS, STAND_INS
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import AUTO, RoutingConfig
 from megatron_mod.routing.decision import Decisions, keep_mask
@@ -51,9 +53,11 @@ class RoutedTransformerLayer(TransformerLayer):
     only chosen tokens take part in its reductions.
     """
 
-    adds: ClassVar[dict[str, str]] = {"router": ROUTERS, "stand_in": STAND_INS}
+    adds: ClassVar[dict[str, str]] = {"router": ROUTERS, "stand_in": STAND_INS, "lora": LORA}
 
-    def __init__(self, config, *args, routing: RoutingConfig, **kwargs) -> None:
+    def __init__(
+        self, config, *args, routing: RoutingConfig, lora: LoraSettings | None = None, **kwargs
+    ) -> None:
         if config.hidden_dropout:
             raise ValueError(
                 f"hidden_dropout = {config.hidden_dropout}: a routed layer adds its update without "
@@ -87,6 +91,7 @@ class RoutedTransformerLayer(TransformerLayer):
             self.stand_in = _for_each(
                 targets, lambda: StandIn(config.hidden_size, rank, device=place)
             )
+        self.lora = None if lora is None else LayerAdapters(self, lora)
 
     def forward(
         self,
@@ -349,7 +354,8 @@ class RoutedTransformerLayer(TransformerLayer):
 
         It is entered with no tokens too, because other ranks may wait in it.
         """
-        if self.recomputes_mlp and hidden_states.requires_grad:
+        trains = hidden_states.requires_grad or (self.lora is not None and self.lora.trains)
+        if self.recomputes_mlp and trains:
             return recompute.again(self._mlp, hidden_states)
         return self._mlp(hidden_states)
 

@@ -26,6 +26,11 @@ class Part:
         return values.unflatten(-1, (self.groups, -1))[..., self.first : self.end].flatten(-2)
 
 
+class SeesParts:
+    """A forward hook with keyword arguments, of which one may be a ``part``: it then gets the
+    outputs of that part alone, and gives as many."""
+
+
 class PartLinear(nn.Module):
     """Mixed into a column-parallel linear: with ``part`` it computes no other outputs."""
 
@@ -58,11 +63,13 @@ class PartColumnParallelLinear(PartLinear, ColumnParallelLinear):
 def project(linear: nn.Module, hidden_states: Tensor, part: Part) -> Tensor:
     """A part of a projection's outputs ``[S, B, groups * (end - first)]`` of ``[S, B, H]``.
 
-    No more than the part is computed if ``linear`` can do so and nobody has put anything on it.
-    Otherwise (an adapter in its place, a forward hook, another forward) it is called as Megatron
-    does, so that what was added sees whole outputs, and the part is taken from them.
+    No more than the part is computed if ``linear`` can do so and nobody has put anything on it but
+    hooks that can too, as ours of adapters (``SeesParts``). Otherwise (an adapter in its place,
+    another hook or forward) it is called as Megatron does, so that what was added sees whole
+    outputs, and the part is taken from them.
     """
-    changed = linear._forward_hooks or "forward" in vars(linear)
+    hooks = linear._forward_hooks.values()
+    changed = "forward" in vars(linear) or not all(isinstance(hook, SeesParts) for hook in hooks)
     if isinstance(linear, PartLinear) and not changed:
         return linear(hidden_states, part=part)[0]
     return part.of_outputs(linear(hidden_states)[0])

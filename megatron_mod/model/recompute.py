@@ -8,15 +8,22 @@ again: it notes, waits for the device and talks to other ranks once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from megatron_mod.config.lora import LoraSettings
+from megatron_mod.model.lora import LayerAdapters
+from megatron_mod.model.trainable import LORA
 
 T = TypeVar("T")
 
@@ -60,21 +67,61 @@ def again(function: Callable[..., T], *args: object, **kwargs: object) -> T:
     """``function``'s result, of which backward keeps the arguments and nothing else."""
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    return checkpoint(partial(function, **kwargs), *args, use_reentrant=False)
+    return checkpoint(
+        partial(function, **kwargs), *args, use_reentrant=False, context_fn=_same_random_numbers
+    )
+
+
+def _same_random_numbers() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """What is computed first, and again, with the same states of Megatron's random numbers; those
+    of torch's own are torch's to repeat."""
+    tracker = get_cuda_rng_tracker()
+    before = tracker.get_states()
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        now = tracker.get_states()
+        tracker.set_states(dict(before))
+        try:
+            yield
+        finally:
+            tracker.set_states(now)
+
+    return contextlib.nullcontext(), again()
 
 
 class DenseTransformerLayer(TransformerLayer):
-    """Megatron's layer, which may compute all of itself again."""
+    """Megatron's layer, which may compute all of itself again, and have adapters."""
 
-    def __init__(self, config: TransformerConfig, *args: object, **kwargs: object) -> None:
+    adds: ClassVar[dict[str, str]] = {"lora": LORA}
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: object,
+        lora: LoraSettings | None = None,
+        **kwargs: object,
+    ) -> None:
         super().__init__(config, *args, **kwargs)
         self.recomputes = whole_layers(config)
+        self.recomputes_mlp = feed_forwards(config)
+        self.lora = None if lora is None else LayerAdapters(self, lora)
 
     def forward(
         self, hidden_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor | None]:
         """As Megatron's."""
         forward = super().forward
-        if self.recomputes and hidden_states.requires_grad:
+        trains = self.lora is not None and self.lora.trains
+        if self.recomputes and (trains or hidden_states.requires_grad):
             return again(forward, hidden_states, *args, **kwargs)
+        if self.recomputes_mlp and trains and torch.is_grad_enabled():
+            # Megatron's own checkpoint of an MLP trains nothing in it unless its input asks for a
+            # gradient.
+            hidden_states = _asking(hidden_states)
         return forward(hidden_states, *args, **kwargs)
+
+
+def _asking(hidden_states: Tensor) -> Tensor:
+    """The same, with a gradient wanted."""
+    return hidden_states if hidden_states.requires_grad else hidden_states.detach().requires_grad_()

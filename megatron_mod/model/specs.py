@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_mod.config.lora import LoraSettings
 from megatron_mod.model.attention import RoutedSelfAttention, TorchCoreAttention
 from megatron_mod.model.layer import RoutedTransformerLayer
 from megatron_mod.model.norm import RMSNorm
@@ -62,9 +63,11 @@ def why_not_transformer_engine() -> str | None:
     return None
 
 
-def dense_layer_spec(config: TransformerConfig, implementation: str = "local") -> ModuleSpec:
+def dense_layer_spec(
+    config: TransformerConfig, implementation: str = "local", lora: LoraSettings | None = None
+) -> ModuleSpec:
     """An ordinary layer: Megatron's parallel linears, torch's attention and our norm (``local``),
-    or Transformer Engine's modules."""
+    or Transformer Engine's modules; with adapters, which read what linears do, unfused norms."""
     if implementation == "transformer_engine":
         from megatron_mod.model.transformer_engine import TECoreAttention
 
@@ -80,23 +83,26 @@ def dense_layer_spec(config: TransformerConfig, implementation: str = "local") -
     spec.module = DenseTransformerLayer
     spec.submodules.self_attention.module = RoutedSelfAttention
     attention.core_attention = core
+    if lora is not None:
+        spec.params = {**spec.params, "lora": lora}
+        if implementation == "transformer_engine":
+            _unfuse_norms(spec)
     return spec
 
 
 def routed_layer_spec(
-    config: TransformerConfig, routing: RoutingConfig, implementation: str = "local"
+    config: TransformerConfig,
+    routing: RoutingConfig,
+    implementation: str = "local",
+    lora: LoraSettings | None = None,
 ) -> ModuleSpec:
     """The ordinary layer, its norms unfused and its queries apart from its keys if need be, with a
     router that chooses what ``routing.granularity`` names."""
-    spec = dense_layer_spec(config, implementation)
-    attention = spec.submodules.self_attention.submodules
+    spec = dense_layer_spec(config, implementation, lora)
     if implementation == "transformer_engine":
-        from megatron_mod.model.transformer_engine import TEPartColumnParallelLinear
-
         _unfuse_norms(spec)
-        attention.linear_qkv = TEPartColumnParallelLinear
     else:
-        attention.linear_qkv = PartColumnParallelLinear
+        spec.submodules.self_attention.submodules.linear_qkv = PartColumnParallelLinear
     spec.module = RoutedTransformerLayer
     spec.params = {**spec.params, "routing": routing}
     return spec
@@ -104,9 +110,13 @@ def routed_layer_spec(
 
 def _unfuse_norms(spec: ModuleSpec) -> None:
     """Split Transformer Engine's norm-and-linear modules, keeping their checkpoint keys."""
-    from megatron_mod.model.transformer_engine import UnfusedSpecProvider
+    from megatron_mod.model.transformer_engine import (
+        TEPartColumnParallelLinear,
+        UnfusedSpecProvider,
+    )
 
     backend, layer = UnfusedSpecProvider(), spec.submodules
+    layer.self_attention.submodules.linear_qkv = TEPartColumnParallelLinear
     layer.input_layernorm = backend.layer_norm()
     layer.pre_mlp_layernorm = backend.layer_norm()
     layer.mlp = get_mlp_module_spec_for_backend(backend=backend)
@@ -122,6 +132,7 @@ def get_routed_layer_specs(
     pp_rank: int | None = None,
     implementation: str = "local",
     computed: range | None = None,
+    lora: LoraSettings | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, routed where ``routing`` says; ``None``: all dense.
 
@@ -138,11 +149,13 @@ def get_routed_layer_specs(
         implementation: ``local`` or ``transformer_engine`` (see ``choose_implementation``).
         computed: the layers that do something; the others hold their places (``PassingLayer``).
             ``None``: all.
+        lora: the adapters, and which layers have them; ``None``: none have.
 
     Raises:
         ValueError: a layer index the model does not have, or another normalization.
     """
     routed = set(routing.layers) if routing else set()
+    adapted = set(lora.layers) if lora else set()
     if routed and max(routed) >= config.num_layers:
         raise ValueError(
             f"routing.layers names layer {max(routed)}, but num_layers is {config.num_layers}; "
@@ -155,14 +168,15 @@ def get_routed_layer_specs(
     offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
     computed = range(config.num_layers) if computed is None else computed
-    assert routed <= set(computed), "a routed layer that is not computed"
+    assert routed | adapted <= set(computed), "a layer that is routed or adapted, not computed"
 
     def spec(index: int) -> ModuleSpec:
         if index not in computed:
             return ModuleSpec(PassingLayer)
+        own = lora if index in adapted else None
         if index in routed:
-            return routed_layer_spec(config, routing, implementation)
-        return dense_layer_spec(config, implementation)
+            return routed_layer_spec(config, routing, implementation, own)
+        return dense_layer_spec(config, implementation, own)
 
     layers = [spec(index) for index in range(offset, offset + count)]
     norm = RMSNorm

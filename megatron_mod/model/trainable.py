@@ -25,7 +25,7 @@ from megatron_mod.parallel import device
 if TYPE_CHECKING:
     from megatron_mod.model.builder import ModelChunks
 
-BASE, ROUTERS, STAND_INS = "base", "routers", "stand_ins"
+BASE, ROUTERS, STAND_INS, LORA = "base", "routers", "stand_ins", "lora"
 COLUMNS = 64  # of a digest
 AVERAGE = "average."  # before the key of a parameter's mean over a training's last steps
 

@@ -141,6 +141,8 @@ class Display:
     def _capacities(self, options: ConsoleOptions) -> Iterator[RenderableType]:
         """A bar for each router, or a letter where the screen has no room for that."""
         labels, shares = self.routing.labels, self.record["capacity"]
+        if not labels:
+            return
         digits, width = max(map(len, labels)), options.max_width
         label = digits + len("  0.00")  # number, space, bar, space, share
         columns = max(1, (width + GAP) // (label + BAR + GAP))

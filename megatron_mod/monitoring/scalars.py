@@ -47,6 +47,7 @@ _NAMES = {
     "loss/task": "task_loss",
     "loss/penalty": "penalty",
     "optimizer/learning_rate": "learning_rate",
+    "optimizer/lora_learning_rate": "lora_learning_rate",
     "optimizer/grad_norm": "grad_norm",
     "loss/validation": "validation_loss",
     "capacity/mean": "capacity_mean",

@@ -65,11 +65,11 @@ class TensorBoard:
             title: ["Multiline", [place_tag(group, place, self.places) for place in self.places]]
             for title, group in (("training", CAPACITY), ("validation", VALIDATION))
         }
-        return (
-            _record(file_version="brain.Event:2")
-            + _record(step=self.after + 1, session_log=SessionLog(status=SessionLog.START))
-            + _record(summary=custom_scalars({"capacity of the layers": charts}))
-        )
+        head = _record(file_version="brain.Event:2")
+        head += _record(step=self.after + 1, session_log=SessionLog(status=SessionLog.START))
+        if self.places:
+            head += _record(summary=custom_scalars({"capacity of the layers": charts}))
+        return head
 
 
 def _record(**event: Any) -> bytes:

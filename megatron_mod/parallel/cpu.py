@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from typing import Any
 
 import torch
@@ -109,6 +110,12 @@ def patch_megatron() -> None:
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # It warns of the CPU's numbers drawn in the place of a GPU's.
+    logging.getLogger(random.__name__).addFilter(_is_no_draw)
+
+
+def _is_no_draw(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("CPU RNG state changed")
 
 
 def install() -> None:

@@ -20,8 +20,8 @@ class Run:
     """A run's files as they are now, while it goes on or after it.
 
     ``steps``, ``validations`` and ``skipped`` are the records of ``metrics.jsonl``; ``routing``
-    that of the newest checkpoint, ``None`` before the first; ``summary``: ``None`` until the end;
-    ``starts``: what ``environment.json`` has.
+    that of the newest checkpoint, ``None`` before the first and of a run without routers;
+    ``summary``: ``None`` until the end; ``starts``: what ``environment.json`` has.
     """
 
     folder: Path
@@ -50,7 +50,8 @@ def read_run(folder: str | Path) -> Run:
         raise ValueError(f"{folder}: {problem}.")
     routing = None
     if (step := resolve_step(folder)) != folder:
-        routing = RoutingConfig.from_dict(read_manifest(step)["routing"])
+        found = RoutingConfig.from_dict(read_manifest(step)["routing"])
+        routing = found if found.layers else None
     records = [record for _, record in read_log(folder / LOG)[0]]
     summary = folder / "summary.json"
     return Run(

@@ -146,6 +146,9 @@ class RoutingConfig:
         )
 
 
+NO_ROUTERS = RoutingConfig("attn_token", (), (), capacity_loss_weight=AUTO)
+
+
 def logit_border(threshold: float) -> float:
     """``log(t / (1 - t))``: the logit whose sigmoid is the threshold."""
     if threshold in (0.0, 1.0):
@@ -158,7 +161,9 @@ def default_rank(scheme: Scheme, *, hidden_size: int) -> int:
     return min(64 if scheme.covers_mlp else 32, hidden_size // 2)
 
 
-def resolve_layers(layers: Layers, *, num_layers: int) -> tuple[int, ...]:
+def resolve_layers(
+    layers: Layers, *, num_layers: int, field: str = "router.layers"
+) -> tuple[int, ...]:
     """Turn a rule or a list into ascending layer indices.
 
     ``'all'``: every one. ``{'deepest': n}``: the ``n`` deepest but the last, as published: indices
@@ -166,48 +171,46 @@ def resolve_layers(layers: Layers, *, num_layers: int) -> tuple[int, ...]:
     from index ``k`` on (default ``n - 1``, so that ``every: 2`` is the second, fourth, ...).
 
     Raises:
-        ValueError: an index out of range, twice the same one, none at all, or an unknown rule.
+        ValueError: naming ``field``: an index out of range, twice the same one, none at all, or an
+            unknown rule.
     """
     if layers == "all":
         return tuple(range(num_layers))
     if isinstance(layers, dict):
-        return _by_rule(layers, num_layers=num_layers)
+        return _by_rule(layers, num_layers=num_layers, field=field)
     if not layers:
-        raise ValueError(
-            "router.layers = []: name at least one layer, or use 'deepest: n' or 'all'."
-        )
+        raise ValueError(f"{field} = []: name at least one layer, or use 'deepest: n' or 'all'.")
     bad = [i for i in layers if not 0 <= i < num_layers]
     if bad:
         raise ValueError(
-            f"router.layers: {bad} out of range; this model has layers 0 to {num_layers - 1}."
+            f"{field}: {bad} out of range; this model has layers 0 to {num_layers - 1}."
         )
     if len(set(layers)) != len(layers):
-        raise ValueError(f"router.layers = {list(layers)}: a layer is named twice.")
+        raise ValueError(f"{field} = {list(layers)}: a layer is named twice.")
     return tuple(sorted(layers))
 
 
-def _by_rule(rule: dict[str, int], *, num_layers: int) -> tuple[int, ...]:
+def _by_rule(rule: dict[str, int], *, num_layers: int, field: str) -> tuple[int, ...]:
     if set(rule) == {"deepest"}:
         n = rule["deepest"]
         if not 1 <= n <= num_layers - 1:
             raise ValueError(
-                f"router.layers.deepest = {n}: this model has {num_layers} layers and the last is "
+                f"{field}.deepest = {n}: this model has {num_layers} layers and the last is "
                 f"never counted among the deepest; use 1 to {num_layers - 1}."
             )
         return tuple(range(num_layers - n - 1, num_layers - 1))
     if "every" not in rule or set(rule) - {"every", "offset"}:
         raise ValueError(
-            f"router.layers = {rule}: the rules are 'all', 'deepest: n' and 'every: n' with an "
+            f"{field} = {rule}: the rules are 'all', 'deepest: n' and 'every: n' with an "
             "optional 'offset: k'; write one of them, or a list of layer indices."
         )
     n = rule["every"]
     if not 1 <= n <= num_layers:
-        raise ValueError(f"router.layers.every = {n}: must be 1 to {num_layers}.")
+        raise ValueError(f"{field}.every = {n}: must be 1 to {num_layers}.")
     offset = rule.get("offset", n - 1)
     if not 0 <= offset < num_layers:
         raise ValueError(
-            f"router.layers.offset = {offset}: the first routed layer; must be 0 to "
-            f"{num_layers - 1}."
+            f"{field}.offset = {offset}: the first of them; must be 0 to {num_layers - 1}."
         )
     return tuple(range(offset, num_layers, n))
 

@@ -53,7 +53,10 @@ class Router(nn.Module):
         self.noted: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Logits ``[...]`` in fp32 of hidden states ``[..., H]``."""
+        """Logits ``[...]`` in fp32 of hidden states ``[..., H]``; of a router that does not train a
+        constant, which nothing below it hears of."""
+        if not self.weight.requires_grad:
+            hidden_states = hidden_states.detach()
         weight, bias = self.weight, self.bias
         if self.position is not None:
             at = self.position * (KNOTS - 1)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+from megatron_mod.config.lora import LoraSettings
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
 from megatron_mod.model.architecture import Architecture, check_parallel
 from megatron_mod.model.cost import LENGTH, workload
 from megatron_mod.model.pipeline import Layout
+from megatron_mod.model.reach import Reach
 from megatron_mod.parallel import topology
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.costs import Workload
@@ -29,23 +32,43 @@ class Job:
     config: Config
     arch: Architecture
     routing: RoutingConfig
+    lora: LoraSettings | None
     topology: topology.Topology
     computed: range
     asked_layout: Layout | None
     dense_passes: int
 
+    @cached_property
+    def reach(self) -> Reach:
+        """How far down backward passes go."""
+        train = self.config.train
+        return Reach(self.routing, self.lora, train.parts, train.recompute)
 
-def arrange(config: Config, arch: Architecture, *, world_size: int) -> Job:
+
+def arrange(
+    config: Config,
+    arch: Architecture,
+    *,
+    world_size: int,
+    routing: RoutingConfig | None = None,
+    lora: LoraSettings | None = None,
+) -> Job:
     """Check the settings against the model's shape and the number of ranks.
+
+    Args:
+        routing: of routers that stay as they are; without, what the settings say.
+        lora: of adapters that are given; without, what the settings say.
 
     Raises:
         ValueError: naming the field, its value, the constraint and the remedy.
     """
     p = config.parallel
-    routing = config.router.resolve(num_layers=arch.num_layers, hidden_size=arch.hidden_size)
-    if routing.work is not None:
+    shape = {"num_layers": arch.num_layers, "hidden_size": arch.hidden_size}
+    routing = routing or config.router.resolve(**shape)
+    if routing.work is not None and "routers" in config.train.parts:
         routing = evenly(routing, workload(arch, routing, [LENGTH]))
-    computed = _computed(config, routing, num_layers=arch.num_layers)
+    lora = lora or config.lora.resolve(num_layers=arch.num_layers)
+    computed = _computed(config, routing, lora, num_layers=arch.num_layers)
     ranks = topology.plan(
         tensor=p.tensor_model_parallel_size,
         pipeline=p.pipeline_model_parallel_size,
@@ -73,7 +96,7 @@ def arrange(config: Config, arch: Architecture, *, world_size: int) -> Job:
             f"{arch.max_sequence_length} tokens (max_position_embeddings)."
         )
     dense_passes = int(config.train.loss != "task")
-    return Job(config, arch, routing, ranks, computed, layout, dense_passes)
+    return Job(config, arch, routing, lora, ranks, computed, layout, dense_passes)
 
 
 def evenly(routing: RoutingConfig, counted: Workload) -> RoutingConfig:
@@ -86,15 +109,24 @@ def evenly(routing: RoutingConfig, counted: Workload) -> RoutingConfig:
     return replace(routing, capacity=(capacity,) * len(routing.places))
 
 
-def _computed(config: Config, routing: RoutingConfig, *, num_layers: int) -> range:
-    """Without the layers before the first routed one, if what they compute is kept."""
+def _computed(
+    config: Config, routing: RoutingConfig, lora: LoraSettings | None, *, num_layers: int
+) -> range:
+    """Without the layers before the first that is routed or has adapters, if what they compute is
+    kept."""
     if config.train.frozen_prefix == "recompute":
         return range(num_layers)
-    first = min(routing.layers)
+    routed, adapted = routing.layers, lora.layers if lora else ()
+    first = min((*routed, *adapted))
     if first == 0:
+        what, remedy = "has adapters (lora.layers)", "give deeper layers adapters"
+        if 0 in routed:
+            what, remedy = (
+                f"is routed (router.layers = {config.router.layers})",
+                "route deeper layers",
+            )
         raise ValueError(
-            f"train.frozen_prefix = cache: layer 0 is routed (router.layers = "
-            f"{config.router.layers}), so there is nothing before the first routed layer to keep; "
-            "set it to recompute, or route deeper layers."
+            f"train.frozen_prefix = cache: layer 0 {what}, so there is nothing before the first "
+            f"such layer to keep; set it to recompute, or {remedy}."
         )
     return range(first, num_layers)

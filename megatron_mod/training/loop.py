@@ -1,8 +1,10 @@
-"""Trains the routers of a frozen model."""
+"""Trains what was added to a frozen model."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,12 +16,13 @@ from megatron_mod.config.schema import Config
 from megatron_mod.conversion.restore import load_model
 from megatron_mod.conversion.routers import KEY
 from megatron_mod.data.dataset import write_rejects
+from megatron_mod.model.lora import seed_dropout
 from megatron_mod.model.trainable import Trainable, count_changed, frozen_digests
 from megatron_mod.monitoring.environment import record_start
 from megatron_mod.parallel import device, topology
 from megatron_mod.parallel.agree import largest, on_first_rank
 from megatron_mod.routing.capacity import CapacityController
-from megatron_mod.routing.config import ROUTER
+from megatron_mod.routing.config import AUTO, ROUTER, RoutingConfig
 from megatron_mod.routing.costs import UnitCosts
 from megatron_mod.training.average import ParameterAverage
 from megatron_mod.training.borders import (
@@ -56,6 +59,7 @@ def train(config: Config, plan: Plan) -> dict:
         folder.held(),
         device.deterministic(config.train.deterministic),
     ):
+        seed_dropout(plan.lora, seed=config.train.seed, groups=topology.process_groups())
         run = RunCheckpoints(config, folder, plan)
         training = Training(config, plan, run)
         with training.state.metrics:
@@ -81,6 +85,7 @@ class Training:
             trained=config.train.parts,
             computed=plan.computed,
             recompute=config.train.recompute,
+            lora=plan.lora,
         )
         trainable = Trainable(self.model)
         text = description(config, plan, parameters=trainable.count())
@@ -91,12 +96,14 @@ class Training:
         self.data = make_loader(config, plan, plan.train, data_rank=rank)
         if plan.validation:
             self.validation = make_loader(config, plan, plan.validation, data_rank=rank)
+        self.routers_train = "routers" in config.train.parts
+        self.moves_borders = self.routers_train and plan.routing.bias
         optimizer, scheduler = build_optimizer(self.chunks, config, steps=plan.steps)
         self.state = RunState(
             trainable,
             optimizer,
             scheduler,
-            CapacityController(plan.routing, device=device.device(), workload=plan.workload),
+            CapacityController(self._held_to(), device=device.device(), workload=plan.workload),
             ParameterAverage(trainable.parameters),
             Metrics(config, plan, self.model),
             FaultCounter(most_in_a_row=config.train.max_skipped_steps),
@@ -114,6 +121,12 @@ class Training:
             on_first_rank(lambda: write_rejects(rejects, plan.train, plan.validation))
         self.stop = StopRequest()
         self.state.metrics.ending = lambda: self.stop.asked
+
+    def _held_to(self) -> RoutingConfig:
+        """What capacity is held to: of routers that stay as they are nothing pulls at it."""
+        if self.routers_train:
+            return self.plan.routing
+        return replace(self.plan.routing, capacity_loss_weight=AUTO)
 
     def to_the_end(self) -> dict:
         """Take the steps that are left, validating and saving in between; returns the summary.
@@ -149,7 +162,10 @@ class Training:
         work = self._serve(step)
         state.controller.start_step((step - 1) / self.plan.steps, work)
         groups = state.optimizer.param_groups
-        learning_rate = groups[0]["lr"] if groups else 0.0
+        rates = {"learning_rate": groups[0]["lr"] if groups else 0.0}
+        for group in groups:
+            if group["max_lr"] == config.lora.lr:
+                rates["lora_learning_rate"] = group["lr"]
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
@@ -163,7 +179,7 @@ class Training:
                 controller=state.controller,
                 loss=self.plan.loss,
                 check_decisions=bool(check) and step % check == 0,
-                note_units=self.plan.routing.bias,
+                note_units=self.moves_borders,
             )
         state.metrics.operations.add(batch, result.capacity)
         wrong, asked = largest(not_finite(result.loss, self.model), self.stop.asked)
@@ -177,7 +193,7 @@ class Training:
             state.metrics.log_skipped(step, samples=sources())
             return int(asked)
         if step in (1, self.plan.steps) or step % config.logging.interval == 0:
-            self._log(step, result, learning_rate, grad_norm)
+            self._log(step, result, rates, grad_norm)
         state.metrics.advance(step)
         state.controller.end_step(result.capacity, result.pull, result.num_units)
         return int(asked)
@@ -187,7 +203,7 @@ class Training:
         made would have kept of this one's units; returns the gradient norm."""
         routing = self.plan.routing
         norm = self.state.optimizer.step()[1]
-        if routing.bias:
+        if self.moves_borders:
             target = self.state.controller.target_at(step / self.plan.steps, self._serve(step + 1))
             move(self.model, routing, shifts(self.model, routing, target, costs=self._costs))
         return norm
@@ -196,7 +212,7 @@ class Training:
     def _settle(self) -> None:
         """Set the biases of what is exported so that the last steps' samples, with real skipping,
         are kept to the target."""
-        if not self.plan.routing.bias:
+        if not self.moves_borders:
             return
         topology.at("setting the borders on data")
         if self.plan.routing.budgets:
@@ -263,16 +279,19 @@ class Training:
         workload = self.plan.workload
         return workload.work(float(spent_share(workload.costs, kept, valid)))
 
-    def _log(self, step: int, result: StepResult, learning_rate: float, grad_norm: float) -> None:
+    def _log(
+        self, step: int, result: StepResult, rates: Mapping[str, float], grad_norm: float
+    ) -> None:
         penalty = float(self.state.controller.penalty(result.capacity))
-        target = float(self.state.controller.target.mean())
+        targets = self.state.controller.target
+        target = float(targets.mean()) if len(targets) else 1.0
         is_work = self.plan.routing.work is not None
         self.state.metrics.log(
             step,
             loss=float(result.loss) + penalty,
             task_loss=float(result.task_loss),
             capacity=result.capacity.tolist(),
-            learning_rate=learning_rate,
+            **rates,
             grad_norm=float(grad_norm),
             data_position=step * self.config.train.global_batch_size,
             penalty=penalty,

@@ -18,6 +18,7 @@ from megatron_mod.model.builder import ModelChunks, RoutedGPTModel
 from megatron_mod.model.forward import Outcome, run_batches
 from megatron_mod.model.head import add_up
 from megatron_mod.model.layout import StepContext
+from megatron_mod.model.lora import switched_off
 
 
 class Shares(NamedTuple):
@@ -71,8 +72,8 @@ class Distillation:
     """Kullback-Leibler divergence of the routed model from the dense one, ``KL(dense || routed)``,
     in nats per labelled token (Hinton et al. 2015), with or without the cross entropy beside it.
 
-    The dense model is the same weights with routing off: one more forward pass, of which the final
-    hidden states at labelled tokens are kept.
+    The dense model is the base: the same weights with routing and adapters off. It costs one more
+    forward pass, of which the final hidden states at labelled tokens are kept.
     """
 
     def __init__(self, *, with_cross_entropy: bool = False) -> None:
@@ -81,7 +82,8 @@ class Distillation:
 
     def prepare(self, model: ModelChunks, batch: StepBatch) -> None:
         """Run the dense model."""
-        self._teacher = deque(dense_states(model, batch))
+        with switched_off(model):
+            self._teacher = deque(dense_states(model, batch))
 
     def __call__(self, outcome: Outcome, batch: StepBatch) -> Shares:
         teacher, labels = self._teacher.popleft(), outcome.labels

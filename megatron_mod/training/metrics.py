@@ -142,16 +142,17 @@ class Metrics:
         """Record a step (counted from 1), and how it went since the last one recorded.
 
         ``values``: ``loss``, ``task_loss``, ``capacity`` (a list, of each router),
-        ``learning_rate``, ``grad_norm``, ``data_position`` (sequences taken so far), ``penalty``,
-        ``capacity_target`` (mean over the routers), ``work`` (share of the dense model's
-        operations) and ``work_target``; targets are ``None`` where there is none.
+        ``learning_rate``, ``lora_learning_rate`` if adapters have their own, ``grad_norm``,
+        ``data_position`` (sequences taken so far), ``penalty``, ``capacity_target`` (mean over the
+        routers), ``work`` (share of the dense model's operations) and ``work_target``; targets are
+        ``None`` where there is none.
         """
         now = time.perf_counter()
         seconds = max(now - self._since - sum(self._apart.values()), 1e-9)
         record = {
             "step": step,
             **values,
-            "capacity_mean": fmean(values["capacity"]),
+            "capacity_mean": _mean(values["capacity"]),
             "tokens": self.tokens,
             "tokens_per_second": self._tokens_since / seconds,
         }
@@ -188,7 +189,7 @@ class Metrics:
             "step": step,
             "validation_loss": loss,
             "validation_capacity": capacity,
-            "validation_capacity_mean": fmean(capacity),
+            "validation_capacity_mean": _mean(capacity),
             "validation_work": work,
         }
         if self.timers.on:
@@ -242,3 +243,8 @@ class Metrics:
     def padding(self) -> float | None:
         """Share of padding in what was trained on so far; nothing before the first step."""
         return 1 - self.tokens / self.positions if self.positions else None
+
+
+def _mean(capacity: list[float]) -> float:
+    """Of the routed layers; where there are none, everything is computed."""
+    return fmean(capacity) if capacity else 1.0

@@ -25,6 +25,7 @@ class Operations:
 
     def __init__(self, config: Config, plan: Plan, model: ModelChunks) -> None:
         self.plan, self.recompute = plan, config.train.recompute
+        self.parts = config.train.parts
         self.layers = model.layers()
         self.has_head = any(chunk.post_process for chunk in model)
         self._steps: list[tuple[list[int], int, Tensor]] = []
@@ -62,6 +63,8 @@ class Operations:
                 num_free_layers=self.plan.computed.start,
                 recompute=self.recompute,
                 kept=shares,
+                lora=self.plan.lora,
+                parts=self.parts,
             )
             own = sum(costs.layers[layer] for layer in self.layers) + costs.head * self.has_head
             self._done += own / (ranks.tensor * ranks.context)

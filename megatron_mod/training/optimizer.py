@@ -1,4 +1,4 @@
-"""Megatron's DDP, optimizer and learning-rate schedule around the routers."""
+"""Megatron's DDP, optimizer and learning-rate schedule around what trains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import (
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -45,27 +50,38 @@ def _sum_gradients(chunks: list, num_tokens: torch.Tensor | None = None, **kwarg
     finalize_model_grads(chunks, None, **kwargs)
 
 
+class _OneShape(OptimizerParamScheduler):
+    """Each group's learning rate is the same share of its peak; Megatron's own would begin a
+    warm-up at one rate for all."""
+
+    def get_lr(self, param_group: dict) -> float:
+        return super().get_lr({}) * (param_group["max_lr"] / self.max_lr)
+
+
 def build_optimizer(
     chunks: list[DistributedDataParallel], config: Config, *, steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Adam over the routers and a cosine schedule with warm-up, down to zero after ``steps``."""
+    """Adam over what trains and a cosine schedule with warm-up, down to zero after ``steps``;
+    adapters may have a peak of their own."""
     o = config.optimizer
-    optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=o.lr,
-            min_lr=0.0,
-            weight_decay=o.weight_decay,
-            clip_grad=o.clip_grad,
-            adam_beta1=0.9,
-            adam_beta2=0.999,
-            params_dtype=torch.float32,
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        ),
-        chunks,
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=o.lr,
+        min_lr=0.0,
+        weight_decay=o.weight_decay,
+        clip_grad=o.clip_grad,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        params_dtype=torch.float32,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
+    groups = get_standard_config_overrides(settings)
+    if config.lora.lr is not None:
+        own = ParamGroupOverride(max_lr=config.lora.lr)  # type: ignore[typeddict-item]  # the rest
+        groups[ParamKey(name="*.lora.*")] = own
+    optimizer = get_megatron_optimizer(settings, chunks, groups)
     warmup = min(round(o.warmup_fraction * steps), max(steps - 1, 0))
-    scheduler = OptimizerParamScheduler(
+    scheduler = _OneShape(
         optimizer,
         init_lr=o.lr / (warmup + 1),
         max_lr=o.lr,

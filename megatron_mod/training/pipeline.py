@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_mod.config.lora import LoraSettings
 from megatron_mod.config.schema import Config, ParallelConfig
 from megatron_mod.data.dataset import Samples
 from megatron_mod.model.architecture import Architecture
@@ -116,6 +117,7 @@ def cut(
     dense_passes: int = 0,
     num_free_layers: int = 0,
     packing: bool = False,
+    lora: LoraSettings | None = None,
 ) -> Cut | None:
     """Where the pipeline is cut; ``None``: there is none.
 
@@ -127,6 +129,7 @@ def cut(
         num_free_layers: leading layers that are not run, wherever they are; on the first stage if
             the others have enough without them.
         packing: rows hold several documents.
+        lora: the model's adapters.
     """
     if ranks.pipeline == 1:
         return None
@@ -139,6 +142,8 @@ def cut(
         dense_passes=dense_passes,
         num_free_layers=num_free_layers,
         recompute=config.train.recompute,
+        lora=lora,
+        parts=config.train.parts,
     )
     documents = max(1, config.data.max_length * len(lengths) // sum(lengths)) if packing else 1
     micro_batches = micro_batches_of(config, ranks, documents=documents)

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from megatron_mod.config.lora import LoraSettings
 from megatron_mod.config.schema import Config
 from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.dataset import Samples, load_data
@@ -20,6 +21,7 @@ from megatron_mod.monitoring.weights_and_biases import check_installed
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.costs import Workload
+from megatron_mod.training.given import fixed_routing, given_adapters
 from megatron_mod.training.job import arrange, evenly
 from megatron_mod.training.kernels import kernels
 from megatron_mod.training.losses import CrossEntropy, Distillation, Loss
@@ -55,6 +57,7 @@ class Plan:
     """Of the whole run."""
     workload: Workload
     """What is computed of documents like the training's."""
+    lora: LoraSettings | None = None
     cut: Cut | None = None
     dense_passes: int = 0
     """Forward passes of the dense model beside each step's, for the loss."""
@@ -72,7 +75,13 @@ def prepare(config: Config) -> Plan:
     base = open_base(config.model.checkpoint or config.model.hf_path, hf_path=config.model.hf_path)
     arch = base.arch
     check_settings(config)
-    job = arrange(config, arch, world_size=topology.environment_world_size())
+    job = arrange(
+        config,
+        arch,
+        world_size=topology.environment_world_size(),
+        routing=fixed_routing(config, arch, base=base.path),
+        lora=given_adapters(config, arch),
+    )
     routing, plan, computed = job.routing, job.topology, job.computed
     tokenizer = load_tokenizer(
         config.data.tokenizer or base.huggingface, vocab_size=arch.vocab_size
@@ -84,7 +93,7 @@ def prepare(config: Config) -> Plan:
     few = train_data.draw(SAMPLES, seed=config.train.seed)
     lengths = [len(sample.ids) for sample in few]
     counted = workload(arch, routing, lengths)
-    if routing.work is not None:
+    if routing.work is not None and "routers" in config.train.parts:
         _check_work(routing, counted, mean_length=sum(lengths) / len(lengths))
         routing = evenly(routing, counted)
     packing = _packs(config, plan, few)
@@ -98,6 +107,7 @@ def prepare(config: Config) -> Plan:
         dense_passes=job.dense_passes,
         num_free_layers=computed.start,
         packing=packing,
+        lora=job.lora,
     )
     if pipeline:
         plan = replace(plan, pipeline_layout=pipeline.layout)
@@ -112,6 +122,7 @@ def prepare(config: Config) -> Plan:
         computed=computed,
         packing=packing,
         steps=_steps(config, train_data),
+        lora=job.lora,
         cut=pipeline,
         dense_passes=job.dense_passes,
         workload=counted,
@@ -189,19 +200,45 @@ def row_multiple(ranks: topology.Topology) -> int:
 
 def description(config: Config, plan: Plan, *, parameters: int) -> str:
     """What is about to run: ranks, model, and what of it trains, so many ``parameters``."""
-    t, routing, arch, kept = plan.topology, plan.routing, plan.base.arch, plan.computed.start
+    t, arch, kept = plan.topology, plan.base.arch, plan.computed.start
+    share = 100 * parameters / arch.num_parameters
     return (
         f"{t.world_size} rank(s) on {device.describe()}: tensor {t.tensor} x pipeline {t.pipeline}"
         f"{f' x context {t.context}' if t.context > 1 else ''} x data {t.data}\n"
         f"{arch.num_layers} layers ({plan.implementation}) frozen in {config.model.dtype};"
-        f" training {len(routing.layers)} {config.train.trainable.replace('_', '-')}"
-        f" ({parameters} parameters, float32), {routing.granularity} on layers"
-        f" {list(routing.layers)}\n"
+        f" training {_what_trains(config, plan)} ({parameters} parameters, float32; {share:.2g} %"
+        f" of the model's {arch.num_parameters}){_what_else(config, plan)}\n"
         f"{', '.join(f'{part}: {code}' for part, code in kernels(plan.implementation).items())}\n"
         + (f"{plan.cut}\n" if plan.cut else "")
-        + (f"what enters layer {kept} is read from the prefix cache\n" if kept else "")
+        + (f"what enters layer {kept}{_why(plan)} is read from the prefix cache\n" if kept else "")
         + f"{len(plan.train)} training and {len(plan.validation or ())} validation samples;"
         f" {plan.steps} steps of {config.train.global_batch_size} sequences"
         f"{', several in a row' if plan.packing else ''}"
         + (f" (train.epochs = {config.train.epochs:g})" if config.train.epochs else "")
     )
+
+
+def _what_trains(config: Config, plan: Plan) -> str:
+    """Its parts; of routers how many."""
+    of = {"routers": f"{len(plan.routing.places)} routers", "stand_ins": "stand-ins"}
+    return "+".join(of.get(part, part) for part in config.train.parts)
+
+
+def _what_else(config: Config, plan: Plan) -> str:
+    """Where routers are, and adapters."""
+    routing, lora, found = plan.routing, plan.lora, ""
+    if routing.layers:
+        fixed = "" if "routers" in config.train.parts else "routers as they are, "
+        found += f", {fixed}{routing.granularity} on layers {list(routing.layers)}"
+    if lora is not None:
+        found += (
+            f", adapters of rank {lora.rank} on {' '.join(lora.targets)} of layers "
+            f"{list(lora.layers)}"
+        )
+    return found
+
+
+def _why(plan: Plan) -> str:
+    """Why the prefix ends where it does, if no router is there."""
+    is_adapted = plan.lora is not None and plan.computed.start == plan.lora.layers[0]
+    return ", the first with adapters," if is_adapted else ""

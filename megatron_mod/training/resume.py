@@ -34,7 +34,7 @@ _MAY_CHANGE = {
 # What a run did that was started before there were these settings.
 _BEFORE = {
     "router.bias": False, "router.init": "zeros", "router.stand_in": "none",
-    "router.work": None, "train.loss": "task", "train.trainable": "routers",
+    "router.work": None, "train.loss": "task", "train.trainable": "routers", "lora.rank": None,
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = {"checkpoint", "logging", "parallel"}
 
@@ -99,6 +99,7 @@ class RunCheckpoints:
             "run": folder.identity(),
             **reference,
             "routing": plan.routing.to_dict(),
+            "lora": plan.lora.to_dict() if plan.lora else None,
             "implementation": plan.implementation,
             "data": plan.train.identity,
             "topology": _topology(config, plan),

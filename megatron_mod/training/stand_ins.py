@@ -36,6 +36,8 @@ def fit_stand_ins(model: ModelChunks, batches: Iterable[StepBatch]) -> dict[Plac
     def watch(place: Place, residual: Tensor, read: Tensor, update: Tensor) -> None:
         moments[place].add(residual, read, update)
 
+    was_training = model.training
+    model.eval()
     for batch in batches:
         run_batches(
             model,
@@ -44,6 +46,7 @@ def fit_stand_ins(model: ModelChunks, batches: Iterable[StepBatch]) -> dict[Plac
             finish=lambda outcome: None,
             step=StepContext(dense=True, watch_units=watch),
         )
+    model.train(was_training)
     explained = {}
     for place, found in moments.items():
         for sums in (found.table, found.squares):

@@ -1,16 +1,21 @@
-"""Where the routers of a new run start, and what stands in for what they skip."""
+"""Where the routers of a new run start, what stands in for what they skip, and its adapters."""
 
 from __future__ import annotations
 
-from megatron_mod.checkpoint.manifest import ROUTERS
+import logging
+
 from megatron_mod.config.schema import Config
+from megatron_mod.conversion.adapters import has_adapters, read_adapters
+from megatron_mod.conversion.lora import put_adapters
 from megatron_mod.conversion.restore import put_added
 from megatron_mod.conversion.routers import read_routers
 from megatron_mod.data.loader import Loader
 from megatron_mod.model.builder import ModelChunks
+from megatron_mod.model.lora import initial_adapters
 from megatron_mod.parallel import topology
 from megatron_mod.routing.config import ROUTER, STAND_IN, RoutingConfig
 from megatron_mod.routing.stand_in import TOKENS
+from megatron_mod.training.given import router_folder
 from megatron_mod.training.importance import leave_one_out, start_apart
 from megatron_mod.training.plan import Plan
 from megatron_mod.training.stand_ins import describe, fit_stand_ins
@@ -19,17 +24,28 @@ LABELS = 600  # on which a layer's importance is measured
 
 
 def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
-    """Fill routers and stand-ins: from ``model.routers``, or those beside the base, and what these
-    do not have is solved or measured on the training's first samples; routers of zeros are
+    """Fill adapters (from ``model.lora``, or new ones), routers and stand-ins: these from
+    ``model.routers``, or those beside the base, and what they do not have is solved or measured on
+    the training's first samples, unless they are to stay as they are; routers of zeros are
     untrained, whatever else is given with them. Called by all ranks.
 
     Raises:
         ValueError: they were made for other layers or another way of deciding than the settings'.
     """
-    routing = plan.routing
+    routing, arch = plan.routing, plan.base.arch
+    if plan.lora is not None:
+        if config.model.lora is not None:
+            _, adapters = read_adapters(config.model.lora, arch)
+        else:
+            adapters = initial_adapters(plan.lora, arch.projections, seed=config.train.seed)
+        put_adapters(model, adapters)
+    if not routing.layers:
+        return
     found = _given(config, plan)
     if found:
         put_added(model, found)
+    if "routers" not in config.train.parts:
+        return
     epoch, tokens, labels = _reads(config, plan, data)
     given = set(next(iter(found.values()))) if found else set()
     if routing.stand_in_rank and not any(name.startswith(STAND_IN) for name in given):
@@ -67,17 +83,24 @@ def _reads(config: Config, plan: Plan, data: Loader) -> tuple[range, int, int]:
     """The steps whose samples ``start`` may read, and on how many tokens stand-ins are solved and
     labels importance is measured, if they are."""
     epoch = range(-(-len(data.samples) // data.global_batch_size))
+    if "routers" not in config.train.parts:
+        return epoch, 0, 0
     tokens = (config.router.stand_in_tokens or TOKENS) if plan.routing.stand_in_rank else 0
     labels = LABELS if config.router.init == "importance" else 0
     return epoch, tokens, labels
 
 
 def _given(config: Config, plan: Plan) -> dict | None:
-    beside = plan.base.path / ROUTERS
-    folder = config.model.routers or (beside if beside.is_dir() else None)
+    folder = router_folder(config, plan.base.path)
     if folder is None:
         return None
     found, added = read_routers(folder, plan.base.arch)
+    if config.model.lora is None and has_adapters(folder):
+        topology.print_once(
+            f"warning: the routers in {folder} were trained with adapters, which are left out "
+            "here; model.lora names them.",
+            level=logging.WARNING,
+        )
     for field in ("granularity", "layers", "threshold"):
         theirs, ours = getattr(found, field), getattr(plan.routing, field)
         if theirs != ours:

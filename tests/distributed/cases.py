@@ -9,8 +9,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_mod.config.lora import LoraSettings
 from megatron_mod.conversion.convert import hf_to_megatron
+from megatron_mod.conversion.lora import Adapters, put_adapters
 from megatron_mod.conversion.restore import load_model, put_added
 from megatron_mod.conversion.routers import Added
 from megatron_mod.conversion.source import Base, open_base
@@ -23,8 +26,9 @@ from megatron_mod.evaluation.parity import (
     prompt_batch,
 )
 from megatron_mod.model.cost import training_costs
-from megatron_mod.model.pipeline import cheapest_layout
-from megatron_mod.model.trainable import ROUTERS, STAND_INS, count_changed, frozen_digests
+from megatron_mod.model.lora import seed_dropout
+from megatron_mod.model.pipeline import cheapest_layout, even_layout
+from megatron_mod.model.trainable import LORA, ROUTERS, STAND_INS, count_changed, frozen_digests
 from megatron_mod.parallel import device
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import RoutingConfig
@@ -39,12 +43,16 @@ ROUTED = (1, 2)
 
 class Asked(NamedTuple):
     """A training whose loss and gradients are to be found; ``price`` is that of the steps before,
-    of each router; ``added`` what these have, if not what all trainings do."""
+    of each router; ``added`` what these have, if not what all trainings do. ``adapters``
+    are whole, of the layers and projections in ``lora``."""
 
     routing: RoutingConfig
     loss: str = "task"
     price: tuple[float, ...] | None = None
     added: Added | None = None
+    lora: LoraSettings | None = None
+    adapters: Adapters | None = None
+    trained: tuple[str, ...] = (ROUTERS, STAND_INS, LORA)
 
 
 def routing_config(**changes: object) -> RoutingConfig:
@@ -62,12 +70,12 @@ def build(
     layout=None,
     **options: object,
 ):
-    """This rank's part of a base checkpoint; all that is added to it trains. ``options``: more of
-    ``load_model``."""
+    """This rank's part of a base checkpoint; all that is added to it trains unless it is said what
+    does (``trained``). ``options``: more of ``load_model``."""
     base = base if isinstance(base, Base) else open_base(base)
     ranks = replace(ranks, sequence_parallel=sequence_parallel, pipeline_layout=layout)
-    options = {"implementation": "local", **options}
-    return load_model(base, routing, ranks, trained=(ROUTERS, STAND_INS), **options)
+    options = {"implementation": "local", "trained": (ROUTERS, STAND_INS, LORA), **options}
+    return load_model(base, routing, ranks, **options)
 
 
 def convert(hf: Path, save: Path) -> None:
@@ -140,7 +148,8 @@ def gradients(
         wants_logits = topology.pop("logits", False)
         torch.set_float32_matmul_precision(precision)
         ranks = meet(**topology)
-        for number, (routing, loss, price, own) in enumerate(trainings):
+        for number, asked in enumerate(trainings):
+            routing, loss, price, own = asked[:4]
             model = build(
                 base,
                 ranks,
@@ -150,8 +159,12 @@ def gradients(
                 recompute=recompute,
                 implementation=implementation,
                 dtype=dtype,
+                lora=asked.lora,
+                trained=asked.trained,
             )
             put_added(model, only(own or added, routing))
+            put_adapters(model, asked.adapters or {})
+            seed_dropout(asked.lora, seed=3, groups=model.groups)
             frozen = frozen_digests(model)
             chunks = wrap_ddp(model, use_distributed_optimizer=distributed)
             for chunk in chunks:
@@ -183,8 +196,8 @@ def gradients(
                 (layer, name): parameter.main_grad.cpu().clone()
                 for layer, module in model.routed_layers().items()
                 for name, parameter in module.named_parameters()
-                if parameter.requires_grad
-            }
+                if parameter.requires_grad and not name.startswith("lora.")
+            } | whole_gradients(model)
             model.eval()
             with torch.no_grad():
                 evaluated = run_schedule(chunks, model, batch, routing, controller=None)
@@ -210,9 +223,28 @@ def gradients(
                 "evaluated_capacity": evaluated.capacity.tolist(),
                 "capacity": result.capacity.tolist(),
                 "gradients": grads,
+                "random": get_cuda_rng_tracker().get_states(),
                 "frozen_changed": count_changed(frozen, frozen_digests(model)),
             }
     torch.set_float32_matmul_precision("highest")
+    return found
+
+
+def whole_gradients(model) -> dict[tuple[int, str], torch.Tensor]:
+    """Of the adapters of this rank's layers, by layer and name; tensor-parallel ranks that have
+    whole matrices have to have found the same."""
+    found, group = {}, model.groups.tp
+    for layer, adapters in model.adapters().items():
+        for name, parameter in adapters.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            parts = [torch.empty_like(parameter.main_grad) for _ in range(group.size())]
+            dist.all_gather(parts, parameter.main_grad.contiguous(), group=group)
+            axis = getattr(parameter, "partition_dim", None)
+            if axis is None:
+                assert all(torch.equal(part, parts[0]) for part in parts), (layer, name)
+            whole = parts[0] if axis is None else torch.cat(parts, axis)
+            found[layer, f"lora.{name}"] = whole.cpu()
     return found
 
 
@@ -226,6 +258,8 @@ def cheapest(base: Path, ranks, routing: RoutingConfig, samples: list[Sample]):
     """The layout that a training has by default."""
     if ranks.pipeline == 1:
         return None
+    if not routing.layers:
+        return even_layout(open_base(base).arch.num_layers, ranks.stages)
     lengths = [len(sample.ids) for sample in samples]
     labels = sum(sample.num_labels for sample in samples)
     costs = training_costs(open_base(base).arch, routing, lengths, labels=labels)

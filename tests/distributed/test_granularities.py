@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from megatron_mod.routing.scheme import GRANULARITIES
 from tests.distributed import cases
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
-from tests.helpers.training_formula import Scheme, batch_loss
+from tests.helpers.training_formula import Scheme, adapt, batch_loss
 
 RANK = 3  # of stand-ins
 EXACT = 1e-4  # relative difference of losses and gradients
@@ -130,16 +131,24 @@ def expected_of(
     from transformers import AutoModelForCausalLM
 
     hf, _, samples, tensors = case
-    routing, loss_name, price, own = asked(training)
+    training = asked(training)
+    routing, loss_name, price, own = training[:4]
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype).requires_grad_(False)
-    added = {
-        layer: {name: tensor.to(dtype, copy=True).requires_grad_() for name, tensor in own.items()}
-        for layer, own in cases.only(own or tensors, routing).items()
-    }
+    added = copied(cases.only(own or tensors, routing), dtype)
+    teacher, adapters = None, {}
+    is_fixed = "routers" not in training.trained
+    if training.lora is not None:
+        teacher = copy.deepcopy(model)
+        adapters = {
+            layer: {
+                name: tensor.to(dtype, copy=True).requires_grad_() for name, tensor in its.items()
+            }
+            for layer, its in training.adapters.items()
+        }
+        adapt(model, adapters, training.lora.scale)
     rules = {k: v for k, v in vars(routing).items() if k in Scheme.__dataclass_fields__}
-    found = batch_loss(
-        model, samples, added, Scheme(**rules, priced=price is not None, loss=loss_name)
-    )
+    rules |= {"priced": price is not None, "fixed": is_fixed, "loss": loss_name}
+    found = batch_loss(model, samples, added, Scheme(**rules), teacher=teacher)
     assert found.margin > 1e-3, "a decision too close to the border to compare"
     loss, capacity = found.loss, found.capacity
     cost, found_price = 0.0, []
@@ -157,7 +166,7 @@ def expected_of(
             pulls, slopes = (t.sum().expand(len(t)) for t in (pulls, slopes))
         found_price = (-pulls / slopes).tolist()
     for place, target in zip(routing.places, routing.capacity, strict=True):
-        if price is not None:
+        if price is not None or is_fixed:
             break
         # The penalty, spelled out: before the first step the previous capacity is 1.
         mean = sum(routing.capacity) / len(routing.capacity)
@@ -170,7 +179,20 @@ def expected_of(
         "task_loss": float(found.task_loss.detach()),
         "loss": float(loss.detach()),
         "capacity": [float(capacity[place].detach()) for place in routing.places],
-        "gradients": {(k, name): t.grad for k, own in added.items() for name, t in own.items()},
+        "gradients": {
+            (k, f"{prefix}{name}"): t.grad
+            for prefix, all_own in (("", {} if is_fixed else added), ("lora.", adapters))
+            for k, own in all_own.items()
+            for name, t in own.items()
+        },
+    }
+
+
+def copied(tensors: dict, dtype: torch.dtype) -> dict[int, dict[str, torch.Tensor]]:
+    """Leaves of a graph, by layer and name."""
+    return {
+        layer: {name: tensor.to(dtype, copy=True).requires_grad_() for name, tensor in own.items()}
+        for layer, own in tensors.items()
     }
 
 

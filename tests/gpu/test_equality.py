@@ -7,17 +7,21 @@ further off than some times that.
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_mod.config.lora import TARGETS, LoraSettings
+from megatron_mod.conversion.routers import Added
 from megatron_mod.routing.scheme import GRANULARITIES
 from tests.distributed import cases
 from tests.distributed.test_granularities import expected_of, make_case
 from tests.gpu.parted import parted
 from tests.gpu.where import ALL, layers_of, long_on_cpu
+from tests.helpers.training_formula import adapt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("single_process")]
 
@@ -32,6 +36,11 @@ SHAPE = {
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": 5}, "qwen2": {}, "qwen3": {}}
 SCHEMES = [(name, None) for name in GRANULARITIES]
 SCHEMES += [(name, "selected") for name in ("attn_token", "block_token", "attn_token+mlp_token")]
+LORA = LoraSettings(8, 2.0, 0.0, tuple(TARGETS), (0, 1, 3))
+PROJECTIONS = {
+    "q_proj": (256, 256), "k_proj": (256, 128), "v_proj": (256, 128), "o_proj": (256, 256),
+    "gate_proj": (256, 512), "up_proj": (256, 512), "down_proj": (512, 256),
+}  # fmt: skip
 MORE = {"bias": True, "stand_in_rank": 3}
 BF16, FP32 = torch.bfloat16, torch.float32
 VARIANTS = {
@@ -65,8 +74,27 @@ def trainings_of(family: str) -> list[cases.Asked]:
     ]  # fmt: skip
     if family == "llama":
         some = [*asked, *added] if ALL else [asked[i] for i in (2, 5)] + added[2:]
-        return [cases.Asked(*one) for one in some]
+        return [*(cases.Asked(*one) for one in some), adapted(cases.Asked(*added[2]))]
     return [cases.Asked(*one) for one in (asked[3], asked[16], asked[19], added[0])]
+
+
+def adapted(asked: cases.Asked) -> cases.Asked:
+    """With adapters on every projection of routed layers and of dense ones."""
+    generator, shapes = torch.Generator().manual_seed(31), LORA.shapes(PROJECTIONS)
+    adapters = {
+        layer: {k: torch.randn(v, generator=generator) / v[1] ** 0.5 for k, v in shapes.items()}
+        for layer in LORA.layers
+    }
+    return asked._replace(lora=LORA, adapters=adapters)
+
+
+def parted_for(hf, samples: list, asked: cases.Asked, seed: int) -> Added:
+    """``parted``, of the model with its adapters."""
+    if asked.adapters is not None:
+        hf = copy.deepcopy(hf)
+        own = {k: {n: t.double() for n, t in its.items()} for k, its in asked.adapters.items()}
+        adapt(hf, own, LORA.scale)
+    return parted(hf, samples, asked.routing, seed)
 
 
 class Case(NamedTuple):
@@ -87,7 +115,7 @@ def case_of(tmp_path_factory, single_process):
             files = make_case(tmp_path_factory.mktemp(family), family, shape)
             hf = AutoModelForCausalLM.from_pretrained(files[0], dtype=torch.float64)
             trainings = [
-                asked._replace(added=parted(hf, files[2], asked.routing, seed))
+                asked._replace(added=parted_for(hf, files[2], asked, seed))
                 for seed, asked in enumerate(trainings_of(family))
             ]
             expected = [expected_of(files, one, dtype=torch.float64) for one in trainings]

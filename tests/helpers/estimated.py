@@ -70,7 +70,7 @@ def training_of(placed: Placed) -> tuple[ModelChunks, Callable[[], None]]:
     job, config, arch = placed.job, placed.job.config, placed.job.arch
     dtype = DTYPES[config.model.dtype]
     megatron = transformer_config(arch, job.topology, dtype=dtype, recompute=config.train.recompute)
-    model = build_model(arch, megatron, job.routing, trained=config.train.parts)
+    model = build_model(arch, megatron, job.routing, trained=config.train.parts, lora=job.lora)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     ids = torch.randint(3, 128, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -87,7 +87,7 @@ def training_of(placed: Placed) -> tuple[ModelChunks, Callable[[], None]]:
             job.routing,
             controller=CapacityController(job.routing),
             loss=LOSSES[config.train.loss](),
-            note_units=job.routing.bias,
+            note_units=job.routing.bias and "routers" in config.train.parts,
         )
 
     return model, step

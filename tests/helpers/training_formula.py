@@ -17,6 +17,7 @@ class Scheme:
     """What is routed and how (the fields of a routing configuration, spelled out again).
 
     ``priced``: what a unit costs is a price, which what is not computed does not hear of.
+    ``fixed``: routers do not train, and their decisions are constants.
     ``loss``: ``task``, ``distill`` or ``both``.
     """
 
@@ -27,6 +28,7 @@ class Scheme:
     training_compute: str = "dense"
     threshold: float = 0.5
     priced: bool = False
+    fixed: bool = False
     loss: str = "task"
 
     @property
@@ -111,6 +113,8 @@ def forward(
                 m = m * m.detach()
                 if scheme.priced:
                     made[index, target] = m
+            if scheme.fixed:
+                m = m.detach()
             m = m.expand(len(x))
             if scheme.keys_values == "selected" and target != "mlp":
                 seen = causal & ((m.detach() > 0)[None, :] | torch.eye(len(x)).bool())
@@ -146,7 +150,33 @@ class BatchLoss(NamedTuple):
     logits: list[Tensor]
 
 
-def batch_loss(model, samples: Sequence, added: Added, scheme: Scheme) -> BatchLoss:
+class LowRank(torch.nn.Module):
+    """``W x + c + s B A x`` around a linear of Hugging Face's, ``A`` ``[r, in]``, ``B``
+    ``[out, r]``."""
+
+    def __init__(self, linear: torch.nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
+        super().__init__()
+        self.linear, self.a, self.b, self.scale = linear, a, b, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.scale * (x @ self.a.t() @ self.b.t())
+
+
+def adapt(model, adapters: dict[int, dict[str, Tensor]], scale: float) -> None:
+    """Put adapters, ``q_proj.a`` and so on by layer, around the linears of a model."""
+    for index, own in adapters.items():
+        layer = model.model.layers[index]
+        for target in {name.partition(".")[0] for name in own}:
+            owner = layer.self_attn if hasattr(layer.self_attn, target) else layer.mlp
+            around = LowRank(getattr(owner, target), own[f"{target}.a"], own[f"{target}.b"], scale)
+            setattr(owner, target, around)
+
+
+def batch_loss(
+    model, samples: Sequence, added: Added, scheme: Scheme, *, teacher=None
+) -> BatchLoss:
+    """``teacher``: the dense model, if it is not ``model``."""
+    teacher = model if teacher is None else teacher
     nll, divergence, count, margin = 0.0, 0.0, 0, math.inf
     masks, all_logits = {place: [] for place in scheme.places}, []
     for sample in samples:
@@ -156,7 +186,7 @@ def batch_loss(model, samples: Sequence, added: Added, scheme: Scheme) -> BatchL
         expected = torch.tensor([sample.ids[i] for i in targets])
         before = [i - 1 for i in targets]
         picked = logits[before]
-        dense = model(torch.tensor([list(sample.ids)])).logits[0][before].log_softmax(-1)
+        dense = teacher(torch.tensor([list(sample.ids)])).logits[0][before].log_softmax(-1)
         ratio = dense - picked.log_softmax(-1)
         divergence = divergence + (dense.exp() * ratio).sum()
         nll = nll + torch.nn.functional.cross_entropy(picked, expected, reduction="sum")
@@ -170,7 +200,7 @@ def batch_loss(model, samples: Sequence, added: Added, scheme: Scheme) -> BatchL
         losses[scheme.loss] / count,
         nll / count,
         {place: m.mean() for place, m in made.items()},
-        len(made[scheme.places[0]]),
+        len(next(iter(made.values()), ())),
         margin,
         all_logits,
     )

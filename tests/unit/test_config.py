@@ -138,7 +138,7 @@ def test_what_is_saved_parses_to_the_same(parse, tmp_path):
             {"train": {"trainable": "routers+stand_ins"}},
             "there are no stand-ins to train",
         ),
-        (["--train.trainable", "stand_ins"], {}, "must be routers or routers+stand_ins"),
+        (["--train.trainable", "stand_ins"], {}, "routers+stand_ins+lora or lora"),
         (["--train.loss", "kl"], {}, "train.loss = kl: must be task, distill or both"),
         (["--parallel.sequence_parallel", "true"], {}, "tensor_model_parallel_size above 1"),
         (["--train.validation_interval", "5"], {}, "data.validation = None"),

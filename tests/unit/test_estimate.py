@@ -34,6 +34,11 @@ KEPT = 0.02  # relative, of what a model's layers keep for backward
 PEAK = (0.93, 1.17)  # estimated over real, of all that a step makes
 WIDE = {"model__dtype": "float32"}
 STAND_INS = {"train__trainable": "routers+stand_ins"}
+LORA = {"train__trainable": "routers+lora", "lora__rank": 4}
+ALONE = {
+    "train__trainable": "lora", "lora__rank": 4, "router__layers": "[]",
+    "router__stand_in_rank": None,
+}  # fmt: skip
 CASES = [  # settings, and what of the shape is another
     ({}, {}),
     ({"train__recompute": "full", **WIDE}, {"window_size": 9}),
@@ -43,6 +48,11 @@ CASES = [  # settings, and what of the shape is another
       "router__stand_in_rank": None, **WIDE}, {"qk_norm": True}),
     ({"router__keys_values": "selected", "train__loss": "both"},
      {"qk_norm": True, "qkv_bias": True, "tied_embeddings": True}),
+    ({**LORA, **WIDE, "lora__layers": "[1,3]"}, {}),
+    ({**LORA, "train__recompute": "selective", "lora__layers": "[2]"}, {}),
+    ({**ALONE, "lora__layers": "[1,2]"}, {}),
+    ({**ALONE, "lora__targets": "[v_proj,o_proj]", "lora__layers": "[1,2]"}, {}),
+    ({**ALONE, "train__recompute": "selective", "lora__layers": "[1,3]"}, {}),
 ]  # fmt: skip
 
 
@@ -98,12 +108,20 @@ class Sent(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("recompute", "sharded"),
-    [("none", "true"), ("selective", "false"), ("selective", "true"), ("full", "true")],
+    ("recompute", "sharded", "settings"),
+    [
+        ("none", "true", {}),
+        ("selective", "false", {}),
+        ("selective", "true", {}),
+        ("full", "true", {}),
+        ("none", "true", {**LORA, "lora__layers": "[1,3]"}),
+        ("selective", "false", {**LORA, "lora__layers": "[1,3]"}),
+    ],
 )
-def test_tensor_parallel_ranks(estimated, recompute, sharded):
+def test_tensor_parallel_ranks(estimated, recompute, sharded, settings):
     granularity = "mlp_token" if recompute == "selective" else "attn_token"
     placed = estimated.place(
+        **settings,
         world_size=2,
         parallel__tensor_model_parallel_size=2,
         parallel__sequence_parallel=sharded,
@@ -396,6 +414,21 @@ def test_files_that_are_missing_are_all_named(dry_run):
         "--dry-run", "--hf-config", "llama3-8b", "--gpu", "l4", model__checkpoint="no/base"
     )
     assert "IT DOES NOT FIT" in said
+
+
+def test_adapters_that_are_given_are_looked_for(dry_run, trainer):
+    from tests.helpers.adapters import save_adapter
+
+    pytest.importorskip("peft", reason="needs the 'test' extra")
+    folder = save_adapter(trainer.folder / "adapter", trainer.hf)
+    trains = {"train__trainable": "routers+lora"}
+    status, said, _ = dry_run("--dry-run", model__lora=folder, **trains)
+    assert status == 0
+    assert re.search(r"found +model\.lora", said)
+    status, said, error = dry_run("--dry-run", model__lora="no/adapter", **trains)
+    assert status == 2
+    assert re.search(r"missing +model\.lora +no/adapter", said)
+    assert error.startswith("error: model.lora = no/adapter: no adapters (PEFT's, or a run's)")
 
 
 def test_only_the_first_rank_of_torchrun_speaks(dry_run, monkeypatch):

@@ -12,11 +12,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_mod.config.lora import LoraSettings
 from megatron_mod.evaluation.work import Work
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.cost import Costs, forward_costs, training_costs
 from megatron_mod.model.pipeline import cheapest_layout, even_layout, megatron_layout, step_cost
-from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.config import NO_ROUTERS, RoutingConfig
 from megatron_mod.routing.scheme import GRANULARITIES, Scheme
 
 ARCH = Architecture(
@@ -210,6 +211,42 @@ def test_training_costs_what_torch_counts(single_process, granularity, layers):
     assert counted - router <= sum(costs.layers) + scores <= counted + router
 
 
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(
+    ("granularity", "targets", "layers", "trained", "lowest"),
+    [  # lowest: layers that attention's backward pass goes through
+        ("attn_token", ATTENTION + MLP, (0, 1, 2, 3, 4), "routers+lora", 5),
+        ("mlp_token", ("o_proj", "up_proj"), (1, 3), "routers+lora", 3),
+        ("block_token", ("down_proj",), (1, 2), "routers+lora", 3),
+        ("block_token", ATTENTION, (3,), "lora", 2),
+        ("attn_token", MLP, (2,), "routers+lora", 2),
+        (None, ("gate_proj",), (2, 4), "lora", 2),
+        (None, ATTENTION + MLP, (1, 2), "lora", 4),
+    ],
+)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_adapters_cost_what_torch_counts(
+    single_process, granularity, targets, layers, trained, lowest, recompute
+):
+    routing = RoutingConfig(granularity, (2, 3), (0.5, 0.5)) if granularity else NO_ROUTERS
+    lora, parts = LoraSettings(3, 6.0, 0.0, targets, layers), trained.split("+")
+    counted = count(routing, recompute, lora=lora, trained=parts)
+    costs = training_costs(
+        ARCH, routing, [LENGTH], labels=0, lora=lora, parts=parts, recompute=recompute
+    )
+    unseen = LENGTH * LENGTH - LENGTH * (LENGTH + 1) // 2
+    first = min(layers + (routing.layers if "routers" in parts else ()))
+    if recompute == "selective" and first not in routing.layers:
+        lowest = ARCH.num_layers - first  # Megatron's checkpoint of an MLP asks for more
+    again = ARCH.num_layers - first if recompute == "full" else 0
+    scores = 4 * 32 * unseen * (ARCH.num_layers + 2 * lowest + again)
+    router = 3 * 2 * LENGTH * 32 * len(routing.layers)
+    last = 2 * LENGTH * 3 * 32 * len(layers) if again else 0  # which torch leaves out
+    assert counted - router <= sum(costs.layers) + scores <= counted + router + last
+
+
 @pytest.mark.parametrize("granularity", ["attn_token+mlp_token", "mlp_token", "block_sequence"])
 def test_so_does_computing_again(single_process, granularity):
     """Of each kind what ``train.recompute`` adds, scores by the pairs that torch computes."""
@@ -247,8 +284,9 @@ def test_sparse_training_costs_what_is_kept(single_process, granularity):
     assert abs(sum(costs.layers) - keys + scores - count(skipped)) <= router
 
 
-def count(routing: RoutingConfig, recompute: str = "none") -> int:
-    """Operations of the layers, forward and backward, that torch counts for one document."""
+def count(routing: RoutingConfig, recompute: str = "none", **added: object) -> int:
+    """Operations of the layers, forward and backward, that torch counts for one document.
+    ``added``: more of ``build_model``."""
     from megatron_mod.data.batch import collate
     from megatron_mod.data.chat import Sample
     from megatron_mod.model.builder import build_model, transformer_config
@@ -256,7 +294,7 @@ def count(routing: RoutingConfig, recompute: str = "none") -> int:
 
     torch.manual_seed(3)
     config = transformer_config(ARCH, dtype=torch.float32, recompute=recompute)
-    model = build_model(ARCH, config, routing)
+    model = build_model(ARCH, config, routing, **added)
     for parameter in model.parameters():
         parameter.data.normal_(0.0, 0.2)
     sample = Sample(list(range(LENGTH)), [True] * LENGTH, "made:0")
