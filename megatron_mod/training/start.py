@@ -124,4 +124,10 @@ def _check_fits(added: dict, theirs: RoutingConfig, ours: RoutingConfig, folder)
             f"{theirs.stand_in_rank}; set router.stand_in to {wanted}, or start from other routers "
             "(model.routers)."
         )
+    if theirs.budgets and theirs.budgets != ours.budgets:
+        raise ValueError(
+            f"router.work: the routers in {folder} serve budgets from {theirs.budgets[0]} to "
+            f"{theirs.budgets[1]}; set it to [{theirs.budgets[0]}, {theirs.budgets[1]}], or start "
+            "from other routers (model.routers)."
+        )
     return added
