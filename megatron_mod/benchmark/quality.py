@@ -3,6 +3,7 @@ the published recipe, on text of several kinds."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from megatron_mod.calibration.search import Calibration, Point
 from megatron_mod.checkpoint.folders import write_durably
 from megatron_mod.config import cli
 from megatron_mod.config.model_folder import is_megatron
+from megatron_mod.config.quality_budget import WORK, Budget
 from megatron_mod.config.recipes import NO_STAND_INS, PUBLISHED, as_options
 from megatron_mod.evaluation.perplexity import read_rows
 from megatron_mod.evaluation.rows import Row, evenly
@@ -113,12 +115,16 @@ class Model:
         work = self.routed.work
         return Calibration(self.routed.backend, rows, work, scope=work.routing.scope)
 
-    def at_capacity(self, capacity: float) -> dict[str, dict]:
-        """Each text's measured half, with thresholds set on its other half."""
+    def at(self, of: str, share: float) -> dict[str, dict]:
+        """Each text's measured half, with thresholds set on its other half for a share ``of``
+        ``capacity`` or ``work``."""
         found = {}
         for name, (setting, measured) in self.calibrations.items():
-            thresholds = setting.at_capacity(capacity, tolerance=NEAR).thresholds
-            found[name] = self._describe(measured, measured.at(thresholds))
+            if of == "work":
+                point = setting.at_work(share)
+            else:
+                point = setting.at_capacity(share, tolerance=NEAR)
+            found[name] = self._describe(measured, measured.at(point.thresholds))
         return found
 
     def without(self, removed: Sequence[Place]) -> dict[str, dict]:
@@ -144,27 +150,31 @@ class Model:
 
 
 def compare(
-    setup: Setup, *, budgets: Sequence[tuple[str, float]], seeds: Sequence[int], published: bool
+    setup: Setup, *, budgets: Sequence[Budget], seeds: Sequence[int], published: bool
 ) -> dict:
     """Train and measure everything, print a table, write ``quality.json`` and ``quality.png``.
 
     Args:
-        budgets: granularities and capacities; a granularity is trained for the least of its own,
-            and calibrated for each.
+        budgets: a granularity is trained for the least of its capacities, and of its shares of
+            work, and calibrated for each.
         seeds: of which every training is repeated.
-        published: whether Router-Tuning's recipe is trained too, with the first seed.
+        published: whether Router-Tuning's recipe, which knows no work, is trained too, with the
+            first seed.
     """
     setup.out.mkdir(parents=True, exist_ok=True)
     measured = Measurements(setup.out / "measured.json")
-    capacities: dict[str, list[float]] = {}
-    for granularity, capacity in budgets:
-        capacities.setdefault(granularity, []).append(capacity)
+    shares: dict[tuple[str, str], list[float]] = {}
+    for granularity, of, share in budgets:
+        shares.setdefault((granularity, of), []).append(share)
     routed = [
         point
-        for granularity, wanted in capacities.items()
-        for recipe, own in (("ours", seeds), ("published", seeds[:1] if published else ()))
+        for (granularity, of), wanted in shares.items()
+        for recipe, own in (
+            ("ours", seeds),
+            ("published", seeds[:1] if published and of == "capacity" else ()),
+        )
         for seed in own
-        for point in _train(setup, measured, recipe, granularity, wanted, seed=seed)
+        for point in _train(setup, measured, recipe, granularity, of, wanted, seed=seed)
     ]
     least: dict[tuple[str, ...], float] = {}
     for point in routed:
@@ -197,25 +207,26 @@ def _train(
     measured: Measurements,
     recipe: str,
     granularity: str,
-    capacities: Sequence[float],
+    of: str,
+    shares: Sequence[float],
     *,
     seed: int,
 ) -> Iterator[dict]:
-    """A point for each capacity, of one training for the least of them."""
-    least = min(capacities)
-    keys = {at: f"{recipe} {granularity} {least} {seed} at {at}" for at in capacities}
+    """A point for each share ``of`` ``capacity`` or ``work``, of one training for the least."""
+    least, prefix = min(shares), WORK if of == "work" else ""
+    keys = {at: f"{recipe} {granularity} {prefix}{least} {seed} at {at}" for at in shares}
     if not measured.found.keys() >= set(keys.values()):
         run = setup.run(
-            f"{recipe}_{granularity}_{least:g}_{seed}",
-            **{"router.granularity": granularity, "router.capacity": least, "train.seed": seed},
+            f"{recipe}_{granularity}_{prefix}{least:g}_{seed}",
+            **{"router.granularity": granularity, f"router.{of}": least, "train.seed": seed},
             **(PUBLISHED if recipe == "published" else {}),
         )
         with topology.single_process():
             model = Model(setup, run)
-            for capacity, key in keys.items():
-                measured.once(key, partial(model.at_capacity, capacity))
-    for capacity, key in keys.items():
-        point = {"recipe": recipe, "granularity": granularity, "capacity": capacity, "seed": seed}
+            for share, key in keys.items():
+                measured.once(key, partial(model.at, of, share))
+    for share, key in keys.items():
+        point = {"recipe": recipe, "granularity": granularity, of: share, "seed": seed}
         yield {**point, "texts": measured.found[key]}
 
 
@@ -243,14 +254,15 @@ def _remove(
             model = Model(setup, run)
             opened.append((model, model.greedy()))
         model, greedy = opened[0]
-        removed = greedy.first(count)
+        removed = greedy.first(min(count, len(greedy.backend.places)))
         return {"removed": list(map(scheme.label, removed)), "texts": model.without(removed)}
 
     with topology.single_process():
-        for count in range(setup.layers * len(targets) + 1):
+        for count in itertools.count():
             found = measured.once(f"{kind} {count}", lambda count=count: measure(count))
             yield {"target": target, "stand_ins": stand_ins, **found}
-            if all(text["work"] <= work for text in found["texts"].values()):
+            done = all(text["work"] <= work for text in found["texts"].values())
+            if done or len(found["removed"]) < count:
                 return
 
 
@@ -261,9 +273,9 @@ def summarise(
     removal at equal work."""
     groups: dict[tuple, list[dict]] = {}
     for point in routed:
-        key = (point["recipe"], point["granularity"], point["capacity"])
-        groups.setdefault(key, []).append(point)
-    for (recipe, granularity, capacity), points in groups.items():
+        budget = (point.get("capacity"), point.get("work"))
+        groups.setdefault((point["recipe"], point["granularity"], *budget), []).append(point)
+    for (recipe, granularity, capacity, share), points in groups.items():
         target = "+".join(Scheme.parse(granularity).targets)
         for text, without_routers in dense.items():
             found = [point["texts"][text] for point in points]
@@ -275,6 +287,7 @@ def summarise(
                 "recipe": recipe,
                 "granularity": granularity,
                 "target_capacity": capacity,
+                "target_work": share,
                 "text": text,
                 "seeds": len(points),
                 "capacity": fmean(one["capacity"] for one in found),

@@ -5,7 +5,11 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLORS = {"attn": "tab:blue", "mlp": "tab:green", "block": "tab:red"}
+from megatron_mod.routing.scheme import Scheme
+
+COLORS = {
+    "attn": "tab:blue", "mlp": "tab:green", "block": "tab:red", "attn+mlp": "tab:purple",
+}  # fmt: skip
 MARKERS = {"token": "o", "sequence": "s"}
 
 
@@ -39,15 +43,15 @@ def _panel(axes: Axes, found: dict, text: str) -> None:
                 name = f"{target} removed{', stand-ins' if stand_ins else ''}"
                 axes.plot(*zip(*points, strict=True), style, color=color, label=name)
         for row in found["table"]:
-            granularity, unit = row["granularity"].split("_")
-            if granularity != target or row["text"] != text:
+            scheme = Scheme.parse(row["granularity"])
+            if "+".join(scheme.targets) != target or row["text"] != text:
                 continue
             ours = row["recipe"] == "ours"
             axes.errorbar(
                 row["work"],
                 row["perplexity"],
                 yerr=row["perplexity_standard_error"],
-                fmt=MARKERS[unit],
+                fmt=MARKERS[scheme.unit],
                 color=color,
                 markerfacecolor=color if ours else "none",
                 label=f"{row['granularity']}, {'trained here' if ours else 'published recipe'}",

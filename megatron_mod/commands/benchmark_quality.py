@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from megatron_mod.commands.command import command
 from megatron_mod.config import cli
 from megatron_mod.config.model_folder import ModelFolder
 from megatron_mod.config.options import Options
+from megatron_mod.config.quality_budget import Budget
 from megatron_mod.config.rules import AT_LEAST_0, COUNT, InputFile, OutputFolder, Range, setting
-from megatron_mod.routing.scheme import Scheme
 
 BUDGETS = (
     "attn_token:0.75", "attn_token:0.5", "mlp_token:0.7", "block_token:0.66", "attn_sequence:0.75",
@@ -27,18 +26,20 @@ class QualityBenchmark(Options):
 
         python tools/benchmark/quality.py --load BASE --train FILE --texts FILE [FILE ...] --out DIR
 
-    Each granularity is trained with every seed for the least of its capacities, calibrated for each
-    on one half of each held-out text and measured on the other, as are the dense model, greedy
-    removal of layers with and without stand-ins, and the published recipe. Prints a table and
-    writes OUT/quality.json and OUT/quality.png. What is already in OUT is not trained or measured
-    again. A training's settings (--section.field value) go to every training.
+    Each granularity is trained with every seed for the least of its capacities, and for the least
+    of its budgets of work, calibrated for each on one half of each held-out text and measured on
+    the other, as are the dense model, greedy removal of layers with and without stand-ins, and, of
+    capacities, the published recipe. Prints a table and writes OUT/quality.json and
+    OUT/quality.png. What is already in OUT is not trained or measured again. A training's settings
+    (--section.field value) go to every training.
 
     Args:
         load: base checkpoint or Hugging Face folder.
         train: conversations to train on.
         texts: held-out conversations (.jsonl, .json, .parquet) or texts, one for each kind.
         out: folder of the trainings.
-        budgets: granularities and capacities, as attn_token:0.5.
+        budgets: granularities with a capacity, as attn_token:0.5, or with a share of the dense
+            model's work, as attn_token+mlp_token:work=0.8.
         seeds: of which every training is repeated.
         without_published: leave the published recipe out, which is trained with the first seed.
         layers: how many of the deepest layers but the last are routed.
@@ -66,27 +67,13 @@ class QualityBenchmark(Options):
     def __post_init__(self) -> None:
         self.parsed_budgets()
 
-    def parsed_budgets(self) -> list[tuple[str, float]]:
-        """Granularity and capacity of each.
+    def parsed_budgets(self) -> list[Budget]:
+        """Each of them.
 
         Raises:
             ValueError: one that is something else.
         """
-        found = []
-        for budget in self.budgets:
-            granularity, _, capacity = budget.partition(":")
-            Scheme.parse(granularity)
-            try:
-                share = float(capacity)
-            except ValueError:
-                share = math.nan
-            if not 0 < share <= 1:
-                raise ValueError(
-                    f"--budgets {budget}: write a granularity and a capacity above 0 and at most "
-                    "1, as attn_token:0.5."
-                )
-            found.append((granularity, share))
-        return found
+        return list(map(Budget.parse, self.budgets))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

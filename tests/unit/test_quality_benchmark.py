@@ -19,7 +19,8 @@ def test_trains_measures_and_goes_on(tmp_path, single_process, monkeypatch):
     text.write_text("abcd " * 100)
     words = [
         "--load", trainer.base, "--train", trainer.text, "--texts", trainer.text, text,
-        "--out", tmp_path / "out", "--budgets", "attn_token:0.5", "--seeds", 0, "--layers", 2,
+        "--budgets", "attn_token:0.5", "attn_token+mlp_token:work=0.9",
+        "--out", tmp_path / "out", "--seeds", 0, "--layers", 2,
         "--samples", 8, "--max_length", 32, "--steps", 2,
         "--router.stand_in_tokens", 64,
     ]  # fmt: skip
@@ -28,13 +29,20 @@ def test_trains_measures_and_goes_on(tmp_path, single_process, monkeypatch):
     found = json.loads(first)
     assert set(found["dense"]) == {"train", "other"}
     ours = [row for row in found["table"] if row["recipe"] == "ours"]
-    assert [row["seeds"] for row in ours] == [1, 1]
+    assert [row["seeds"] for row in ours] == [1] * 4
     for row in ours:
-        assert row["capacity"] == pytest.approx(0.5, abs=0.1)
-        assert row["work"] < 1
+        if row["target_work"] is None:
+            assert row["capacity"] == pytest.approx(0.5, abs=0.1)
+            assert row["work"] < 1
+        else:
+            assert (row["target_capacity"], row["target_work"]) == (None, 0.9)
+            assert row["work"] == pytest.approx(0.9, abs=0.05)
         assert row["perplexity_standard_error"] is None  # of one seed
-    assert {row["recipe"] for row in found["table"]} == {"ours", "published"}
+    published = [row for row in found["table"] if row["recipe"] == "published"]
+    assert {row["granularity"] for row in published} == {"attn_token"}
     assert next(one["removed"] for one in found["static"] if not one["stand_ins"]) == []
+    parts = [one["removed"] for one in found["static"] if one["target"] == "attn+mlp"]
+    assert {name.split(".")[1] for removed in parts for name in removed} <= {"attn", "mlp"}
     assert (tmp_path / "out" / "quality.png").stat().st_size > 1000
     before = (tmp_path / "out" / "measured.json").stat().st_mtime_ns
     assert run_tool(monkeypatch, "benchmark_quality", *words) == 0
@@ -67,7 +75,9 @@ def test_seeds_are_averaged_in_nats():
     assert row["over_dense"] == pytest.approx(4.0)
 
 
-@pytest.mark.parametrize("budget", ["attn_token", "attn_token:0", "attn_token:two", "attn:0.5"])
+@pytest.mark.parametrize(
+    "budget", ["attn_token", "attn_token:0", "attn_token:two", "attn:0.5", "attn_token:work=2"]
+)
 def test_a_budget_that_is_none_is_named(budget, tmp_path):
     with pytest.raises(ValueError, match="attn"):
         QualityBenchmark(load="a", train="b", texts=("c",), out="d", budgets=(budget,))
