@@ -28,6 +28,7 @@ from megatron_mod.parallel.topology import ONE_RANK
 from megatron_mod.process import Stopped
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.training import loop
+from megatron_mod.training.plan import prepare
 from tests.helpers.runs import DEFAULT, Trainer, metrics, saved
 
 LENGTHS = (7, 19, 40)
@@ -245,7 +246,6 @@ def test_what_cannot_hold_a_budget_is_refused(trainer, tmp_path, changes, messag
 
 
 def test_a_budget_that_cannot_be_met_says_what_the_least_is(trainer, tmp_path):
-    from megatron_mod.training.plan import prepare
 
     def refused(**changes) -> str:
         with pytest.raises(ValueError) as caught:
@@ -266,3 +266,22 @@ def test_a_budget_that_cannot_be_met_says_what_the_least_is(trainer, tmp_path):
         )
     )
     assert fmean(plan.routing.capacity) < 0.02
+
+
+@pytest.mark.parametrize("work", [0.8, "[0.6, 0.95]"])
+def test_adapters_train_on_routers_that_hold_a_budget(trainer, tmp_path, work):
+    """These stay as they are, at whatever share of the work they leave on the text."""
+    routers, run = tmp_path / "routers", tmp_path / "run"
+    parts = {"router__granularity": "attn_token+mlp_token", "router__work": work}
+    trainer.train(routers, **settings(**parts, train__steps=3))
+    adapters = {"train__trainable": "lora", "lora__rank": 2, "model__routers": routers}
+    words = trainer.arguments(run, **settings(train__steps=2), **adapters)
+    config = cli.parse([word for word in words if not word.startswith("--router.")])
+    loop.train(config, prepare(config))
+    before, after = saved(routers), saved(run)
+    kept = [key for key in after if ".router." in key and not key.startswith("average.")]
+    assert kept
+    for key in kept:
+        assert after[key] == before.get(f"average.{key}", before[key]), key
+    assert any(np.frombuffer(after[key], np.float32).any() for key in after if key.endswith(".b"))
+    assert 0 < metrics(run)[-1]["work"] < 1
