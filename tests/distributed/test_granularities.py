@@ -217,7 +217,8 @@ def check(case, trainings: list, world: int, topologies: list[dict], folder) -> 
             assert result["task_loss"] == pytest.approx(wanted["task_loss"], rel=EXACT), what
             assert result["step_task_loss"] == pytest.approx(wanted["task_loss"], rel=EXACT), what
             assert result["loss"] == pytest.approx(wanted["loss"], rel=EXACT), what
-            assert result["price"] == pytest.approx(wanted["price"], rel=1e-3), what
+            # A price is a small difference of large terms.
+            assert result["price"] == pytest.approx(wanted["price"], rel=1e-3, abs=1e-6), what
             assert result["frozen_changed"] == 0
             for key, gradient in result["gradients"].items():
                 seen.add(key)

@@ -69,11 +69,12 @@ def alone(routing, lora: LoraSettings = ALL, *, loss: str = "task") -> cases.Ask
 EACH = [adapted(with_added(routing, "task")) for routing in [*EVERY, *SELECTED, *SPARSE]]
 DEEP = [
     adapted(with_added(EVERY[1], "distill"), SOME),
-    adapted(with_added(SPARSE[-1], "both")),  # block_token, selected keys
+    adapted(with_added(SPARSE[-2], "both")),  # block_token, selected keys
     alone(SPARSE[1]),  # attn_token, all keys
     alone(NO_ROUTERS, SOME),
     # So few tokens that some context-parallel ranks have none.
-    adapted(cases.Asked(replace(SPARSE[-1], threshold=0.99))),
+    adapted(cases.Asked(replace(SPARSE[-2], threshold=0.99))),
+    adapted(with_added(SPARSE[-1], "both")),  # two routers a layer
 ]
 assert [(each.routing.granularity, each.routing.keys_values) for each in DEEP[:3]] == [
     ("attn_token", "all"),

@@ -423,7 +423,7 @@ def test_perplexity_and_capacity_of_an_export_equal_the_formula(case, name):
         Sample(ids=p, labelled=[i >= len(p) // 2 for i in range(len(p))], source=str(p))
         for p in case.prompts
     ]
-    nll, count, decided = 0.0, 0, {layer: [] for layer in ROUTED}
+    nll, count, decided = 0.0, 0, {place: [] for place in _places(case, name)}
     for sample in samples:
         start, made = len(sample.ids) // 2, None
         if "sequence" in name:  # pooling: prompt
@@ -435,8 +435,8 @@ def test_perplexity_and_capacity_of_an_export_equal_the_formula(case, name):
             torch.nn.functional.cross_entropy(logits[start - 1 : -1], targets) * len(targets)
         )
         count += len(targets)
-        for layer, mask in masks.items():
-            decided[layer].append(mask[:1] if "sequence" in name else mask)
+        for place, mask in masks.items():
+            decided[place].append(mask[:1] if "sequence" in name else mask)
     tokenizer = SimpleNamespace(eos_token_id=2, name_or_path="")
     backend = HuggingFaceBackend(case.model(name), tokenizer)
     quality = perplexity(backend, [Row.labelled(sample) for sample in samples])

@@ -38,7 +38,7 @@ def test_the_option_that_names_it_is_said(moved):
 def test_every_tool_takes_it(moved):
     trainer, run, base = moved
     assert open_source(run, base=base).base.path == base
-    assert load_backend(run, ONE, dtype="float32", base=str(base)).layers
+    assert load_backend(run, ONE, dtype="float32", base=str(base)).places
     assert load_routed(run, ONE, dtype="float32", base=str(base)).work.routing
     assert compare(base, trainer.hf, ONE, base=str(base))[0] < 1e-5
     assert compare(run, trainer.hf, ONE, base=str(base))[0] >= 0
