@@ -42,12 +42,12 @@ def _routed(placed: Placed, layer: int, recompute: str, *, down_to: int) -> int:
     job, e, tokens = placed.job, placed.element, placed.tokens
     states, goes_on = tokens * job.arch.hidden_size * e, down_to == BELOW
     norm = _norm(placed, tokens)
-    router = norm  # its input in fp32, and a logit
     is_wide = e == 4  # then a norm's or router's copy in fp32 is the tensor itself
+    targets = job.routing.scheme.targets
+    router = norm * (1 if is_wide else len(targets))  # each one's input in fp32, and a logit
     if recompute == "full":
         stream = 0 if is_wide and goes_on else states
         return router + norm * goes_on + stream + (0 if is_wide else states)
-    targets = job.routing.scheme.targets
     # What each mask multiplies.
     found = router + len(targets) * states + _stand_ins(placed, is_wide=is_wide)
     found += norm * goes_on + _attention(placed, layer) * (down_to <= QKV)

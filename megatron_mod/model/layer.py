@@ -153,7 +153,7 @@ class RoutedTransformerLayer(TransformerLayer):
         self._show("attn", layout, x, normed, update)
         x = attending.add(x, update, self._instead("attn", normed))
         update = self._feed_forward(feeding.take(x))
-        if layout.step.watch_units:
+        if layout.step.watch_units and "mlp" in self.routing.scheme.targets:
             self._show("mlp", layout, x, self.pre_mlp_layernorm(x), update)
         return feeding.add(x, update, self._instead("mlp", x, self.pre_mlp_layernorm))
 
