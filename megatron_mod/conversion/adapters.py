@@ -14,6 +14,7 @@ from megatron_mod.config.lora import LoraSettings, lora_of
 from megatron_mod.config.model_folder import ADAPTER, LORA
 from megatron_mod.conversion.lora import read_step_adapters
 from megatron_mod.conversion.peft import Adapters, read_peft
+from megatron_mod.conversion.step_tensors import require_shapes
 from megatron_mod.model.architecture import Architecture
 
 
@@ -72,11 +73,4 @@ def _check_fit(
             f"{folder}: adapters of layers {outside}; this model has layers 0 to "
             f"{arch.num_layers - 1}."
         )
-    shapes = settings.shapes(arch.projections)
-    for layer, own in adapters.items():
-        for name, tensor in own.items():
-            if tuple(tensor.shape) != shapes[name]:
-                raise ValueError(
-                    f"{folder}: {name} of layer {layer} has shape {tuple(tensor.shape)} instead of "
-                    f"{shapes[name]}, this model's; it belongs to another model."
-                )
+    require_shapes(folder, adapters, settings.shapes(arch.projections))

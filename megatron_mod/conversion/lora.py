@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_mod.checkpoint.distributed import StateReader
-from megatron_mod.checkpoint.manifest import STATE, read_manifest
+from megatron_mod.checkpoint.manifest import read_manifest
 from megatron_mod.config.lora import LoraSettings, lora_of
-from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.peft import Adapters
+from megatron_mod.conversion.step_tensors import read_layers
 from megatron_mod.model.builder import ModelChunks
-from megatron_mod.model.trainable import AVERAGE
 
 KEY = "decoder.layers.{}.lora.{}"
 
@@ -27,22 +25,10 @@ def read_step_adapters(step: Path) -> tuple[LoraSettings, Adapters] | None:
     Raises:
         ValueError: they are not what the manifest says, or not finite.
     """
-    manifest = read_manifest(step)
-    settings, reader = lora_of(manifest), StateReader(step / STATE)
-    held = reader.names()
+    settings = lora_of(read_manifest(step))
     layers, names = (settings.layers, settings.names) if settings else ((), ())
-    wanted = {KEY.format(layer, name): (layer, name) for layer in layers for name in names}
-    here = {key for key in held if is_adapter(key) and key.startswith("decoder.")}
-    if difference := sorted(here ^ set(wanted)):
-        raise ValueError(f"{step}: adapters do not match its manifest: {difference}.")
-    if settings is None:
-        return None
-    adapters: Adapters = {layer: {} for layer in settings.layers}
-    for key, (layer, name) in wanted.items():
-        key = AVERAGE + key if manifest.get("averaged") and AVERAGE + key in held else key
-        adapters[layer][name] = tensor = reader.tensor(key).clone()
-        require_finite(tensor, key, where=step / STATE)
-    return settings, adapters
+    found = read_layers(step, layers, names, key=KEY, what="adapters", is_one=is_adapter)
+    return None if settings is None else (settings, found)
 
 
 def put_adapters(model: ModelChunks, adapters: Adapters) -> None:

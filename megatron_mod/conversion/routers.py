@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_mod.checkpoint.distributed import StateReader, save_tensors
+from megatron_mod.checkpoint.distributed import save_tensors
 from megatron_mod.checkpoint.export_checksums import as_written
 from megatron_mod.checkpoint.manifest import (
     MANIFEST,
@@ -31,13 +31,13 @@ from megatron_mod.conversion.config_types import (
     is_list,
     is_share,
 )
-from megatron_mod.conversion.finite import cast, require_finite
+from megatron_mod.conversion.finite import cast
 from megatron_mod.conversion.hf_reader import HFReader, read_config
 from megatron_mod.conversion.lora import is_adapter
 from megatron_mod.conversion.source import Source
+from megatron_mod.conversion.step_tensors import read_layers, require_shapes
 from megatron_mod.hf.thresholds_mod import threshold_at
 from megatron_mod.model.architecture import Architecture
-from megatron_mod.model.trainable import AVERAGE
 from megatron_mod.routing.config import AUTO, RoutingConfig, logit_border
 from megatron_mod.routing.scheme import GRANULARITIES, Scheme
 
@@ -103,22 +103,14 @@ def read_step(step: Path, routing: RoutingConfig) -> Added:
     Raises:
         ValueError: it is not what ``routing`` says, or not finite.
     """
-    reader = StateReader(step / STATE)
-    held, averaged = reader.names(), read_manifest(step).get("averaged")
-    added: Added = {layer: {} for layer in routing.layers}
-    wanted = {
-        KEY.format(layer, name): (layer, name)
-        for layer in routing.layers
-        for name in routing.added_shapes(1)
-    }
-    own = {key for key in held if key.startswith("decoder.") and not is_adapter(key)}
-    if difference := sorted(own ^ set(wanted)):
-        raise ValueError(f"{step}: routers do not match its manifest: {difference}.")
-    for key, (layer, name) in wanted.items():
-        key = AVERAGE + key if averaged and AVERAGE + key in held else key
-        added[layer][name] = tensor = reader.tensor(key).clone()
-        require_finite(tensor, key, where=step / STATE)
-    return added
+    return read_layers(
+        step,
+        routing.layers,
+        routing.added_shapes(1),
+        key=KEY,
+        what="routers",
+        is_one=lambda key: not is_adapter(key),
+    )
 
 
 def hf_tensors(added: Added, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -308,12 +300,9 @@ def _check_fit(folder: Path, routing: RoutingConfig, added: Added, arch: Archite
             f"{folder}: routers of layers {outside or 'none'}; this model has layers 0 to "
             f"{arch.num_layers - 1}."
         )
-    shapes = routing.added_shapes(arch.hidden_size)
-    for layer, own in added.items():
-        for name, tensor in own.items():
-            if tensor.shape != torch.Size(shapes[name]):
-                what = "router" if name == ROUTER else name
-                raise ValueError(
-                    f"{folder}: the {what} of layer {layer} has shape {tuple(tensor.shape)} "
-                    f"instead of {shapes[name]}, this model's; it belongs to another model."
-                )
+    require_shapes(
+        folder,
+        added,
+        routing.added_shapes(arch.hidden_size),
+        call=lambda name: f"the {'router' if name == ROUTER else name}",
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -174,9 +174,11 @@ class RoutedTransformerLayer(TransformerLayer):
 
     def _by_place(self, modules: torch.nn.Module) -> dict:
         places = self.routing.scheme.places(self.index)
-        if len(places) == 1:
-            return {places[0]: modules}
-        return {place: modules[place.target] for place in places}
+        return {place: self._own(modules, place.target) for place in places}
+
+    def _own(self, modules: torch.nn.Module, target: str) -> Any:
+        """A target's among what ``_for_each`` made."""
+        return modules if len(self.routing.scheme.targets) == 1 else modules[target]
 
     def logit_border(self, place: Place, layout: TokenLayout) -> float:
         """The logit from which on a unit is kept."""
@@ -193,9 +195,9 @@ class RoutedTransformerLayer(TransformerLayer):
     ) -> StandInOf | None:
         """What the target's stand-in makes of chosen tokens of ``[S, B, H]``, which ``norm``
         readies; ``None`` without one."""
-        stand_in = self.stand_ins.get(Place(self.index, target))
-        if stand_in is None:
+        if self.stand_in is None or target not in self.routing.scheme.targets:
             return None
+        stand_in = self._own(self.stand_in, target)
 
         def of(chosen: Selection | Everything) -> Tensor:
             tokens = chosen.take(grid)
@@ -252,7 +254,7 @@ class RoutedTransformerLayer(TransformerLayer):
 
     def _decide_tokens(self, place: Place, normed: Tensor, layout: TokenLayout) -> Tensor:
         """The mask ``[S, B]`` of what is kept, with its gradient: ones and zeros."""
-        router, sizes = self.routers[place], layout.sizes(self._window)
+        router, sizes = self._own(self.router, place.target), layout.sizes(self._window)
         mask = self._decide(place, router(normed), layout.valid, sizes, layout)
         if every := router.notes_every:
             places = layout.every(every, context_rank=self.pg_collection.cp.rank())
@@ -263,7 +265,8 @@ class RoutedTransformerLayer(TransformerLayer):
 
     def _decide_sequences(self, place: Place, normed: Tensor, layout: TokenLayout) -> Tensor:
         """As ``_decide_tokens``, with one decision for all tokens of a document."""
-        router, pooled = self.routers[place], layout.pooled(self.routing.pooling)
+        router = self._own(self.router, place.target)
+        pooled = layout.pooled(self.routing.pooling)
         total = layout.pool(router(normed), pooled)
         # In float64, which holds the pairs of the longest documents.
         counted = (pooled, *layout.sizes(self._window))
@@ -296,7 +299,8 @@ class RoutedTransformerLayer(TransformerLayer):
     ) -> Tensor:
         """The mask of units with these logits, zero where there is none; noted in the layout, and
         with their ``sizes`` in the router."""
-        router, penalty = self.routers[place], layout.step.penalty_per_unit.get(place)
+        router = self._own(self.router, place.target)
+        penalty = layout.step.penalty_per_unit.get(place)
         finds_price = self.routing.capacity_loss_weight == AUTO
         mask = keep_mask(
             logits,

@@ -24,6 +24,7 @@ from megatron_mod.parallel.agree import largest, on_first_rank
 from megatron_mod.routing.capacity import CapacityController
 from megatron_mod.routing.config import AUTO, ROUTER, RoutingConfig
 from megatron_mod.routing.costs import UnitCosts
+from megatron_mod.routing.scheme import Place
 from megatron_mod.training.average import ParameterAverage
 from megatron_mod.training.borders import (
     TOKENS,
@@ -231,8 +232,7 @@ class Training:
         self.settled = settled.capacity.tolist()
         routing = self.plan.routing
         for place, shift in zip(routing.places, settled.moved, strict=True):
-            name = routing.name_of(ROUTER, place.target)
-            mean = self.state.average.mean.get(KEY.format(place.layer, f"{name}.bias"))
+            mean = self._averaged(place, "bias")
             if mean is not None:  # after the block it is not the model's own
                 mean += shift
 
@@ -254,10 +254,14 @@ class Training:
         for place, borders in zip(routing.places, found.moved, strict=True):
             if place in routers:
                 routers[place].borders.data.copy_(borders)
-            name = routing.name_of(ROUTER, place.target)
-            mean = state.average.mean.get(KEY.format(place.layer, f"{name}.borders"))
+            mean = self._averaged(place, "borders")
             if mean is not None:
                 mean.copy_(borders)
+
+    def _averaged(self, place: Place, name: str) -> Tensor | None:
+        """The mean of a router's parameter over the last steps, where it is averaged and here."""
+        router = self.plan.routing.name_of(ROUTER, place.target)
+        return self.state.average.mean.get(KEY.format(place.layer, f"{router}.{name}"))
 
     def _serve(self, step: int) -> float | None:
         """Tell the routers the budget that a step draws, where they serve a range of them: a
