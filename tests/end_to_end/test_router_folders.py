@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save_file
 from megatron_mod.conversion import convert
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import read_config
-from megatron_mod.conversion.routers import PUBLISHED, read_routers, write_published
+from megatron_mod.conversion.routers import (
+    PUBLISHED,
+    read_routers,
+    read_step,
+    write_published,
+    write_step,
+)
 from megatron_mod.conversion.source import open_source
 from megatron_mod.routing.config import RoutingConfig
 from tests.helpers.runs import Trainer
@@ -176,3 +182,13 @@ def test_a_folder_without_routers_is_refused(trainer, tmp_path):
     with pytest.raises(ValueError, match="holds no routers"):
         convert.export_routers(trainer.base, tmp_path / "published")
     shutil.rmtree(tmp_path)
+
+
+def test_a_step_without_what_its_manifest_names_is_refused(trainer, tmp_path):
+    routing = RoutingConfig("attn_token", (1, 2), (0.5, 0.5), bias=True)
+    added = {layer: {"router.weight": torch.randn(1, 32)} for layer in routing.layers}
+    write_step(tmp_path / "step", routing, added, base=str(trainer.base), fingerprint="")
+    with pytest.raises(ValueError, match=r"routers do not match its manifest: .*1\.router\.bias"):
+        read_step(tmp_path / "step", routing)
+    with pytest.raises(ValueError, match=r"routers do not match its manifest: .*2\.router"):
+        read_step(tmp_path / "step", RoutingConfig("attn_token", (1,), (0.5,)))

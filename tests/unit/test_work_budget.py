@@ -277,7 +277,9 @@ def test_adapters_train_on_routers_that_hold_a_budget(trainer, tmp_path, work):
     adapters = {"train__trainable": "lora", "lora__rank": 2, "model__routers": routers}
     words = trainer.arguments(run, **settings(train__steps=2), **adapters)
     config = cli.parse([word for word in words if not word.startswith("--router.")])
-    loop.train(config, prepare(config))
+    plan, manifest = prepare(config), read_manifest(resolve_step(routers))
+    assert list(plan.routing.capacity) == manifest["routing"]["capacity"]
+    loop.train(config, plan)
     before, after = saved(routers), saved(run)
     kept = [key for key in after if ".router." in key and not key.startswith("average.")]
     assert kept
