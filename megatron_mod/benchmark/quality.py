@@ -6,147 +6,24 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 
 from megatron_mod.benchmark.quality_figure import draw
-from megatron_mod.calibration.routed import Routed, load_routed
-from megatron_mod.calibration.search import Calibration, Point
+from megatron_mod.benchmark.quality_models import Measurements, Model, Setup
+from megatron_mod.calibration.thresholds_file import write_thresholds
 from megatron_mod.checkpoint.folders import write_durably
-from megatron_mod.config import cli
-from megatron_mod.config.model_folder import is_megatron
 from megatron_mod.config.quality_budget import WORK, Budget
-from megatron_mod.config.recipes import NO_STAND_INS, PUBLISHED, as_options
-from megatron_mod.evaluation.perplexity import read_rows
-from megatron_mod.evaluation.rows import Row, evenly
+from megatron_mod.config.recipes import NO_STAND_INS, PUBLISHED
 from megatron_mod.evaluation.static import METHOD, Greedy, thresholds_without
 from megatron_mod.parallel import topology
-from megatron_mod.routing.scheme import Place, Scheme
-from megatron_mod.training.loop import train
-from megatron_mod.training.plan import prepare
+from megatron_mod.routing.scheme import Scheme
 
-NEAR = 0.01  # what a calibrated capacity may differ from the one asked for
+WITH_LORA = "ours+lora"  # routers, stand-ins and adapters, trained together
 UNTRAINED = {"train.steps": 0, "router.init": "zeros", "router.capacity": 1.0}
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What all trainings have in common.
-
-    Args:
-        load: base checkpoint or Hugging Face folder.
-        train: what is trained on (``data.train``).
-        texts: held-out files; of each every second sample sets thresholds, the others are measured.
-        out: folder of the trainings and of what is found.
-        layers: how many of the deepest layers but the last are routed.
-        samples: of each text, at most.
-        max_length: tokens a sample is cut to.
-        recipe: settings of every training.
-        settings: further ones, as on a training's command line; what is compared wins.
-    """
-
-    load: Path
-    train: Path
-    texts: Sequence[Path]
-    out: Path
-    layers: int
-    samples: int
-    max_length: int
-    recipe: Mapping[str, object]
-    settings: Sequence[str]
-
-    def run(self, name: str, **changes: object) -> Path:
-        """A training's folder, which is made unless it is complete."""
-        folder = self.out / name
-        if not (folder / "summary.json").exists():
-            base = "model.checkpoint" if is_megatron(self.load) else "model.hf_path"
-            options = {
-                base: self.load,
-                "model.dtype": "float32",
-                "router.layers.deepest": self.layers,
-                "data.train": self.train,
-                "data.max_length": self.max_length,
-                "checkpoint.save": folder,
-                **self.recipe,
-            }
-            config = cli.parse([*as_options(options), *self.settings, *as_options(changes)])
-            plan = prepare(config)
-            with topology.joined(plan.topology, seed=config.train.seed):
-                train(config, plan)
-        return folder
-
-
-class Measurements:
-    """What is found, kept in a file so that nothing is measured twice."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found = json.loads(path.read_text()) if path.exists() else {}
-
-    def once(self, key: str, measure) -> dict:
-        if key not in self.found:
-            self.found[key] = measure()
-            write_durably(self.path, json.dumps(self.found, indent=1) + "\n")
-        return self.found[key]
-
-
-class Model:
-    """A run's model on the held-out texts."""
-
-    def __init__(self, setup: Setup, run: Path) -> None:
-        ranks = topology.plan(tensor=1, pipeline=1, world_size=1)
-        pooling = {"max_length": None, "batch_size": 4, "pooling": None}
-        self.routed: Routed = load_routed(run, ranks, dtype="float32", **pooling)
-        self.rows = {path.stem: self._rows(setup, path) for path in setup.texts}
-        self.calibrations = {
-            name: [self._calibration(half) for half in (rows[::2], rows[1::2])]
-            for name, rows in self.rows.items()
-        }
-
-    def _rows(self, setup: Setup, path: Path) -> list[Row]:
-        rows = read_rows(path, self.routed.backend.tokenizer, max_length=setup.max_length)
-        return evenly(rows, setup.samples)
-
-    def _calibration(self, rows: Sequence[Row]) -> Calibration:
-        work = self.routed.work
-        return Calibration(self.routed.backend, rows, work, scope=work.routing.scope)
-
-    def at(self, of: str, share: float) -> dict[str, dict]:
-        """Each text's measured half, with thresholds set on its other half for a share ``of``
-        ``capacity`` or ``work``."""
-        found = {}
-        for name, (setting, measured) in self.calibrations.items():
-            if of == "work":
-                point = setting.at_work(share)
-            else:
-                point = setting.at_capacity(share, tolerance=NEAR)
-            found[name] = self._describe(measured, measured.at(point.thresholds))
-        return found
-
-    def without(self, removed: Sequence[Place]) -> dict[str, dict]:
-        """Each text's measured half, with what these routers decide about removed for good."""
-        thresholds = thresholds_without(self.routed.backend.places, removed)
-        return {
-            name: self._describe(measured, measured.at(thresholds))
-            for name, (_, measured) in self.calibrations.items()
-        }
-
-    def greedy(self) -> Greedy:
-        """Chooses what to remove on the first text's calibration half."""
-        rows = next(iter(self.rows.values()))[::2]
-        return Greedy(self.routed.backend, rows, work=self.routed.work)
-
-    @staticmethod
-    def _describe(calibration: Calibration, point: Point) -> dict:
-        return {
-            "perplexity": point.perplexity,
-            "capacity": point.mean_capacity,
-            "work": point.flops / calibration.dense_flops,
-        }
 
 
 def compare(
@@ -171,6 +48,7 @@ def compare(
         for (granularity, of), wanted in shares.items()
         for recipe, own in (
             ("ours", seeds),
+            (WITH_LORA, seeds if setup.lora else ()),
             ("published", seeds[:1] if published and of == "capacity" else ()),
         )
         for seed in own
@@ -188,6 +66,8 @@ def compare(
         for entry in _remove(setup, measured, targets, stand_ins=stand_ins, work=work)
     ]
     dense = {name: text["perplexity"] for name, text in static[0]["texts"].items()}
+    if setup.lora:
+        routed += _adapt(setup, measured, routed, static, seeds=seeds)
     table = list(summarise(routed, static, dense))
     found = {
         "dense": dense,
@@ -216,10 +96,11 @@ def _train(
     least, prefix = min(shares), WORK if of == "work" else ""
     keys = {at: f"{recipe} {granularity} {prefix}{least} {seed} at {at}" for at in shares}
     if not measured.found.keys() >= set(keys.values()):
+        own: dict[str, object] = {"published": PUBLISHED, WITH_LORA: setup.adapters}.get(recipe, {})
         run = setup.run(
             f"{recipe}_{granularity}_{prefix}{least:g}_{seed}",
             **{"router.granularity": granularity, f"router.{of}": least, "train.seed": seed},
-            **(PUBLISHED if recipe == "published" else {}),
+            **own,
         )
         with topology.single_process():
             model = Model(setup, run)
@@ -240,12 +121,7 @@ def _remove(
 ) -> Iterator[dict]:
     """Removals from none on, until one takes no more than a share of ``work`` on every text."""
     scheme, target = Scheme(targets, "token"), "+".join(targets)
-    changes = {
-        **UNTRAINED,
-        "router.granularity": str(scheme),
-        **({"router.stand_in": "linear"} if stand_ins else NO_STAND_INS),
-    }
-    run = setup.run(f"static_{target}_{'with' if stand_ins else 'without'}_stand_ins", **changes)
+    run = _unrouted(setup, targets, stand_ins=stand_ins)
     kind = f"static {target} {'with' if stand_ins else 'without'} stand-ins"
     opened: list[tuple[Model, Greedy]] = []
 
@@ -264,6 +140,84 @@ def _remove(
             done = all(text["work"] <= work for text in found["texts"].values())
             if done or len(found["removed"]) < count:
                 return
+
+
+def _unrouted(setup: Setup, targets: tuple[str, ...], *, stand_ins: bool) -> Path:
+    """A run with routers to remove things by, and stand-ins for what is removed."""
+    name = f"static_{'+'.join(targets)}_{'with' if stand_ins else 'without'}_stand_ins"
+    changes = {
+        **UNTRAINED,
+        "router.granularity": str(Scheme(targets, "token")),
+        **({"router.stand_in": "linear"} if stand_ins else NO_STAND_INS),
+    }
+    return setup.run(name, **changes)
+
+
+def _adapt(
+    setup: Setup,
+    measured: Measurements,
+    routed: Sequence[dict],
+    static: Sequence[dict],
+    *,
+    seeds: Sequence[int],
+) -> list[dict]:
+    """Adapters trained on the dense model, and on removal with stand-ins at the work nearest to
+    that of each budget's routers that have adapters too."""
+    found: dict[tuple, dict] = {}
+    budgets = {}
+    for point in routed:
+        if point["recipe"] == WITH_LORA:
+            budget = (point["granularity"], point.get("capacity"), point.get("work"))
+            budgets.setdefault(budget, _mean_work(point))
+    for (granularity, capacity, share), work in budgets.items():
+        targets = Scheme.parse(granularity).targets
+        removals = [
+            one for one in static if one["stand_ins"] and one["target"] == "+".join(targets)
+        ]
+        nearest = min(removals, key=lambda one: abs(_mean_work(one) - work))
+        for recipe, removal in (("dense+lora", removals[0]), ("removed+lora", nearest)):
+            for seed in seeds:
+                texts = _adapted(setup, measured, targets, removal["removed"], seed=seed)
+                point = {"granularity": granularity, "capacity": capacity, "work": share}
+                key = recipe, granularity, capacity, share, seed
+                found[key] = {"recipe": recipe, "seed": seed, **point, "texts": texts}
+    return list(found.values())
+
+
+def _mean_work(point: dict) -> float:
+    return fmean(text["work"] for text in point["texts"].values())
+
+
+def _adapted(
+    setup: Setup,
+    measured: Measurements,
+    targets: tuple[str, ...],
+    labels: Sequence[object],
+    *,
+    seed: int,
+) -> dict:
+    """The texts under adapters trained around a removal."""
+    scheme = Scheme(targets, "token")
+    removed = "_".join(map(str, labels)) or "nothing"
+    name = f"removed_{'+'.join(targets)}_{removed}"
+
+    def measure() -> dict:
+        routers = setup.out / name
+        with topology.single_process():
+            model = Model(setup, _unrouted(setup, targets, stand_ins=True))
+            places = [p for p in model.routed.backend.places if scheme.label(p) in labels]
+            if not routers.exists():
+                thresholds = thresholds_without(model.routed.backend.places, places)
+                write_thresholds(model.routed, thresholds, save=routers, add=lambda folder: None)
+        run = setup.run(
+            f"{name}_lora_{seed}",
+            **{"router.granularity": str(scheme), "model.routers": routers, "train.seed": seed},
+            **{**setup.adapters, "train.trainable": "lora"},
+        )
+        with topology.single_process():
+            return Model(setup, run).without(places)
+
+    return measured.once(f"{name} lora {seed}", measure)
 
 
 def summarise(

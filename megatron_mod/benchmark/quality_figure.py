@@ -10,6 +10,11 @@ from megatron_mod.routing.scheme import Scheme
 COLORS = {
     "attn": "tab:blue", "mlp": "tab:green", "block": "tab:red", "attn+mlp": "tab:purple",
 }  # fmt: skip
+KINDS = {
+    "ours": "trained here", "published": "published recipe", "ours+lora": "with adapters",
+    "dense+lora": "none routed, with adapters", "removed+lora": "removed, with adapters",
+}  # fmt: skip
+ADAPTED = {"ours+lora": "*", "dense+lora": "+", "removed+lora": "x"}
 MARKERS = {"token": "o", "sequence": "s"}
 
 
@@ -46,15 +51,15 @@ def _panel(axes: Axes, found: dict, text: str) -> None:
             scheme = Scheme.parse(row["granularity"])
             if "+".join(scheme.targets) != target or row["text"] != text:
                 continue
-            ours = row["recipe"] == "ours"
+            ours = row["recipe"] != "published"
             axes.errorbar(
                 row["work"],
                 row["perplexity"],
                 yerr=row["perplexity_standard_error"],
-                fmt=MARKERS[scheme.unit],
+                fmt=ADAPTED.get(row["recipe"], MARKERS[scheme.unit]),
                 color=color,
                 markerfacecolor=color if ours else "none",
-                label=f"{row['granularity']}, {'trained here' if ours else 'published recipe'}",
+                label=f"{row['granularity']}, {KINDS[row['recipe']]}",
             )
     worst = max(row["perplexity"] for row in found["table"] if row["text"] == text)
     axes.set(

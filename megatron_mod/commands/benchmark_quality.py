@@ -48,6 +48,9 @@ class QualityBenchmark(Options):
         steps: of each training.
         batch: sequences a step.
         lr: peak learning rate.
+        lora: rank of adapters in the routed layers, which are then trained too: with routers and
+            stand-ins, around removal with stand-ins at nearly equal work, and on the dense model;
+            unset: none.
     """
 
     load: str = setting(ModelFolder())
@@ -63,6 +66,7 @@ class QualityBenchmark(Options):
     steps: int = setting(COUNT, default=28)
     batch: int = setting(COUNT, default=4)
     lr: float = setting(Range(above=0), default=1e-2)
+    lora: int | None = setting(COUNT, default=None)
 
     def __post_init__(self) -> None:
         self.parsed_budgets()
@@ -81,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings, own = cli.split(arguments)
     with command(QualityBenchmark, own) as options:
         cli.check_names(settings)
-        from megatron_mod.benchmark.quality import Setup, compare
+        from megatron_mod.benchmark.quality import compare
+        from megatron_mod.benchmark.quality_models import Setup
 
         recipe = {
             "train.steps": options.steps,
@@ -100,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             max_length=options.max_length,
             recipe=recipe,
             settings=settings,
+            lora=options.lora,
         )
         compare(
             setup,

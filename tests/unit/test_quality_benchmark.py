@@ -12,6 +12,8 @@ from megatron_mod.commands.benchmark_quality import QualityBenchmark
 from tests.helpers.runs import Trainer
 from tests.helpers.tools import run_tool
 
+LORA = ("dense+lora", "removed+lora", "ours+lora")
+
 
 def test_trains_measures_and_goes_on(tmp_path, single_process, monkeypatch):
     trainer = Trainer(tmp_path)
@@ -22,7 +24,7 @@ def test_trains_measures_and_goes_on(tmp_path, single_process, monkeypatch):
         "--budgets", "attn_token:0.5", "attn_token+mlp_token:work=0.9",
         "--out", tmp_path / "out", "--seeds", 0, "--layers", 2,
         "--samples", 8, "--max_length", 32, "--steps", 2,
-        "--router.stand_in_tokens", 64,
+        "--router.stand_in_tokens", 64, "--lora", 2,
     ]  # fmt: skip
     assert run_tool(monkeypatch, "benchmark_quality", *words) == 0
     first = (tmp_path / "out" / "quality.json").read_text()
@@ -38,6 +40,12 @@ def test_trains_measures_and_goes_on(tmp_path, single_process, monkeypatch):
             assert (row["target_capacity"], row["target_work"]) == (None, 0.9)
             assert row["work"] == pytest.approx(0.9, abs=0.05)
         assert row["perplexity_standard_error"] is None  # of one seed
+    adapted = {recipe: [r for r in found["table"] if r["recipe"] == recipe] for recipe in LORA}
+    assert [len(rows) for rows in adapted.values()] == [4] * 3
+    for dense, removed, routed in zip(*adapted.values(), strict=True):
+        assert dense["work"] == pytest.approx(1, abs=0.01)
+        assert removed["work"] == pytest.approx(routed["work"], abs=0.08)  # of the nearest removal
+        assert dense["perplexity"] != found["dense"][dense["text"]]  # they were trained
     published = [row for row in found["table"] if row["recipe"] == "published"]
     assert {row["granularity"] for row in published} == {"attn_token"}
     assert next(one["removed"] for one in found["static"] if not one["stand_ins"]) == []
