@@ -7,7 +7,7 @@ dataclasses, and ``--help`` is made from their docstrings.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_mod.config.lora import ALL_LINEAR, LoraSettings, resolve_targets
 from megatron_mod.config.rules import (
@@ -24,18 +24,29 @@ from megatron_mod.routing.config import (
     Layers,
     RoutingConfig,
     default_rank,
+    predictor_size,
     resolve_capacity,
     resolve_layers,
 )
-from megatron_mod.routing.scheme import Granularity, Scheme
+from megatron_mod.routing.scheme import Causal, Granularity, Scheme, Selection
 
+ALL_PARTS = ("base", "routers", "stand_ins")  # of train.trainable: all
 MINUTES_OF_A_YEAR = 525_600
 DEFAULT_CAPACITY = 0.5
+CAUSAL_LOSS_WEIGHT = 0.01
+# What is unset, where a threshold decides and where a number of tokens is kept exactly.
+_THRESHOLD = {
+    "capacity_warmup_fraction": 0.5, "bias": True, "init": "importance", "stand_in": "linear",
+    "training_compute": "dense",
+}  # fmt: skip
+_EXACT = {
+    "capacity_warmup_fraction": 0.0, "bias": False, "stand_in": "none", "training_compute": "sparse"
+}  # fmt: skip
 
 
 @dataclass
 class ModelConfig:
-    """The frozen model: `checkpoint`, or `hf_path`.
+    """The model: `checkpoint`, or `hf_path`; or `config`, to train one from scratch.
 
     Args:
         checkpoint: folder that tools/convert_hf_to_megatron.py, Megatron-LM or Megatron-Bridge
@@ -43,12 +54,17 @@ class ModelConfig:
         hf_path: Hugging Face folder to train from without converting it, each rank reading its
             part; with a checkpoint of Megatron-LM or Megatron-Bridge, the folder with its
             config.json and tokenizer.
+        config: shape of a model that is trained from scratch (train.trainable: all): a Hugging Face
+            config.json, a folder with one, or its fields (`{model_type: llama, hidden_size: 256,
+            ...}`; those left out have the family's defaults); data.tokenizer says which tokenizer
+            it has, where the folder has none.
         routers: folder with routers to start from: a training run, or one of the published
             Router-Tuning code; unset: those beside the checkpoint, if any, else untrained ones.
         lora: folder with adapters to start from: a PEFT adapter of this model, or a training run;
             they train if train.trainable says so, and else stay as they are; unset: new ones, if
             lora.rank asks for any.
-        dtype: what the frozen weights and activations are held in; what trains stays in float32.
+        dtype: what weights and activations are held in; routers and adapters are float32, and other
+            weights that train (train.trainable: all) have a float32 copy in the optimizer.
         transformer_impl: the layers' modules: `transformer_engine` (GPUs only) or `local`,
             Megatron's own with torch's attention; unset: Transformer Engine where it works, but
             `local` in float32, which Transformer Engine multiplies as TF32.
@@ -56,6 +72,7 @@ class ModelConfig:
 
     checkpoint: str | None = None
     hf_path: str | None = None
+    config: str | dict[str, Any] | None = None
     routers: str | None = None
     lora: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -81,20 +98,34 @@ class RouterConfig:
             keeps of that is found in training, at a price per operation. A list of two, the least
             and the most, trains routers that serve all budgets between: each step draws one, and
             `model.set_work` of the export sets any.
+        selection: which units are kept. `threshold`: those whose score reaches one; capacity is
+            held on average, over the data. `top_k` (Mixture-of-Depths): of each document's n tokens
+            the `capacity * n` with the largest scores, exactly; what they are given is multiplied
+            by their score, and they attend to each other. `random`: as many, drawn by lot, to
+            compare with. Both for attn_token, mlp_token and block_token.
+        causal: with `top_k`, what says without later tokens whether one is kept, so that text can
+            be generated: a small `predictor` (the default), which learns from the router's input
+            and costs the language model nothing, or the router itself, whose scores an
+            `auxiliary_loss` (binary cross entropy) draws to either side of the threshold.
+        causal_loss_weight: of the auxiliary loss, above 0; unset: 0.01.
         scope: `layer` holds every layer to its target, `model` only their mean, so that
             important layers may stay on.
         capacity_loss_weight: weight of the penalty on capacity above target, above 0; or `auto`: a
             price of each kept unit, found during training, that needs no tuning.
         capacity_warmup_fraction: share of the steps, the first ones, over which the target falls
-            from 1 to `capacity` or `work`; 0 to 1.
+            from 1 to `capacity` or `work`; 0 to 1; unset: 0.5, or 0 with a selection of `top_k` or
+            `random`.
         bias: give every router one, which follows the scores: after each step it is set so that
             the step's units would have been kept to the target, and at the end so that the last
-            samples are. Without, as published, nothing but the penalty holds the capacity.
+            samples are. Without, as published, nothing but the penalty holds the capacity. With
+            `top_k` and `random` it is a part of the score like any other, and starts at 1, where a
+            model that was dense is still itself. Unset: yes with `threshold`, else no.
         init: where routers start that are not given (model.routers): at the `importance` of their
-            layers, the cost of leaving each out, measured on the first samples; or at `zeros`.
-        stand_in: what a skipped unit adds: `none`, nothing; `linear`, a small affine map of what
-            the router reads, solved in closed form on the first samples, unless the routers that
-            training starts from have them.
+            layers, the cost of leaving each out, measured on the first samples (the default); or at
+            `zeros`. With `top_k` and `random` they start at small random numbers.
+        stand_in: what a skipped unit adds: `none`, nothing; `linear` (the default with
+            `threshold`), a small affine map of what the router reads, solved in closed form on the
+            first samples, unless the routers that training starts from have them.
         stand_in_rank: rank of that map, at least 1; unset: 32 for attention alone, 64 for MLPs
             and blocks, or half the hidden size where that is less.
         stand_in_tokens: tokens it is solved on, at least 1; unset: 16384.
@@ -102,10 +133,11 @@ class RouterConfig:
         pooling: tokens a sequence's decision averages over: `prompt` (the default) those before
             the first label, what a generation's prefill sees; `all` every token but padding.
         keys_values: with tokens that skip attention, whose keys and values kept tokens attend to:
-            `all` (the default, as published) or those of `selected` tokens only.
-        training_compute: `dense` computes skipped units too, for the full straight-through
-            gradient; `sparse` skips them in training as well, and their routers hear from the
-            capacity penalty only.
+            `all` (the default with `threshold`, as published) or those of `selected` tokens only.
+        training_compute: `dense` (the default with `threshold`) computes skipped units too, for the
+            full straight-through gradient; `sparse` skips them in training as well, and their
+            routers hear from the capacity penalty only; with `top_k` and `random`, where scores are
+            part of the output, there is nothing else to hear.
         check_decisions_interval: steps between checks that all tensor-parallel ranks decide alike
             (a debugging aid, one host synchronisation per routed layer); 0: never.
     """
@@ -114,6 +146,9 @@ class RouterConfig:
     layers: Layers = setting(AT_LEAST_0, default={"deepest": 16})
     capacity: float | list[float] | None = setting(Range(above=0, most=1), default=None)
     work: float | list[float] | None = setting(Range(above=0, most=1), default=None)
+    selection: Selection = "threshold"
+    causal: Causal | None = None
+    causal_loss_weight: float | None = setting(Range(above=0), default=None)
     scope: Literal["layer", "model"] = "model"
     capacity_loss_weight: float | Literal["auto"] = setting(
         Range(
@@ -123,10 +158,10 @@ class RouterConfig:
         ),
         default="auto",
     )
-    capacity_warmup_fraction: float = setting(SHARE, default=0.5)
-    bias: bool = True
-    init: Literal["importance", "zeros"] = "importance"
-    stand_in: Literal["none", "linear"] = "linear"
+    capacity_warmup_fraction: float | None = setting(SHARE, default=None)
+    bias: bool | None = None
+    init: Literal["importance", "zeros"] | None = None
+    stand_in: Literal["none", "linear"] | None = None
     stand_in_rank: int | None = setting(COUNT, default=None)
     stand_in_tokens: int | None = setting(COUNT, default=None)
     threshold: float = setting(
@@ -134,12 +169,21 @@ class RouterConfig:
     )
     pooling: Literal["all", "prompt"] | None = None
     keys_values: Literal["all", "selected"] | None = None
-    training_compute: Literal["dense", "sparse"] = "dense"
+    training_compute: Literal["dense", "sparse"] | None = None
     check_decisions_interval: int = setting(AT_LEAST_0, default=0)
 
     def __post_init__(self) -> None:
         if self.capacity is None and self.work is None and self.layers != []:
             self.capacity = DEFAULT_CAPACITY
+        by_threshold = self.selection == "threshold"
+        defaults: dict[str, object] = _THRESHOLD if by_threshold else _EXACT
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.selection == "top_k":
+            self.causal = self.causal or "predictor"
+            if self.causal == "auxiliary_loss" and self.causal_loss_weight is None:
+                self.causal_loss_weight = CAUSAL_LOSS_WEIGHT
 
     def resolve(self, *, num_layers: int, hidden_size: int) -> RoutingConfig:
         """These settings for a model of ``num_layers`` layers. With ``work`` the capacities are
@@ -162,14 +206,18 @@ class RouterConfig:
                 targets=len(Scheme.parse(self.granularity).targets),
             ),
             work=(self.work[0], self.work[1]) if isinstance(self.work, list) else self.work,
+            selection=self.selection,
+            causal=self.causal,
+            causal_loss_weight=self.causal_loss_weight,
+            predictor_size=predictor_size(hidden_size) if self.causal == "predictor" else None,
             scope=self.scope,
             capacity_loss_weight=self.capacity_loss_weight,
-            capacity_warmup_fraction=self.capacity_warmup_fraction,
+            capacity_warmup_fraction=self.capacity_warmup_fraction or 0.0,
             threshold=self.threshold,
             pooling=self.pooling,
             keys_values=self.keys_values,
-            training_compute=self.training_compute,
-            bias=self.bias,
+            training_compute=self.training_compute or "dense",
+            bias=bool(self.bias),
             stand_in_rank=self._stand_in_rank(hidden_size),
         )
 
@@ -203,6 +251,8 @@ class DataConfig:
         max_train_samples: samples an epoch at most, drawn once with train.seed; at least 1; unset:
             all.
         max_length: tokens a sample is cut to, at least 2.
+        format: what records are: `conversations`, or `text`, documents that are cut into rows of
+            max_length tokens with every token labelled; `auto`: of each record what its fields say.
         template: conversation to text: `tokenizer` its own chat template, `published`
             Router-Tuning's, `auto` the tokenizer's if it has one.
         tokenizer: folder of a Hugging Face tokenizer or SentencePiece .model file; unset: the
@@ -221,6 +271,7 @@ class DataConfig:
     validation_split: float = setting(Range(least=0, below=1), default=0.0)
     max_train_samples: int | None = setting(COUNT, default=None)
     max_length: int = setting(Range(least=2), default=2048)
+    format: Literal["auto", "conversations", "text"] = "auto"
     template: Literal["auto", "published", "tokenizer"] = "auto"
     tokenizer: str | None = None
     packing: bool | Literal["auto"] = "auto"
@@ -313,7 +364,7 @@ class TrainConfig:
     exit_interval: int = setting(AT_LEAST_0, default=0)
     loss: Literal["task", "distill", "both"] = "task"
     trainable: Literal[
-        "routers", "routers+stand_ins", "routers+lora", "routers+stand_ins+lora", "lora"
+        "routers", "routers+stand_ins", "routers+lora", "routers+stand_ins+lora", "lora", "all"
     ] = "routers"
     frozen_prefix: Literal["recompute", "cache"] = "recompute"
     prefix_cache: str | None = None
@@ -322,8 +373,8 @@ class TrainConfig:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts of the model that train."""
-        return tuple(self.trainable.split("+"))
+        """The parts of the model that train (``model/trainable.py``)."""
+        return ALL_PARTS if self.trainable == "all" else tuple(self.trainable.split("+"))
 
 
 @dataclass

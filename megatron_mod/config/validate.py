@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron_mod.config import rules
+from megatron_mod.config.selection import check_selection, check_whole_model
 
 if TYPE_CHECKING:
     from megatron_mod.config.schema import Config, DataConfig, RouterConfig, TrainConfig
@@ -21,12 +22,16 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
         ValueError: naming the field, its value, the constraint and the remedy.
     """
     _check_rules(config, place, only=rules.Range)
-    if config.model.checkpoint is None and config.model.hf_path is None:
+    model = config.model
+    if model.checkpoint is None and model.hf_path is None and model.config is None:
         raise ValueError(
-            "model.checkpoint and model.hf_path are both unset; name the frozen model by one."
+            "model.checkpoint and model.hf_path are both unset; name the frozen model by one, or "
+            "set model.config to train a model from scratch."
         )
     r, d, p, t = config.router, config.data, config.parallel, config.train
     _check_length(t, place)
+    check_selection(r, place)
+    check_whole_model(config, place)
     _check_work(r, place)
     if r.check_decisions_interval and p.tensor_model_parallel_size == 1:
         raise ValueError(
@@ -36,7 +41,8 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
     _check_lora(config, place)
     if r.layers == []:
         _check_no_routers(config, place)
-    if not r.bias and r.capacity_loss_weight == "auto":
+    by_threshold = r.selection == "threshold"
+    if not r.bias and r.capacity_loss_weight == "auto" and by_threshold and r.layers != []:
         raise ValueError(
             "router.bias = false: router.capacity_loss_weight = auto needs biases, without which "
             "only a penalty holds the capacity; give a number (1.0 as published), or set "
@@ -57,7 +63,7 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
             f"router.stand_in_tokens = {r.stand_in_tokens}: nothing stands in for what is skipped; "
             "set router.stand_in to linear, or leave the tokens out."
         )
-    if r.stand_in == "none" and "stand_ins" in t.parts:
+    if r.stand_in == "none" and "stand_ins" in t.trainable:
         raise ValueError(
             f"train.trainable = {t.trainable}: there are no stand-ins to train; set "
             "router.stand_in to linear, or train.trainable to routers."
@@ -129,20 +135,21 @@ def _check_lora(config: Config, place: Callable[[str], str]) -> None:
 
 def _check_no_routers(config: Config, place: Callable[[str], str]) -> None:
     trainable = config.train.trainable
-    if config.train.parts != ("lora",):
+    if trainable not in ("lora", "all"):
         raise ValueError(
             f"router.layers = []{place('router.layers')}: train.trainable = {trainable} trains "
             "routers; name at least one layer, or use 'deepest: n' or 'all', or train adapters "
-            "alone (train.trainable: lora)."
+            "alone (train.trainable: lora), or the whole model (all)."
         )
     if config.model.routers is not None:
         raise ValueError(
             f"model.routers = {config.model.routers}{place('model.routers')}: would be ignored, "
             "because router.layers = [] has none; leave one of the two out."
         )
+    unset = type(config.router)(layers=[])
     for field in dataclasses.fields(config.router):
         value = getattr(config.router, field.name)
-        if field.name != "layers" and value != field.default:
+        if field.name != "layers" and value != getattr(unset, field.name):
             name = f"router.{field.name}"
             raise ValueError(
                 f"{name} = {value}{place(name)}: would be ignored, because router.layers = [] has "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 from megatron_mod.conversion.config_types import (
     BOOLEAN,
@@ -19,6 +20,7 @@ from megatron_mod.conversion.config_types import (
 )
 from megatron_mod.hf import FILES, MODULE
 from megatron_mod.routing.config import AUTO, RoutingConfig
+from megatron_mod.routing.scheme import Causal
 
 
 def portable_config(hf_config: dict) -> dict:
@@ -107,6 +109,14 @@ ROUTING = {
         lambda v: is_share(v) or _is_range(v),
     ),
     "budget": Kind("a number from 0 to 1", is_share),
+    "selection": Kind("'threshold' or 'top_k'", lambda v: v in ("threshold", "top_k")),
+    "causal": Kind(
+        "'auxiliary_loss', 'predictor' or null", lambda v: v is None or v in get_args(Causal)
+    ),
+    "causal_loss_weight": Kind("a number, or null", lambda v: v is None or NUMBER.accepts(v)),
+    "predictor_size": Kind(
+        "a whole number above 0, or null", lambda v: v is None or COUNT.accepts(v)
+    ),
     "bias": BOOLEAN,
     "stand_in_rank": Kind(
         "a whole number above 0, or null", lambda v: v is None or COUNT.accepts(v)

@@ -12,7 +12,8 @@ from megatron_mod.routing.scheme import Place, Scheme
 AUTO = "auto"
 Layers: TypeAlias = Literal["all"] | dict[str, int] | list[int]  # as ``resolve_layers`` reads them
 KNOTS = 5  # budgets of a range, evenly spaced, that borders are set at
-ROUTER, STAND_IN = "router", "stand_in"  # what a routed layer has beside a dense one
+# What a routed layer has beside a dense one.
+ROUTER, STAND_IN, PREDICTOR = "router", "stand_in", "predictor"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class RoutingConfig:
     are held to in place of ``capacity``, which is then what each of them was found to keep; or the
     least and the most of a range of them, of which ``budget`` is the one that is set (at first the
     least), with ``capacity`` what is kept at the least.
+
+    ``selection``: ``threshold`` keeps what reaches the threshold; ``top_k`` and ``random`` keep
+    exactly ``capacity`` of every document's tokens, with the largest logits or by lot, and multiply
+    their update by the logit. ``causal``: with ``top_k``, what decides where later tokens are not
+    known, by ``threshold``: a ``predictor`` of hidden size ``predictor_size``, or the router, whose
+    logits an ``auxiliary_loss`` of weight ``causal_loss_weight`` draws there.
 
     Raises:
         ValueError: an unknown granularity, or a setting that this granularity would ignore.
@@ -49,6 +56,10 @@ class RoutingConfig:
     stand_in_rank: int | None = None
     work: float | tuple[float, float] | None = None
     budget: float | None = None
+    selection: str = "threshold"
+    causal: str | None = None
+    causal_loss_weight: float | None = None
+    predictor_size: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.work, tuple) and self.budget is None:
@@ -56,7 +67,7 @@ class RoutingConfig:
         scheme = self.scheme
         self._own("pooling", scheme.per_sequence, "prompt", "a sequence granularity")
         where = "attn_token, attn_token+mlp_token or block_token"
-        self._own("keys_values", scheme.chooses_keys, "all", where)
+        self._own("keys_values", scheme.chooses_keys, "selected" if self.is_exact else "all", where)
 
     def _own(self, name: str, belongs: bool, default: str, where: str) -> None:
         """Give a setting its default where it belongs and refuse it elsewhere."""
@@ -78,6 +89,12 @@ class RoutingConfig:
     def places(self) -> tuple[Place, ...]:
         """Of the routers, in the order of ``capacity`` and ``thresholds``."""
         return tuple(place for layer in self.layers for place in self.scheme.places(layer))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every document keeps a number of tokens that follows from its length, and their
+        update is multiplied by their logits."""
+        return self.selection != "threshold"
 
     @property
     def budgets(self) -> tuple[float, float] | None:
@@ -119,6 +136,12 @@ class RoutingConfig:
             if self.budgets:
                 shapes[f"{router}.work_weight"] = (1, hidden_size)
                 shapes[f"{router}.borders"] = (KNOTS,)
+            if size := self.predictor_size:
+                predictor = self.name_of(PREDICTOR, target)
+                shapes[f"{predictor}.hidden.weight"] = (size, hidden_size)
+                shapes[f"{predictor}.hidden.bias"] = (size,)
+                shapes[f"{predictor}.out.weight"] = (1, size)
+                shapes[f"{predictor}.out.bias"] = (1,)
             if rank := self.stand_in_rank:
                 shapes[f"{stand_in}.down.weight"] = (rank, hidden_size)
                 shapes[f"{stand_in}.up.weight"] = (hidden_size, rank)
@@ -126,8 +149,8 @@ class RoutingConfig:
         return shapes
 
     def name_of(self, what: str, target: str) -> str:
-        """The name in a routed layer of a target's ``ROUTER`` or ``STAND_IN``, which stands for all
-        of the layer where there is one target."""
+        """The name in a routed layer of a target's ``ROUTER``, ``STAND_IN`` or ``PREDICTOR``, which
+        stands for all of the layer where there is one target."""
         return what if len(self.scheme.targets) == 1 else f"{what}.{target}"
 
     def logit_border(self, place: Place) -> float:
@@ -159,6 +182,11 @@ def logit_border(threshold: float) -> float:
 def default_rank(scheme: Scheme, *, hidden_size: int) -> int:
     """The rank that stand-ins get where none is given."""
     return min(64 if scheme.covers_mlp else 32, hidden_size // 2)
+
+
+def predictor_size(hidden_size: int) -> int:
+    """Hidden units of the predictors of a model's layers."""
+    return min(128, max(1, hidden_size // 4))
 
 
 def resolve_layers(

@@ -9,6 +9,8 @@ Granularity = Literal[
     "attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token",
     "attn_sequence+mlp_sequence", "attn_token+mlp_token",
 ]  # fmt: skip
+Selection = Literal["threshold", "top_k", "random"]
+Causal = Literal["auxiliary_loss", "predictor"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
 

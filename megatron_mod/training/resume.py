@@ -34,7 +34,8 @@ _MAY_CHANGE = {
 # What a run did that was started before there were these settings.
 _BEFORE = {
     "router.bias": False, "router.init": "zeros", "router.stand_in": "none",
-    "router.work": None, "train.loss": "task", "train.trainable": "routers", "lora.rank": None,
+    "router.work": None, "router.selection": "threshold", "train.loss": "task",
+    "train.trainable": "routers", "lora.rank": None,
 }  # fmt: skip
 _SECTIONS_THAT_MAY_CHANGE = {"checkpoint", "logging", "parallel"}
 

@@ -121,7 +121,7 @@ def test_what_is_saved_parses_to_the_same(parse, tmp_path):
             {},
             "router.init = importance: sets the routers' biases",
         ),
-        (["--router.init", "random"], {}, "router.init = random: must be importance or zeros"),
+        (["--router.init", "random"], {}, "router.init = random: must be importance, zeros or null"),
         (["--router.stand_in_rank", "0"], {}, "router.stand_in_rank = 0: must be at least 1"),
         (
             ["--router.stand_in", "none", "--router.stand_in_rank", "4"],
@@ -138,7 +138,7 @@ def test_what_is_saved_parses_to_the_same(parse, tmp_path):
             {"train": {"trainable": "routers+stand_ins"}},
             "there are no stand-ins to train",
         ),
-        (["--train.trainable", "stand_ins"], {}, "routers+stand_ins+lora or lora"),
+        (["--train.trainable", "stand_ins"], {}, "routers+stand_ins+lora, lora or all"),
         (["--train.loss", "kl"], {}, "train.loss = kl: must be task, distill or both"),
         (["--parallel.sequence_parallel", "true"], {}, "tensor_model_parallel_size above 1"),
         (["--train.validation_interval", "5"], {}, "data.validation = None"),
