@@ -20,7 +20,7 @@ from megatron_mod.conversion.check import (
     megatron_shapes,
 )
 from megatron_mod.conversion.finite import require_finite
-from megatron_mod.conversion.hf_reader import HFReader
+from megatron_mod.conversion.hf_reader import TensorReader
 from megatron_mod.conversion.megatron_lm import LayerReader, has_stacked_layers
 from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.model.builder import ModelChunks
@@ -40,7 +40,7 @@ def load_base(model: ModelChunks, base: Base | str | Path) -> None:
             not finite; on all ranks, whichever found it.
     """
     base = base if isinstance(base, Base) else open_base(base)
-    if base.kind == "huggingface":
+    if base.has_hf_weights:
         _load_hf(model, base)
     else:
         _load_state(model, base)
@@ -79,7 +79,7 @@ def _load_hf(model: ModelChunks, base: Base) -> None:
     dist.all_gather_object(used, {part.key for part in parts})
     if model.is_whole:
         check_megatron_names(base.family, base.arch, set().union(*used), base.path)
-    with together(), HFReader(base.path) as reader:
+    with together(), base.weights() as reader:
         check_hf_names(base.family, base.arch, reader.names(), base.path)
         share = {"part": dist.get_rank(), "parts": dist.get_world_size()}
         check_tied(reader, tied=base.arch.tied_embeddings, **share)
@@ -90,7 +90,7 @@ def _load_hf(model: ModelChunks, base: Base) -> None:
             require_finite(part.data, part.key, where=base.path)
 
 
-def _fill(part: ShardedTensor, row: mappings.Mapping, reader: HFReader, *, rows: int) -> None:
+def _fill(part: ShardedTensor, row: mappings.Mapping, reader: TensorReader, *, rows: int) -> None:
     """Read this rank's part of a parameter of ``rows`` rows; padding rows become zeros."""
     first = part.global_offset[0]
     last = min(first + part.local_shape[0], rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_mod.checkpoint import checksums
-from megatron_mod.checkpoint.companions import COMPANION_FILES
+from megatron_mod.checkpoint.companions import COMPANION_FILES, copy_companions
 from megatron_mod.checkpoint.export_checksums import as_written, model_files
 from megatron_mod.checkpoint.manifest import (
     HUGGINGFACE,
@@ -23,7 +23,7 @@ from megatron_mod.config.lora import LoraSettings, lora_of
 from megatron_mod.conversion import megatron_lm
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.families.base import Family
-from megatron_mod.conversion.hf_reader import read_config
+from megatron_mod.conversion.hf_reader import HFReader, TensorReader, read_config
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
 
@@ -32,12 +32,12 @@ from megatron_mod.routing.config import RoutingConfig
 class Base:
     """A frozen model on disk.
 
-    ``kind`` says what ``path`` is: our ``checkpoint``, a ``huggingface`` folder, or a distributed
-    checkpoint of Megatron-LM or Megatron-Bridge (``megatron_lm``). ``huggingface`` is the folder
-    with config.json and tokenizer.
+    ``kind`` says what ``path`` is: our ``checkpoint``, a ``huggingface`` folder, a distributed
+    checkpoint of Megatron-LM or Megatron-Bridge (``megatron_lm``), or a ``config`` without weights
+    (``scratch.NewModel``). ``huggingface`` is the folder with config.json and tokenizer.
     """
 
-    kind: Literal["checkpoint", "huggingface", "megatron_lm"]
+    kind: Literal["checkpoint", "huggingface", "megatron_lm", "config"]
     path: Path
     huggingface: Path
     family: Family
@@ -45,8 +45,21 @@ class Base:
 
     @property
     def state(self) -> Path:
-        """The distributed checkpoint of the weights (not for ``huggingface``)."""
+        """The distributed checkpoint of the weights (not where ``weights`` reads them)."""
         return self.path / STATE if self.kind == "checkpoint" else self.path
+
+    @property
+    def has_hf_weights(self) -> bool:
+        """Whether the weights have Hugging Face's names, and are read by ``weights``."""
+        return self.kind in ("huggingface", "config")
+
+    def weights(self) -> TensorReader:
+        """The tensors by Hugging Face's names."""
+        return HFReader(self.path)
+
+    def write_companions(self, target: Path, *, dtype: str | None = None) -> None:
+        """Copy config and tokenizer, as ``copy_companions``."""
+        copy_companions(self.huggingface, target, dtype=dtype)
 
     def reference(self) -> dict[str, str | None]:
         """What the manifest of a step says of its base; called by all ranks alike, raises as

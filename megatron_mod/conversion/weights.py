@@ -20,7 +20,6 @@ from megatron_mod.conversion.check import (
     megatron_shapes,
 )
 from megatron_mod.conversion.finite import require_finite
-from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.megatron_lm import LayerReader
 from megatron_mod.conversion.source import Base
 
@@ -41,10 +40,10 @@ def hf_weights(base: Base) -> Iterator[list[Weight]]:
         ValueError: the weights are not exactly those of the architecture, or, as one is read, it
             is not finite.
     """
-    if base.kind != "huggingface":
+    if not base.has_hf_weights:
         yield _from_state(base)
         return
-    with HFReader(base.path) as reader:
+    with base.weights() as reader:
         check_hf_names(base.family, base.arch, reader.names(), base.path)
         check_tied(reader, tied=base.arch.tied_embeddings)
         table = base.family.table(base.arch)

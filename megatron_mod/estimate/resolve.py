@@ -10,6 +10,7 @@ from megatron_mod.config.schema import Config
 from megatron_mod.config.shapes import SHAPES
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import read_config, read_config_file
+from megatron_mod.conversion.scratch import new_architecture
 from megatron_mod.conversion.source import open_base
 from megatron_mod.estimate import here
 from megatron_mod.estimate.gpus import CPU, KINDS, Kind
@@ -23,9 +24,16 @@ def shape_of(config: Config, hf_config: str | None) -> Architecture:
     Raises:
         ValueError: there is neither, both and they differ, or a model that is not supported.
     """
+    named = None if hf_config is None else _named(hf_config)
+    if config.model.config is not None:
+        if named is not None:
+            raise ValueError(
+                f"--hf-config {hf_config}: would be ignored, because model.config says the shape; "
+                "leave it out."
+            )
+        return new_architecture(config)
     place = config.model.checkpoint or config.model.hf_path
     assert place is not None, "a configuration without a model"
-    named = None if hf_config is None else _named(hf_config)
     if not Path(place).exists():
         if named is None:
             raise ValueError(

@@ -10,6 +10,7 @@ import torch
 
 from megatron_mod.config.lora import LoraSettings
 from megatron_mod.config.schema import Config
+from megatron_mod.conversion.scratch import open_new
 from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.data.dataset import Samples, load_data
 from megatron_mod.data.loader import Loader
@@ -72,7 +73,7 @@ def prepare(config: Config) -> Plan:
     check_installed(config.logging)
     wanted, dtype = config.model.transformer_impl, DTYPES[config.model.dtype]
     implementation = choose_implementation(wanted, dtype=dtype)
-    base = open_base(config.model.checkpoint or config.model.hf_path, hf_path=config.model.hf_path)
+    base = base_of(config)
     arch = base.arch
     check_settings(config)
     job = arrange(
@@ -127,6 +128,20 @@ def prepare(config: Config) -> Plan:
         dense_passes=job.dense_passes,
         workload=counted,
     )
+
+
+def base_of(config: Config) -> Base:
+    """The model that the settings name, or describe.
+
+    Raises:
+        ValueError: as ``open_base`` and ``open_new``.
+    """
+    model = config.model
+    if model.config is not None:
+        return open_new(config)
+    path = model.checkpoint or model.hf_path
+    assert path is not None, "a configuration without a model"
+    return open_base(path, hf_path=model.hf_path)
 
 
 def _check_work(routing: RoutingConfig, counted: Workload, *, mean_length: float) -> None:
