@@ -54,19 +54,15 @@ class NewModel(Base):
 
     def weights(self) -> InitialWeights:
         """The first weights, the same at every topology."""
-        return InitialWeights(
-            self.family, self.arch, initializer_range=self._range, seed=self.seed
-        )
+        return InitialWeights(self.family, self.arch, initializer_range=self._range, seed=self.seed)
 
-    def write_companions(self, target: Path, *, dtype: str | None = None) -> None:
-        """Write config.json and tokenizer as a Hugging Face folder has them."""
-        target.mkdir(exist_ok=True)
+    def companions(self, *, dtype: str | None = None) -> dict[str, bytes]:
+        """config.json and tokenizer as a Hugging Face folder has them, by file."""
         folder, names = self._tokenizer_files()
-        for name, source in names.items():
-            (target / name).write_bytes(member(folder, source).read_bytes())
+        found = {name: member(folder, source).read_bytes() for name, source in names.items()}
         values = {**self.hf_config, **({"dtype": dtype} if dtype else {})}
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        (target / "config.json").write_text(text, encoding="utf-8")
+        found["config.json"] = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+        return found
 
     @property
     def _range(self) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_mod.checkpoint import checksums
-from megatron_mod.checkpoint.companions import COMPANION_FILES, copy_companions
+from megatron_mod.checkpoint.companions import COMPANION_FILES
 from megatron_mod.checkpoint.export_checksums import as_written, model_files
 from megatron_mod.checkpoint.manifest import (
     HUGGINGFACE,
@@ -56,10 +56,6 @@ class Base:
     def weights(self) -> TensorReader:
         """The tensors by Hugging Face's names."""
         return HFReader(self.path)
-
-    def write_companions(self, target: Path, *, dtype: str | None = None) -> None:
-        """Copy config and tokenizer, as ``copy_companions``."""
-        copy_companions(self.huggingface, target, dtype=dtype)
 
     def reference(self) -> dict[str, str | None]:
         """What the manifest of a step says of its base; called by all ranks alike, raises as
