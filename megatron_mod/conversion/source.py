@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_mod.checkpoint import checksums
-from megatron_mod.checkpoint.companions import COMPANION_FILES
+from megatron_mod.checkpoint.companions import COMPANION_FILES, read_companions
 from megatron_mod.checkpoint.export_checksums import as_written, model_files
 from megatron_mod.checkpoint.manifest import (
     HUGGINGFACE,
@@ -28,16 +28,20 @@ from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
 
 
+REFERENCE = ("base", "base_config", "base_fingerprint")
+
+
 @dataclass(frozen=True)
 class Base:
-    """A frozen model on disk.
+    """A model on disk.
 
-    ``kind`` says what ``path`` is: our ``checkpoint``, a ``huggingface`` folder, a distributed
-    checkpoint of Megatron-LM or Megatron-Bridge (``megatron_lm``), or a ``config`` without weights
-    (``scratch.NewModel``). ``huggingface`` is the folder with config.json and tokenizer.
+    ``kind`` says what ``path`` is: our ``checkpoint``, a ``step`` of a training of the whole model,
+    a ``huggingface`` folder, a distributed checkpoint of Megatron-LM or Megatron-Bridge
+    (``megatron_lm``), or a ``config`` without weights (``scratch.NewModel``). ``huggingface`` is
+    the folder with config.json and tokenizer.
     """
 
-    kind: Literal["checkpoint", "huggingface", "megatron_lm", "config"]
+    kind: Literal["checkpoint", "step", "huggingface", "megatron_lm", "config"]
     path: Path
     huggingface: Path
     family: Family
@@ -46,7 +50,7 @@ class Base:
     @property
     def state(self) -> Path:
         """The distributed checkpoint of the weights (not where ``weights`` reads them)."""
-        return self.path / STATE if self.kind == "checkpoint" else self.path
+        return self.path / STATE if self.kind in ("checkpoint", "step") else self.path
 
     @property
     def has_hf_weights(self) -> bool:
@@ -57,9 +61,13 @@ class Base:
         """The tensors by Hugging Face's names."""
         return HFReader(self.path)
 
+    def companions(self, *, dtype: str | None = None) -> dict[str, bytes]:
+        """Config, tokenizer and generation settings, by file, as ``read_companions``."""
+        return read_companions(self.huggingface, dtype=dtype)
+
     def reference(self) -> dict[str, str | None]:
-        """What the manifest of a step says of its base; called by all ranks alike, raises as
-        ``fingerprint``."""
+        """What the manifest of a step says of its base (``REFERENCE``); called by all ranks alike,
+        raises as ``fingerprint``."""
         config = str(self.huggingface.resolve()) if self.kind == "megatron_lm" else None
         return {
             "base": str(self.path.resolve()),
@@ -75,6 +83,8 @@ class Base:
         """
         if self.kind == "checkpoint":
             return content_fingerprint(verify_checkpoint(self.path))
+        if self.kind == "step":
+            return checksums.fingerprint(verify_checkpoint(self.path)["files"])
         if self.kind == "huggingface":
             with as_written(self.path):
                 return checksums.fingerprint(
@@ -97,8 +107,8 @@ def open_base(
     """The frozen model a folder holds.
 
     Args:
-        path: a folder of convert_hf_to_megatron.py, a Hugging Face folder, or one that Megatron-LM
-            or Megatron-Bridge wrote.
+        path: a folder of convert_hf_to_megatron.py, a Hugging Face folder, one that Megatron-LM
+            or Megatron-Bridge wrote, or a training of the whole model, or one of its steps.
         hf_path: for the last of these, a Hugging Face folder of the same model; only its config
             and tokenizer are read.
         name: what the user calls that folder.
@@ -108,6 +118,7 @@ def open_base(
             supported.
     """
     path = Path(path)
+    kind: Literal["checkpoint", "step", "huggingface", "megatron_lm"]
     if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
         kind, huggingface = "huggingface", path
     elif (found := megatron_lm.find_iteration(path)) is not None:
@@ -118,8 +129,12 @@ def open_base(
             )
         kind, path, huggingface = "megatron_lm", found, Path(hf_path)
     else:
-        files = read_manifest(path, kind="base")["files"]
-        kind, huggingface = "checkpoint", path / HUGGINGFACE
+        path = resolve_step(path)
+        manifest = read_manifest(path)
+        kind = "step" if manifest.get("whole") else "checkpoint"
+        if kind == "checkpoint":
+            manifest = read_manifest(path, kind="base")
+        files, huggingface = manifest["files"], path / HUGGINGFACE
         # These are small, and read before ranks meet and check the rest.
         there = {f"{HUGGINGFACE}/{p.name}" for p in huggingface.glob("*")} & files.keys()
         checksums.verify(path, {name: files[name] for name in there}, together=False)
@@ -145,7 +160,8 @@ class Source:
 
 
 def open_source(load: str | Path, *, base: str | Path | None = None) -> Source:
-    """The model of a base checkpoint, of a training run (its newest step), or of one of its steps.
+    """The model of a base checkpoint, of a training run (its newest step), or of one of its steps;
+    of a run that trained the whole model, all is the step's.
 
     Args:
         base: where the base of a training run is now, if not where it was.
@@ -162,6 +178,9 @@ def open_source(load: str | Path, *, base: str | Path | None = None) -> Source:
         found.fingerprint()
         return Source(found)
     manifest = verify_checkpoint(step)
+    routing = RoutingConfig.from_dict(manifest["routing"])
+    if manifest.get("whole"):
+        return Source(open_base(step), step, routing if routing.layers else None)
     if base is None and not (step / manifest["base"]).exists():
         raise ValueError(
             f"{(step / manifest['base']).resolve()}: the base that {load} was trained on is not "
@@ -169,7 +188,6 @@ def open_source(load: str | Path, *, base: str | Path | None = None) -> Source:
         )
     found = open_base(base or step / manifest["base"], hf_path=manifest.get("base_config"))
     check_base(found.fingerprint(), manifest, step=step, base=found.path)
-    routing = RoutingConfig.from_dict(manifest["routing"])
     return Source(found, step, routing if routing.layers else None, lora_of(manifest))
 
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mod.checkpoint.distributed import StateReader
 from megatron_mod.conversion import mappings
+from megatron_mod.conversion.base_state import reader_of
 from megatron_mod.conversion.check import (
     check_hf_names,
     check_megatron_names,
@@ -20,7 +20,6 @@ from megatron_mod.conversion.check import (
     megatron_shapes,
 )
 from megatron_mod.conversion.finite import require_finite
-from megatron_mod.conversion.megatron_lm import LayerReader
 from megatron_mod.conversion.source import Base
 
 
@@ -54,10 +53,7 @@ def hf_weights(base: Base) -> Iterator[list[Weight]]:
 
 
 def _from_state(base: Base) -> list[Weight]:
-    if base.kind == "megatron_lm":
-        reader = LayerReader(base.state, vocab_size=base.arch.vocab_size)
-    else:
-        reader = StateReader(base.state)
+    reader = reader_of(base)
     table = base.family.table(base.arch)
     check_megatron_names(base.family, base.arch, reader.names(), base.path)
 

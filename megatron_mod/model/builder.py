@@ -102,9 +102,13 @@ class RoutedGPTModel(GPTModel):
         own = self.output_layer.weight  # none where it is tied and the embeddings are here too
         return self.shared_embedding_or_output_weight() if own is None else own
 
-    def head(self, hidden_states: Tensor) -> Tensor:
-        """Logits ``[..., vocab / tp]`` of final hidden states ``[..., H]``, on the last stage."""
-        return self.without_padding(F.linear(hidden_states, self.head_weight))
+    def head(self, hidden_states: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Logits ``[..., vocab / tp]`` of final hidden states ``[..., H]``, on the last stage.
+
+        ``weight``: stands for ``head_weight``.
+        """
+        weight = self.head_weight if weight is None else weight
+        return self.without_padding(F.linear(hidden_states, weight))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

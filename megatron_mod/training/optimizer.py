@@ -62,8 +62,14 @@ def build_optimizer(
     chunks: list[DistributedDataParallel], config: Config, *, steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Adam over what trains and a cosine schedule with warm-up, down to zero after ``steps``;
-    adapters may have a peak of their own."""
-    o = config.optimizer
+    adapters may have a peak of their own. What the model has in bfloat16 is stepped in fp32
+    (Megatron's main parameters); norms and biases do not decay."""
+    o, in_bfloat16 = config.optimizer, any(
+        parameter.dtype == torch.bfloat16
+        for chunk in chunks
+        for parameter in chunk.parameters()
+        if parameter.requires_grad
+    )
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=o.lr,
@@ -72,7 +78,8 @@ def build_optimizer(
         clip_grad=o.clip_grad,
         adam_beta1=0.9,
         adam_beta2=0.999,
-        params_dtype=torch.float32,
+        params_dtype=torch.bfloat16 if in_bfloat16 else torch.float32,
+        bf16=in_bfloat16,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
     groups = get_standard_config_overrides(settings)
