@@ -49,6 +49,7 @@ KEY = "decoder.layers.{}.{}"
 HF_KEY = "model.layers.{}.{}"
 ROUTER, BIAS = "router.weight", "router.bias"
 PUBLISHED = tuple(name for name in GRANULARITIES if "+" not in name)  # with one router a layer
+ROUTERS, PREDICTORS = "router.", "predictor."  # what their names begin with, which stay fp32
 OURS = "megatron_mod"  # the published config's field for settings it has none for
 
 
@@ -124,7 +125,7 @@ def hf_tensors(added: Added, dtype: torch.dtype) -> dict[str, Tensor]:
     for layer, own in added.items():
         for name, tensor in own.items():
             key = HF_KEY.format(layer, name)
-            to = torch.float32 if name.startswith("router.") else dtype
+            to = torch.float32 if name.startswith((ROUTERS, PREDICTORS)) else dtype
             tensors[key] = cast(tensor, to, key)
     return tensors
 
