@@ -27,7 +27,6 @@ from megatron_mod.conversion.hf_reader import HFReader, TensorReader, read_confi
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
 
-
 REFERENCE = ("base", "base_config", "base_fingerprint")
 
 

@@ -64,11 +64,14 @@ def build_optimizer(
     """Adam over what trains and a cosine schedule with warm-up, down to zero after ``steps``;
     adapters may have a peak of their own. What the model has in bfloat16 is stepped in fp32
     (Megatron's main parameters); norms and biases do not decay."""
-    o, in_bfloat16 = config.optimizer, any(
-        parameter.dtype == torch.bfloat16
-        for chunk in chunks
-        for parameter in chunk.parameters()
-        if parameter.requires_grad
+    o, in_bfloat16 = (
+        config.optimizer,
+        any(
+            parameter.dtype == torch.bfloat16
+            for chunk in chunks
+            for parameter in chunk.parameters()
+            if parameter.requires_grad
+        ),
     )
     settings = MegatronOptimizerConfig(
         optimizer="adam",
