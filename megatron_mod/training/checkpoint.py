@@ -110,11 +110,12 @@ def load_step(folder: Path, state: RunState, *, same_topology: bool) -> int:
     loaded = load_state(wanted, folder / STATE)
 
     trainable.put(loaded.get("model", {}))
-    state.optimizer.reload_model_params()  # copies of it that it keeps, if they are not loaded
     if progress["optimizer_steps"]:
         weights = {k: t for k, t in loaded.get("model", {}).items() if k in trainable.parameters}
         tensors = {**loaded.get("optimizer", {}), **weights}
         optimizer.load(tensors, steps=progress["optimizer_steps"])
+    else:
+        state.optimizer.reload_model_params()  # its copies, where it steps some
     state.scheduler.step(increment=progress["scheduler_steps"] - state.scheduler.num_steps)
     state.average.count = progress["averaged_steps"]
     averages = loaded.get("average", {})

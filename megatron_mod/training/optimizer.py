@@ -12,6 +12,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import (
     ParamGroupOverride,
     ParamKey,
+    ParamPredicate,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
@@ -64,15 +65,8 @@ def build_optimizer(
     """Adam over what trains and a cosine schedule with warm-up, down to zero after ``steps``;
     adapters may have a peak of their own. What the model has in bfloat16 is stepped in fp32
     (Megatron's main parameters); norms and biases do not decay."""
-    o, in_bfloat16 = (
-        config.optimizer,
-        any(
-            parameter.dtype == torch.bfloat16
-            for chunk in chunks
-            for parameter in chunk.parameters()
-            if parameter.requires_grad
-        ),
-    )
+    o, trained = config.optimizer, [p for c in chunks for p in c.parameters() if p.requires_grad]
+    in_bfloat16 = any(parameter.dtype == torch.bfloat16 for parameter in trained)
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=o.lr,
@@ -86,6 +80,11 @@ def build_optimizer(
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
     groups = get_standard_config_overrides(settings)
+    if in_bfloat16:
+        # A group of their own, with what all have: Megatron's distributed optimizer confuses the
+        # parameters of a group of two dtypes as it saves it.
+        wide = ParamPredicate(name="float32", fn=lambda param: param.dtype == torch.float32)
+        groups[ParamKey(predicate=wide)] = ParamGroupOverride(max_lr=o.lr)  # type: ignore[typeddict-item]
     if config.lora.lr is not None:
         own = ParamGroupOverride(max_lr=config.lora.lr)  # type: ignore[typeddict-item]  # the rest
         groups[ParamKey(name="*.lora.*")] = own

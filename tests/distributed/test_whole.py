@@ -70,7 +70,8 @@ def expected(case, asked: cases.Asked) -> tuple[float, dict[str, torch.Tensor]]:
         rows = sum(len(wanted["base"][name]) for name in row.hf)
         found[row.megatron] = mappings.to_megatron(row, read, rows, 0, rows)
     for (layer, name), gradient in wanted["gradients"].items():
-        found[f"decoder.layers.{layer}.{name}"] = gradient
+        if layer in asked.routing.layers:
+            found[f"decoder.layers.{layer}.{name}"] = gradient
     return wanted["task_loss"], found
 
 
@@ -98,17 +99,20 @@ def check(models: list[tuple], trainings, world: int, topologies: list[dict], fo
 
 
 def test_one_rank(models, tmp_path):
-    recomputing = [{"recompute": recompute} for recompute in ("none", "selective", "full")]
-    check(models, TRAININGS, 1, recomputing, tmp_path)
+    check(models, TRAININGS, 1, [{}], tmp_path)
+
+
+def test_what_is_computed_again(models, tmp_path):
+    recomputing = [{"recompute": recompute} for recompute in ("selective", "full")]
+    check(models[2:], TRAININGS, 1, recomputing, tmp_path)
 
 
 def test_two_ranks(models, tmp_path):
     topologies = [
-        TENSOR,
         {**TENSOR, "recompute": "full"},
         PIPELINE,
         {"pipeline": 2, "virtual_pipeline": 2},
         {"context": 2},
         DISTRIBUTED,
     ]
-    check(models[1:], TRAININGS[:3], 2, topologies, tmp_path)
+    check(models[1:], TRAININGS[1:3], 2, topologies, tmp_path)

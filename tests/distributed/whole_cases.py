@@ -37,8 +37,10 @@ def gradients(
             sequence_parallel = topology.pop("sequence_parallel", False)
             distributed = topology.pop("use_distributed_optimizer", False)
             recompute = topology.pop("recompute", "none")
-            ranks = meet(**topology)
-            for asked in trainings:
+            ranks, losses = meet(**topology), []
+            own: dict = {}
+            read: dict = {}
+            for number, asked in enumerate(trainings):
                 model = cases.build(
                     base,
                     ranks,
@@ -62,19 +64,32 @@ def gradients(
                 )
                 if distributed:
                     cases.gather_gradients(chunks)
-                target = folder / str(len(found))
-                found.append((float(result.task_loss), _whole(Trainable(model), target)))
+                losses.append(float(result.task_loss))
+                trainable, prefix = Trainable(model), f"{number}."
+                made = {key: each.main_grad for key, each in trainable.parameters.items()}
+                empty = {key: torch.empty_like(gradient) for key, gradient in made.items()}
+                own |= trainable.sharded(made, prefix=prefix)
+                read |= trainable.sharded(empty, prefix=prefix)
+            whole = _whole(own, read, folder / str(len(found)))
+            for number, loss in enumerate(losses):
+                prefix = f"{number}."
+                gradients = {
+                    key.removeprefix(prefix): gradient
+                    for key, gradient in whole.items()
+                    if key.startswith(prefix)
+                }
+                found.append((loss, gradients))
     return found
 
 
-def _whole(trainable: Trainable, folder: Path) -> dict[str, torch.Tensor]:
-    own = {key: parameter.main_grad for key, parameter in trainable.parameters.items()}
+def _whole(own: dict, read: dict, folder: Path) -> dict[str, torch.Tensor]:
+    """Of what ranks describe as their ``own``, put together; ``read``: described so too, to read
+    into."""
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
-    save_state(trainable.sharded(own), folder)
-    everybody = {key: torch.empty_like(gradient) for key, gradient in own.items()}
-    read = load_state(trainable.sharded(everybody), folder)
-    for key, gradient in own.items():
-        torch.testing.assert_close(gradient, read[key], rtol=1e-4, atol=1e-6, msg=key)
+    kept = {key: entry.data for key, entry in own.items()}
+    save_state(own, folder)
+    for key, gradient in load_state(read, folder).items():
+        torch.testing.assert_close(kept[key], gradient, rtol=1e-4, atol=1e-6, msg=key)
     return load_tensors(folder)
