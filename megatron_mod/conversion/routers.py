@@ -38,7 +38,7 @@ from megatron_mod.conversion.source import Source
 from megatron_mod.conversion.step_tensors import read_layers, require_shapes
 from megatron_mod.hf.thresholds_mod import threshold_at
 from megatron_mod.model.architecture import Architecture
-from megatron_mod.routing.config import AUTO, RoutingConfig, logit_border
+from megatron_mod.routing.config import AUTO, STAND_IN, RoutingConfig, logit_border
 from megatron_mod.routing.scheme import GRANULARITIES, Scheme
 
 Added: TypeAlias = dict[int, dict[str, Tensor]]
@@ -114,8 +114,8 @@ def read_step(step: Path, routing: RoutingConfig) -> Added:
 
 
 def hf_tensors(added: Added, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What was added by its names in an export of this dtype: routers stay fp32, stand-ins are
-    computed in it.
+    """What was added by its names in an export of this dtype: routers and predictors stay fp32,
+    stand-ins are computed in it.
 
     Raises:
         ValueError: a value is too large for the dtype.
@@ -124,7 +124,7 @@ def hf_tensors(added: Added, dtype: torch.dtype) -> dict[str, Tensor]:
     for layer, own in added.items():
         for name, tensor in own.items():
             key = HF_KEY.format(layer, name)
-            to = torch.float32 if name.startswith("router.") else dtype
+            to = dtype if name.startswith(f"{STAND_IN}.") else torch.float32
             tensors[key] = cast(tensor, to, key)
     return tensors
 
@@ -153,9 +153,14 @@ def write_published(folder: Path, routing: RoutingConfig, added: Added, hf_confi
     in all layers becomes part of the threshold.
 
     Raises:
-        ValueError: thresholds or biases that differ, or stand-ins, which the published code does
-            not know.
+        ValueError: thresholds or biases that differ, or stand-ins or an exact number of tokens,
+            which the published code does not know.
     """
+    if routing.is_exact:
+        raise ValueError(
+            f"--routers-only: router.selection = {routing.selection}: the published format has "
+            "routers that decide by a threshold and multiply nothing; export the whole model."
+        )
     if routing.stand_in_rank:
         raise ValueError(
             "--routers-only: what is skipped has a stand-in, which the published format does not "

@@ -69,6 +69,7 @@ class StepContext:
         watch_units: with ``dense``, is shown what a layer computes: its place, and of the
             tokens that are no padding, ``[N, H]`` each, the residual stream that the unit adds to,
             what a stand-in would read, and what the unit adds.
+        causal: with a selection of top_k: decide by the causal rule.
     """
 
     penalty_per_unit: Mapping[Place, Tensor] = field(default_factory=dict)
@@ -76,6 +77,7 @@ class StepContext:
     dense: bool = False
     borders: Mapping[Place, float] = field(default_factory=dict)
     watch_units: Callable[[Place, Tensor, Tensor, Tensor], None] | None = None
+    causal: bool = False
 
 
 NOTHING_ASKED = StepContext()
