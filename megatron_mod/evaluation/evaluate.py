@@ -104,7 +104,9 @@ def table(report: dict) -> str:
         found = f"{report['perplexity']:.3f} ({report['perplexity_tokens']} tokens)"
         rows.append(("perplexity", found))
     if "agreement" in report:
-        both = f"{report['perplexity_top_k']:.3f} by top_k, {report['perplexity_causal']:.3f} causal"
+        both = (
+            f"{report['perplexity_top_k']:.3f} by top_k, {report['perplexity_causal']:.3f} causal"
+        )
         rows += [("by rule", both), ("agreement", f"{report['agreement']:.4f} of the decisions")]
     if report["selection"]:
         rows.append(("selection", SELECTED_BY[report["selection"]]))
