@@ -38,7 +38,7 @@ from megatron_mod.conversion.source import Source
 from megatron_mod.conversion.step_tensors import read_layers, require_shapes
 from megatron_mod.hf.thresholds_mod import threshold_at
 from megatron_mod.model.architecture import Architecture
-from megatron_mod.routing.config import AUTO, STAND_IN, RoutingConfig, logit_border
+from megatron_mod.routing.config import AUTO, RoutingConfig, logit_border
 from megatron_mod.routing.scheme import GRANULARITIES, Scheme
 
 Added: TypeAlias = dict[int, dict[str, Tensor]]
@@ -49,6 +49,7 @@ KEY = "decoder.layers.{}.{}"
 HF_KEY = "model.layers.{}.{}"
 ROUTER, BIAS = "router.weight", "router.bias"
 PUBLISHED = tuple(name for name in GRANULARITIES if "+" not in name)  # with one router a layer
+ROUTERS, PREDICTORS = "router.", "predictor."  # what their names begin with, which stay fp32
 OURS = "megatron_mod"  # the published config's field for settings it has none for
 
 
@@ -124,7 +125,7 @@ def hf_tensors(added: Added, dtype: torch.dtype) -> dict[str, Tensor]:
     for layer, own in added.items():
         for name, tensor in own.items():
             key = HF_KEY.format(layer, name)
-            to = dtype if name.startswith(f"{STAND_IN}.") else torch.float32
+            to = torch.float32 if name.startswith((ROUTERS, PREDICTORS)) else dtype
             tensors[key] = cast(tensor, to, key)
     return tensors
 

@@ -7,6 +7,7 @@ share a layer or a sequence share all of this alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -115,7 +116,7 @@ def workload(arch: Architecture, routing: RoutingConfig, lengths: Sequence[int])
     costs = UnitCosts(tuple(table), among_kept=routing.keys_values == "selected")
     layer = _products(arch, text, _Shares()).forward
     dense = round(arch.num_layers * layer) + _head(arch, len(lengths))
-    routers = 2 * arch.hidden_size * text.tokens * len(routing.places)
+    routers = _router(arch, routing) * text.tokens * len(routing.places)
     saved = sum(token * text.tokens + pair * text.pairs for _, token, pair in table)
     return Workload(costs, sizes, dense, dense + routers - saved)
 
@@ -153,14 +154,15 @@ def training_costs(
     kept = [_mean_share(routing, target) for target in routing.capacity] if kept is None else kept
     capacity = dict(zip(routing.places, kept, strict=True))
     width, routers = 2 * text.tokens * arch.hidden_size, len(routing.scheme.targets)
-    router, stand_in = routers * width, routers * 2 * width * (routing.stand_in_rank or 0)
+    router = routers * text.tokens * _router(arch, routing)
+    stand_in = routers * 2 * width * (routing.stand_in_rank or 0)
     found = []
     for layer in range(arch.num_layers):
         if layer < num_free_layers:
             found.append(0)
             continue
         is_routed = layer in routing.layers
-        shares = _shares(routing, layer, capacity) if is_routed else _Shares()
+        shares = _shares(arch, routing, layer, capacity, lengths) if is_routed else _Shares()
         own = _products(arch, text, shares)
         adapters = _adapters(arch, lora, text, shares) if lora and layer in lora.layers else {}
         total = own.forward + (router + stand_in) * is_routed + dense_passes * dense.forward
@@ -201,10 +203,24 @@ class _Shares(NamedTuple):
     mlp: float = 1.0
 
 
-def _shares(routing: RoutingConfig, layer: int, capacity: Mapping[Place, float]) -> _Shares:
+def _router(arch: Architecture, routing: RoutingConfig) -> int:
+    """Operations of a router on a token, its predictor's with it."""
+    predictor = (routing.predictor_size or 0) * (arch.hidden_size + 1)
+    return 2 * (arch.hidden_size + predictor)
+
+
+def _shares(
+    arch: Architecture,
+    routing: RoutingConfig,
+    layer: int,
+    capacity: Mapping[Place, float],
+    lengths: Sequence[int],
+) -> _Shares:
     """Of a routed layer in training whose routers keep such shares."""
     if routing.training_compute == "dense":
         return _Shares()
+    if routing.is_exact:
+        return _exact_shares(arch, routing, layer, capacity, lengths)
     scheme = routing.scheme
     queries, mlp = (
         1.0 if target is None else capacity[Place(layer, target)]
@@ -214,6 +230,24 @@ def _shares(routing: RoutingConfig, layer: int, capacity: Mapping[Place, float])
     # Of a kept sequence every pair is computed; of kept tokens those of two that are kept.
     pairs = queries if scheme.per_sequence else queries * keys
     return _Shares(queries, keys, pairs, mlp)
+
+
+def _exact_shares(
+    arch: Architecture,
+    routing: RoutingConfig,
+    layer: int,
+    capacity: Mapping[Place, float],
+    lengths: Sequence[int],
+) -> _Shares:
+    """As ``_shares``, of the tokens that every document keeps, which attend to each other; a window
+    is one of the kept tokens', which is at least what they see."""
+    (place,) = routing.scheme.places(layer)
+    whole = _Text.of(arch, lengths)
+    kept = _Text.of(arch, [math.floor(capacity[place] * n + 0.5) for n in lengths])
+    tokens, pairs = kept.tokens / max(whole.tokens, 1), kept.pairs / max(whole.pairs, 1)
+    attends, feeds = routing.scheme.covers_attention, routing.scheme.covers_mlp
+    queries = tokens if attends else 1.0
+    return _Shares(queries, queries, pairs if attends else 1.0, tokens if feeds else 1.0)
 
 
 def _products(arch: Architecture, text: _Text, shares: _Shares) -> _Products:

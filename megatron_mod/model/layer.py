@@ -22,8 +22,11 @@ from megatron_mod.model.layout import AttentionPlan, TokenLayout
 from megatron_mod.model.lora import LayerAdapters
 from megatron_mod.model.trainable import LORA, ROUTERS, STAND_INS
 from megatron_mod.parallel import device
+from megatron_mod.routing.auxiliary import beside, choice_loss
 from megatron_mod.routing.config import AUTO, RoutingConfig
 from megatron_mod.routing.decision import Decisions, keep_mask
+from megatron_mod.routing.exact import draw_lots, top_k
+from megatron_mod.routing.predictor import Predictor
 from megatron_mod.routing.router import Router
 from megatron_mod.routing.scheme import Place
 from megatron_mod.routing.selection import (
@@ -48,12 +51,18 @@ class RoutedTransformerLayer(TransformerLayer):
     multiplied by the straight-through mask (``training_compute: dense``), or chosen units
     only (``sparse``); in evaluation chosen units only, and stand-ins of the others.
 
+    With an exact selection (``router.selection: top_k``) it is ``y = x + r * F(x)`` at the chosen
+    tokens of each document, ``r`` the router's logit, and ``y = x`` at the others; a predictor or
+    the router itself learns beside it which these are (``_choose_exactly``).
+
     With sequence parallelism the layer gathers its rows, works as if there were none, and
     scatters them again: its tensor-parallel ranks then decide on the same numbers, and
     only chosen tokens take part in its reductions.
     """
 
-    adds: ClassVar[dict[str, str]] = {"router": ROUTERS, "stand_in": STAND_INS, "lora": LORA}
+    adds: ClassVar[dict[str, str]] = {
+        "router": ROUTERS, "predictor": ROUTERS, "stand_in": STAND_INS, "lora": LORA
+    }  # fmt: skip
 
     def __init__(
         self, config, *args, routing: RoutingConfig, lora: LoraSettings | None = None, **kwargs
@@ -82,10 +91,16 @@ class RoutedTransformerLayer(TransformerLayer):
             lambda: Router(
                 config.hidden_size,
                 bias=routing.bias,
+                is_factor=routing.is_exact,
                 position=routing.budgets and routing.position(routing.budget),
                 device=place,
             ),
         )
+        self.predictor = None
+        if size := routing.predictor_size:
+            self.predictor = _for_each(
+                targets, lambda: Predictor(config.hidden_size, size, device=place)
+            )
         self.stand_in = None
         if rank := routing.stand_in_rank:
             self.stand_in = _for_each(
@@ -127,9 +142,12 @@ class RoutedTransformerLayer(TransformerLayer):
             x, context_rank=cp.rank(), context_ranks=cp.size()
         )
         normed = self.input_layernorm(x)
-        chosen = self._choose(normed, layout)
+        auxiliary: list[Tensor] = []
+        chosen = self._choose(normed, layout, auxiliary)
         rest = x, normed, chosen, layout, rotary_pos_emb
         x = recompute.again(self._compute, *rest) if self.recomputes else self._compute(*rest)
+        for loss in auxiliary:
+            x = beside(x, loss)
         if self.gathers_rows:
             x = scatter_to_sequence_parallel_region(x, group=tp)
         return x, None
@@ -166,6 +184,11 @@ class RoutedTransformerLayer(TransformerLayer):
     def routers(self) -> dict[Place, Router]:
         """This layer's, by what they decide about."""
         return self._by_place(self.router)
+
+    @property
+    def predictors(self) -> dict[Place, Predictor]:
+        """This layer's, if it has any."""
+        return {} if self.predictor is None else self._by_place(self.predictor)
 
     @property
     def stand_ins(self) -> dict[Place, StandIn]:
@@ -205,27 +228,97 @@ class RoutedTransformerLayer(TransformerLayer):
 
         return of
 
-    def _choose(self, normed: Tensor, layout: TokenLayout) -> dict[str, Selection | Everything]:
-        """Ask the routers about normed hidden states ``[S, B, H]``; the choice of each target."""
+    def _choose(
+        self, normed: Tensor, layout: TokenLayout, auxiliary: list[Tensor]
+    ) -> dict[str, Selection | Everything]:
+        """Ask the routers about normed hidden states ``[S, B, H]``; the choice of each target.
+
+        Shares of losses that routers have of their own are added to ``auxiliary``.
+        """
         targets = self.routing.scheme.targets
         if layout.step.dense:
             return dict.fromkeys(targets, Everything())
+        if self.routing.is_exact:
+            return self._choose_exactly(normed, layout, auxiliary)
         decide = self._decide_tokens
         if self.routing.scheme.per_sequence:
             decide = self._decide_sequences
         masks = {target: decide(Place(self.index, target), normed, layout) for target in targets}
+        kept = {target: mask.detach().bool() for target, mask in masks.items()}
         if layout.step.check_decisions:
-            for mask in masks.values():
-                self._require_equal_decisions(mask.detach().bool())
+            for one in kept.values():
+                self._require_equal_decisions(one)
         if self.training and self.routing.training_compute == "dense":
             return {target: Everything(mask) for target, mask in masks.items()}
-        return self._select(masks, layout)
+        return self._select(kept, masks if self.training else {}, layout)
+
+    def _choose_exactly(
+        self, normed: Tensor, layout: TokenLayout, auxiliary: list[Tensor]
+    ) -> dict[str, Selection | Everything]:
+        """As ``_choose``, of a share of each document's tokens, or by the causal rule; a choice
+        multiplies its update by the routers' logits."""
+        kept, factors = {}, {}
+        for target in self.routing.scheme.targets:
+            place, router = Place(self.index, target), self._own(self.router, target)
+            factors[target] = router(normed)
+            chosen = self._exact_choice(place, factors[target], layout)
+            causal = self._causal_logits(place, normed, factors[target], layout)
+            allowed = (causal >= self._causal_border(place, layout)) & layout.valid
+            if layout.step.causal:
+                kept[target] = allowed
+            else:
+                kept[target] = chosen
+                if self.routing.causal and causal.requires_grad:
+                    loss = choice_loss(causal, chosen, layout.valid)
+                    router.causal_loss += loss.detach()
+                    auxiliary.append(loss * layout.step.causal_loss_share)
+            router.agreed += ((allowed == chosen) & layout.valid).sum()
+            made = Decisions(causal.detach(), kept[target].float(), layout.valid)
+            layout.decisions[place] = made
+            router.note(made, layout.sizes(self._window))
+            if layout.step.check_decisions:
+                self._require_equal_decisions(kept[target])
+        return self._select(kept, factors, layout)
+
+    def _exact_choice(self, place: Place, logits: Tensor, layout: TokenLayout) -> Tensor:
+        """bool ``[S, B]``: the share of each document's tokens with the largest logits, or by
+        lot."""
+        positions, valid, cp = layout.position_ids.t(), layout.valid, self.pg_collection.cp
+        if self.routing.selection == "random":
+            scores = draw_lots(positions, lot=layout.step.lot, layer=self.index)
+        else:
+            scores = logits.detach()
+        parts = scores, layout.document, positions, valid
+        if cp.size() > 1:  # documents are whole on all ranks together
+            parts = tuple(_gathered(part.contiguous(), cp) for part in parts)
+        chosen = top_k(
+            *parts,
+            num_documents=layout.num_documents,
+            capacity=layout.step.capacities.get(place, self.routing.capacity_of(place)),
+        )
+        return chosen.chunk(cp.size())[cp.rank()]
+
+    def _causal_logits(
+        self, place: Place, normed: Tensor, logits: Tensor, layout: TokenLayout
+    ) -> Tensor:
+        """What the causal rule decides by, fp32 ``[S, B]``."""
+        if self.routing.selection == "random":
+            return draw_lots(layout.position_ids.t(), lot=layout.step.lot, layer=self.index)
+        if self.predictor is None:
+            return logits
+        return self._own(self.predictor, place.target)(normed)
+
+    def _causal_border(self, place: Place, layout: TokenLayout) -> float:
+        """From which on the causal rule keeps a token."""
+        if self.routing.selection == "random":
+            return 1.0 - self.routing.capacity_of(place)
+        return self.logit_border(place, layout)
 
     def _select(
-        self, masks: dict[str, Tensor], layout: TokenLayout
+        self, choices: dict[str, Tensor], factors: dict[str, Tensor], layout: TokenLayout
     ) -> dict[str, Selection | Everything]:
-        """What is kept by each mask ``[S, B]``."""
-        kept = [mask.detach().bool() for mask in masks.values()]
+        """What is kept by each choice, bool ``[S, B]``, and what its update is multiplied by."""
+        kept = list(choices.values())
         counts = torch.stack(
             [count_chosen(one, layout.document, layout.num_documents) for one in kept], 1
         )
@@ -235,8 +328,8 @@ class RoutedTransformerLayer(TransformerLayer):
             counts = gather_from_sequence_parallel_region(counts, group=cp)
         on_host = counts.tolist()  # the one host synchronisation: shapes follow from it
         found: dict[str, Selection | Everything] = {}
-        for number, (target, mask) in enumerate(masks.items()):
-            chosen, mine = kept[number], mask if self.training else None
+        for number, (target, chosen) in enumerate(choices.items()):
+            mine = factors.get(target)
             host_counts = [[each[number] for each in rank] for rank in on_host]
             if min(map(sum, host_counts)) == chosen.numel():
                 found[target] = Everything(mine)
@@ -348,7 +441,8 @@ class RoutedTransformerLayer(TransformerLayer):
                     queries=chosen.segments, keys=layout.tokens, documents=chosen.documents
                 )
             return AttentionPlan(queries=chosen.segments, keys=chosen.segments)
-        if self.routing.keys_values == "selected" and chosen.mask is not None:
+        is_mask = chosen.mask is not None and not self.routing.is_exact
+        if self.routing.keys_values == "selected" and is_mask:
             kept = layout.tokens.pad(chosen.mask.detach()) > 0
             return AttentionPlan(queries=layout.tokens, keys=layout.tokens, kept_keys=kept)
         return layout.attention
@@ -381,6 +475,13 @@ class RoutedTransformerLayer(TransformerLayer):
                 f"ranks decided differently on {int((theirs != ours).any(0).sum())} of "
                 f"{ours.numel()} tokens; what follows would be wrong or never end."
             )
+
+
+def _gathered(part: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Context-parallel ranks' parts ``[S, B]``, one after another."""
+    if part.dtype == torch.bool:
+        return gather_from_sequence_parallel_region(part.byte(), group=group).bool()
+    return gather_from_sequence_parallel_region(part, group=group)
 
 
 def _for_each(targets: tuple[str, ...], make: Callable[[], torch.nn.Module]) -> torch.nn.Module:

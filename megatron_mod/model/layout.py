@@ -62,6 +62,11 @@ class StepContext:
     Args:
         penalty_per_unit: the derivative of the capacity penalty by one unit's mask, by the
             router's place (``CapacityController.penalty_per_unit``); none without.
+        causal_loss_share: what a token's causal loss is multiplied by.
+        capacities: the shares of tokens that are kept with an exact selection, by the router's
+            place, where they are not the settings'.
+        lot: with a selection by lot: which.
+        causal: with an exact selection: decide by the causal rule.
         check_decisions: stop if tensor-parallel ranks decide differently.
         dense: compute everything and ask no router.
         borders: logits from which on units are kept, instead of the routers' thresholds, by their
@@ -69,15 +74,17 @@ class StepContext:
         watch_units: with ``dense``, is shown what a layer computes: its place, and of the
             tokens that are no padding, ``[N, H]`` each, the residual stream that the unit adds to,
             what a stand-in would read, and what the unit adds.
-        causal: with a selection of top_k: decide by the causal rule.
     """
 
     penalty_per_unit: Mapping[Place, Tensor] = field(default_factory=dict)
+    causal_loss_share: float = 0.0
+    capacities: Mapping[Place, float] = field(default_factory=dict)
+    lot: int = 0
+    causal: bool = False
     check_decisions: bool = False
     dense: bool = False
     borders: Mapping[Place, float] = field(default_factory=dict)
     watch_units: Callable[[Place, Tensor, Tensor, Tensor], None] | None = None
-    causal: bool = False
 
 
 NOTHING_ASKED = StepContext()

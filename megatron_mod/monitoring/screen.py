@@ -67,7 +67,7 @@ class Screen:
             return (
                 f"{step}  validation loss {record['validation_loss']:.4f}"
                 f"  capacity {record['validation_capacity_mean']:.3f}"
-                f"{self._work(record, 'validation_work')}{pooling}"
+                f"{self._work(record, 'validation_work')}{pooling}{_causal(record)}"
             )
         return (
             f"{step}  loss {record['loss']:.4f}  capacity {record['capacity_mean']:.3f}"
@@ -84,3 +84,13 @@ class Screen:
 def can_redraw() -> bool:
     """Whether standard output is a terminal whose cursor can be moved."""
     return sys.stdout.isatty() and bool(os.environ.get("TERM")) and not Console().is_dumb_terminal
+
+
+def _causal(record: dict) -> str:
+    """What the causal rule gives on the validation data, where there is one."""
+    if "validation_loss_causal" not in record:
+        return ""
+    return (
+        f"  by the causal rule {record['validation_loss_causal']:.4f}"
+        f" (agrees on {100 * record['causal_agreement']:.1f} %)"
+    )

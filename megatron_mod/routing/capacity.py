@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.costs import Workload
+from megatron_mod.routing.scheme import Place
 
 MEMORY = 0.7  # of the price: what a step's own finding leaves of it
 
@@ -66,6 +67,7 @@ class CapacityController:
         self.target = self.target_at(0.0)
         self.previous = torch.ones_like(self.final_target)
         self.price: Tensor | None = None
+        self.capacities: dict[Place, float] = {}
 
     def target_at(self, progress: float, work: float | None = None) -> Tensor:
         """``[num_routed]``.
@@ -85,8 +87,11 @@ class CapacityController:
         return torch.full_like(self.final_target, self.workload.share(work))
 
     def start_step(self, progress: float, work: float | None = None) -> None:
-        """Set a step's target, see ``target_at``."""
+        """Set a step's target, see ``target_at``, and with an exact selection the ``capacities``
+        that are kept."""
         self.target = self.target_at(progress, work)
+        if self.config.is_exact:
+            self.capacities = self.config.capacities_at(progress)
 
     def prices(self) -> Tensor:
         """What a unit costs beside the mean of all places, ``[num_routed]``."""
@@ -125,7 +130,7 @@ class CapacityController:
         """Remember this step's global capacity ``[num_routed]`` for the next switch, and what the
         units pulled (``[num_routed, 2]``, see ``decision.keep_mask``) for the next price."""
         prices, self.previous = self.prices(), capacity.detach().clone()
-        if self.weight is not None:
+        if self.weight is not None or self.config.is_exact:
             return
         pull = torch.stack((pull[:, 0], pull[:, 1] * prices), -1)
         if self.config.scope == "model":

@@ -97,6 +97,12 @@ class RoutingConfig:
         return self.selection != "threshold"
 
     @property
+    def causal_weight(self) -> float:
+        """What the causal loss is multiplied by: of a predictor, which nothing else hears of, by
+        one."""
+        return self.causal_loss_weight or 1.0
+
+    @property
     def budgets(self) -> tuple[float, float] | None:
         """The least and the most of the budgets of work that routers serve; ``None``: they serve
         one, or a capacity."""
@@ -152,6 +158,20 @@ class RoutingConfig:
         """The name in a routed layer of a target's ``ROUTER``, ``STAND_IN`` or ``PREDICTOR``, which
         stands for all of the layer where there is one target."""
         return what if len(self.scheme.targets) == 1 else f"{what}.{target}"
+
+    def capacity_of(self, place: Place) -> float:
+        """A router's target."""
+        return self.capacity[self.places.index(place)]
+
+    def capacities_at(self, progress: float) -> dict[Place, float]:
+        """The shares that are kept exactly once a share ``progress`` of a training's steps is done:
+        all at first, fewer with every step of the warm-up."""
+        warmup = self.capacity_warmup_fraction
+        done = min(progress / warmup, 1.0) if warmup else 1.0
+        return {
+            place: target if done == 1.0 else 1.0 + (target - 1.0) * done
+            for place, target in zip(self.places, self.capacity, strict=True)
+        }
 
     def logit_border(self, place: Place) -> float:
         """A router's: a unit is kept when its logit is at least this."""

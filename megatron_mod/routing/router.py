@@ -8,6 +8,10 @@ from torch import Tensor, nn
 from megatron_mod.routing.config import KNOTS
 from megatron_mod.routing.decision import Decisions
 
+# Shapes of what a router notes.
+_SUMS: dict[str, tuple[int, ...]] = {
+    "kept": (), "valid": (), "pull": (2,), "agreed": (), "causal_loss": ()
+}  # fmt: skip
 NOTED = 8192  # units of a layer and a global batch, about, whose inputs a training keeps
 
 
@@ -23,8 +27,9 @@ class Router(nn.Module):
 
     What it has decided since ``reset`` it notes on the device, unsaved: how many units it ``kept``
     of how many ``valid`` ones; ``sizes``, the tokens and pairs (``costs.SIZES``) of the kept ones
-    and of all; ``pull`` is what ``decision.keep_mask`` adds up; and what every ``notes_every``-th
-    unit was decided on (0: of none).
+    and of all; ``pull`` is what ``decision.keep_mask`` adds up; with an exact selection, on how
+    many tokens the causal rule ``agreed`` and what its ``causal_loss`` adds up to; and what every
+    ``notes_every``-th unit was decided on (0: of none).
     """
 
     def __init__(
@@ -32,19 +37,22 @@ class Router(nn.Module):
         hidden_size: int,
         *,
         bias: bool = False,
+        is_factor: bool = False,
         position: float | None = None,
         device: torch.device | None = None,
     ) -> None:
-        """``position``: of the budget to begin with; ``None``: there is no range of them."""
+        """``is_factor``: its logits are part of what the model computes, whatever trains.
+        ``position``: of the budget to begin with; ``None``: there is no range of them."""
         super().__init__()
         settings = {"dtype": torch.float32, "device": device}
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, **settings))
         self.bias = nn.Parameter(torch.zeros(1, **settings)) if bias else None
+        self.is_factor = is_factor
         self.position = position
         if position is not None:
             self.work_weight = nn.Parameter(torch.zeros(1, hidden_size, **settings))
             self.borders = nn.Parameter(torch.zeros(KNOTS, **settings))
-        for name, size in {"kept": (), "valid": (), "pull": (2,)}.items():
+        for name, size in _SUMS.items():
             self.register_buffer(name, torch.zeros(size, **settings), persistent=False)
         exact = torch.zeros(2, 2, dtype=torch.float64, device=device)
         self.register_buffer("sizes", exact, persistent=False)
@@ -54,8 +62,8 @@ class Router(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits ``[...]`` in fp32 of hidden states ``[..., H]``; of a router that does not train a
-        constant, which nothing below it hears of."""
-        if not self.weight.requires_grad:
+        constant, which nothing below it hears of, unless it is a factor."""
+        if not self.weight.requires_grad and not self.is_factor:
             hidden_states = hidden_states.detach()
         weight, bias = self.weight, self.bias
         if self.position is not None:
@@ -96,6 +104,6 @@ class Router(nn.Module):
     def reset(self, *, notes_every: int = 0) -> None:
         """Forget what was noted; ``notes_every``: of how many units one's inputs are to be kept
         from now on; 0: none."""
-        for sums in (self.kept, self.valid, self.sizes, self.pull):
-            sums.zero_()
+        for name in (*_SUMS, "sizes"):
+            getattr(self, name).zero_()
         self.notes_every, self.noted = notes_every, []

@@ -39,7 +39,7 @@ from megatron_mod.training.checkpoint import RunState, write_json
 from megatron_mod.training.ending import next_steps, summary
 from megatron_mod.training.faults import FaultCounter, not_finite
 from megatron_mod.training.frozen_prefix import with_states
-from megatron_mod.training.metrics import CHECKPOINT, VALIDATION, Metrics
+from megatron_mod.training.metrics import CHECKPOINT, VALIDATION, Metrics, Validation
 from megatron_mod.training.optimizer import build_optimizer, wrap_ddp
 from megatron_mod.training.plan import DTYPES, Plan, description, make_loader
 from megatron_mod.training.resume import RunCheckpoints
@@ -98,7 +98,7 @@ class Training:
         if plan.validation:
             self.validation = make_loader(config, plan, plan.validation, data_rank=rank)
         self.routers_train = "routers" in config.train.parts
-        self.moves_borders = self.routers_train and plan.routing.bias
+        self.moves_borders = self.routers_train and plan.routing.bias and not plan.routing.is_exact
         optimizer, scheduler = build_optimizer(self.chunks, config, steps=plan.steps)
         self.state = RunState(
             trainable,
@@ -180,9 +180,12 @@ class Training:
                 controller=state.controller,
                 loss=self.plan.loss,
                 check_decisions=bool(check) and step % check == 0,
+                lot=self._lot(step),
                 note_units=self.moves_borders,
             )
-        state.metrics.operations.add(batch, result.capacity)
+        exact = list(state.controller.capacities.values())
+        asked_for = torch.tensor(exact, dtype=torch.float64) if exact else result.capacity
+        state.metrics.operations.add(batch, asked_for)
         wrong, asked = largest(not_finite(result.loss, self.model), self.stop.asked)
         sources = partial(self.data.sources, step - 1)
         skipped = state.faults.skips(step, finite=not wrong, loss=result.loss, samples=sources)
@@ -263,6 +266,12 @@ class Training:
         router = self.plan.routing.name_of(ROUTER, place.target)
         return self.state.average.mean.get(KEY.format(place.layer, f"{router}.{name}"))
 
+    def _lot(self, step: int) -> int:
+        """Of a step, a function of it and the seed alone; 0 is that of evaluation."""
+        if self.plan.routing.selection != "random":
+            return 0
+        return random.Random(f"{self.config.train.seed} lot {step}").getrandbits(32) + 1
+
     def _serve(self, step: int) -> float | None:
         """Tell the routers the budget that a step draws, where they serve a range of them: a
         function of seed and step alone. Returns it."""
@@ -289,7 +298,16 @@ class Training:
         penalty = float(self.state.controller.penalty(result.capacity))
         targets = self.state.controller.target
         target = float(targets.mean()) if len(targets) else 1.0
-        is_work = self.plan.routing.work is not None
+        routing = self.plan.routing
+        is_work = routing.work is not None
+        causal = {}
+        if routing.causal:
+            causal = {
+                "causal_loss": float(result.causal_loss.sum()),
+                "causal_agreement": float(result.agreement.mean()),
+            }
+            if routing.causal == "auxiliary_loss":  # a predictor's is its own
+                penalty += routing.causal_weight * causal["causal_loss"]
         self.state.metrics.log(
             step,
             loss=float(result.loss) + penalty,
@@ -299,6 +317,7 @@ class Training:
             grad_norm=float(grad_norm),
             data_position=step * self.config.train.global_batch_size,
             penalty=penalty,
+            **causal,
             capacity_target=None if is_work else target,
             work=self._work(result.kept, result.valid),
             work_target=self.plan.workload.work(target) if is_work else None,
@@ -310,35 +329,43 @@ class Training:
         if not interval or not (last or step % interval == 0):
             return 0
         topology.at(f"the validation after step {step}")
+        routing, causal = self.plan.routing, None
         with self.state.metrics.apart(VALIDATION), self.state.average.applied(when=last):
             measured = self._validate()
-        if isinstance(measured, int):
-            return measured
-        loss, capacity, work = measured
-        self.state.metrics.log_validation(step, loss=loss, capacity=capacity, work=work)
+            if routing.is_exact and not isinstance(measured, int):
+                causal = self._validate(causal=True)
+        for found in (measured, causal):
+            if isinstance(found, int):
+                return found
+        self.state.metrics.log_validation(step, measured, causal=causal)
         return 0
 
     @torch.no_grad()
-    def _validate(self) -> tuple[float, list[float], float] | int:
-        """Mean loss (nats per labelled token), capacity of each router, and work, with real
-        skipping.
-
-        Or what the ranks broke off for.
-        """
+    def _validate(self, *, causal: bool = False) -> Validation | int:
+        """A pass over the validation data with real skipping, ``causal`` by the causal rule of an
+        exact selection; or what the ranks broke off for."""
         routing = self.plan.routing
         self.model.eval()
         loss, labels = 0.0, 0
-        kept = valid = torch.zeros((), device=device.device())
+        kept = valid = agreed = torch.zeros((), device=device.device())
         for batch in self.validation.passes():
             if asked := self.stop.agreed():
                 return asked
-            result = run_schedule(self.chunks, self.model, batch, routing, controller=None)
+            result = run_schedule(
+                self.chunks, self.model, batch, routing, controller=None, causal=causal
+            )
             loss = loss + result.task_loss * batch.num_labels
             kept, valid = kept + result.kept, valid + result.valid
+            agreed = agreed + result.agreement * result.num_units
             labels += batch.num_labels
         self.model.train()
-        capacity = kept[:, 0] / valid[:, 0].clamp(min=1)
-        return float(loss / labels), capacity.tolist(), self._work(kept, valid)
+        units = valid[:, 0].clamp(min=1)
+        return Validation(
+            loss=float(loss / labels),
+            capacity=(kept[:, 0] / units).tolist(),
+            work=self._work(kept, valid),
+            agreement=float((agreed / units).mean()) if routing.is_exact else None,
+        )
 
     def _asked_at(self, step: int) -> int:
         """``EXIT_INTERVAL`` where the job stops after this step, or 0."""

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch.distributed as dist
 
@@ -32,6 +32,17 @@ if TYPE_CHECKING:
 
 TFLOP = 10**12
 VALIDATION, CHECKPOINT = "validation", "checkpoint"  # what no step is timed with
+
+
+class Validation(NamedTuple):
+    """What a pass over the validation data finds: nats per labelled token, the capacity of each
+    router, the share of the dense model's work, and of an exact selection on what share of the
+    tokens the causal rule agrees with it."""
+
+    loss: float
+    capacity: list[float]
+    work: float
+    agreement: float | None = None
 
 
 class Sink(Protocol):
@@ -143,6 +154,8 @@ class Metrics:
 
         ``values``: ``loss``, ``task_loss``, ``capacity`` (a list, of each router),
         ``learning_rate``, ``lora_learning_rate`` if adapters have their own, ``grad_norm``,
+        ``causal_loss`` (nats a token, of all routers together) and ``causal_agreement`` of a
+        selection that has a causal rule,
         ``data_position`` (sequences taken so far), ``penalty``, ``capacity_target`` (mean over the
         routers), ``work`` (share of the dense model's operations) and ``work_target``; targets are
         ``None`` where there is none.
@@ -183,15 +196,24 @@ class Metrics:
         """A step has been made, recorded or not."""
         self._screen.advance(step)
 
-    def log_validation(self, step: int, *, loss: float, capacity: list[float], work: float) -> None:
-        """Record a measurement on the validation data, with real skipping."""
+    def log_validation(
+        self, step: int, found: Validation, *, causal: Validation | None = None
+    ) -> None:
+        """Record what was measured on the validation data, of an exact selection also by its
+        ``causal`` rule."""
         record = {
             "step": step,
-            "validation_loss": loss,
-            "validation_capacity": capacity,
-            "validation_capacity_mean": _mean(capacity),
-            "validation_work": work,
+            "validation_loss": found.loss,
+            "validation_capacity": found.capacity,
+            "validation_capacity_mean": _mean(found.capacity),
+            "validation_work": found.work,
         }
+        if causal is not None:
+            record |= {
+                "validation_loss_causal": causal.loss,
+                "validation_capacity_causal_mean": _mean(causal.capacity),
+                "causal_agreement": found.agreement,
+            }
         if self.timers.on:
             record["seconds"] = {VALIDATION: self._apart[VALIDATION]}
         self._hand_on(record)

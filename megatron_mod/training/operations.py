@@ -32,7 +32,8 @@ class Operations:
         self._done = 0.0
 
     def add(self, batch: StepBatch, capacity: Tensor) -> None:
-        """Count a step; ``capacity`` ``[num_routed]``, on the device, is not waited for."""
+        """Count a step; ``capacity`` ``[num_routed]``, of an exact selection what was asked for, is
+        not waited for where it is on the device."""
         lengths = [n for part in batch.micro_batches for row in part.documents for n in row]
         labels = sum(int((part.labels != IGNORE).sum()) for part in batch.micro_batches)
         self._steps.append((lengths, labels, capacity))

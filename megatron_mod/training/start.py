@@ -15,6 +15,7 @@ from megatron_mod.model.lora import initial_adapters
 from megatron_mod.parallel import topology
 from megatron_mod.routing.config import ROUTER, STAND_IN, RoutingConfig
 from megatron_mod.routing.stand_in import TOKENS
+from megatron_mod.training.exact_start import start_at_random
 from megatron_mod.training.given import router_folder
 from megatron_mod.training.importance import leave_one_out, start_apart
 from megatron_mod.training.plan import Plan
@@ -45,6 +46,10 @@ def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
     if found:
         put_added(model, found)
     if "routers" not in config.train.parts:
+        return
+    if routing.is_exact:
+        if not found:
+            start_at_random(model, routing, seed=config.train.seed)
         return
     epoch, tokens, labels = _reads(config, plan, data)
     given = set(next(iter(found.values()))) if found else set()
@@ -101,7 +106,7 @@ def _given(config: Config, plan: Plan) -> dict | None:
             "here; model.lora names them.",
             level=logging.WARNING,
         )
-    for field in ("granularity", "layers", "threshold"):
+    for field in ("granularity", "layers", "threshold", "selection", "causal"):
         theirs, ours = getattr(found, field), getattr(plan.routing, field)
         if theirs != ours:
             raise ValueError(

@@ -27,7 +27,9 @@ class StepResult:
     ``loss``: what is minimised, without the penalty; ``task_loss``: cross entropy in nats per
     labelled token; ``capacity``: kept over valid units, ``[P]``; ``pull``: see ``keep_mask``,
     ``[P, 2]``; ``num_units``: valid units of a place; ``kept``, ``valid``: units, tokens and pairs
-    (``routing.costs.SIZES``) of the kept and of all units, fp64 ``[P, 3]``.
+    (``routing.costs.SIZES``) of the kept and of all units, fp64 ``[P, 3]``; with an exact
+    selection ``agreement``, the share of a router's tokens on which the causal rule says the same,
+    and ``causal_loss``, its mean loss a token in nats, both ``[P]``.
     """
 
     loss: Tensor
@@ -37,6 +39,8 @@ class StepResult:
     num_units: int
     kept: Tensor
     valid: Tensor
+    agreement: Tensor
+    causal_loss: Tensor
 
 
 def run_schedule(
@@ -48,6 +52,8 @@ def run_schedule(
     controller: CapacityController | None,
     loss: Loss | None = None,
     check_decisions: bool = False,
+    lot: int = 0,
+    causal: bool = False,
     note_units: bool = False,
 ) -> StepResult:
     """Run all micro-batches forward, and backward if there is a controller to train with.
@@ -60,11 +66,13 @@ def run_schedule(
         model: this rank's part of the model, unwrapped.
         loss: ``CrossEntropy`` without.
         check_decisions: stop if tensor-parallel ranks decide differently.
+        lot, causal: see ``StepContext``.
         note_units: have the routers keep what units were decided on, of about ``NOTED`` at most.
     """
     loss = loss or CrossEntropy()
     penalty, training = {}, controller is not None
     num_units = batch.num_sequences if routing.scheme.per_sequence else batch.num_tokens
+    capacities = {} if controller is None else controller.capacities
     if controller is not None:
         penalty = dict(zip(routing.places, controller.penalty_per_unit(num_units), strict=True))
     loss.prepare(model, batch)
@@ -84,7 +92,14 @@ def run_schedule(
         finish=finish,
         chunks=chunks,
         training=training,
-        step=StepContext(penalty_per_unit=penalty, check_decisions=check_decisions),
+        step=StepContext(
+            penalty_per_unit=penalty,
+            causal_loss_share=routing.causal_weight / num_units,
+            capacities=capacities,
+            lot=lot,
+            causal=causal,
+            check_decisions=check_decisions,
+        ),
     )
     return _reduce(found, model, routing, num_units)
 
@@ -95,7 +110,7 @@ def _reduce(
     """Add up what all ranks found; tensor-parallel ranks hold copies."""
     exact = {"dtype": torch.float64, "device": device.device()}
     losses = torch.zeros(2, **exact)
-    noted = torch.zeros(len(routing.places), 8, **exact)
+    noted = torch.zeros(len(routing.places), 10, **exact)
     if model.groups.tp.rank() == 0:
         for share in shares:
             losses += torch.stack(share)
@@ -104,17 +119,24 @@ def _reduce(
             if router := routers.get(place):
                 units = torch.stack((router.kept, router.valid))[:, None]
                 sizes = torch.cat((units, router.sizes), 1)
-                noted[number] = torch.cat((sizes.flatten(), router.pull))
+                causal = torch.stack((router.agreed, router.causal_loss))
+                noted[number] = torch.cat((sizes.flatten(), router.pull, causal))
     totals = torch.cat((losses, noted.flatten()))
     dist.all_reduce(totals)
     noted = totals[2:].view_as(noted)
     kept, valid = noted[:, :3], noted[:, 3:6]
+    units = valid[:, :1].clamp(min=1)
+    capacity, agreement, causal_loss = (
+        (torch.cat((kept[:, :1], noted[:, 8:]), 1) / units).float().t()
+    )
     return StepResult(
         loss=totals[0].float(),
         task_loss=totals[1].float(),
-        capacity=(kept[:, 0] / valid[:, 0].clamp(min=1)).float(),
-        pull=noted[:, 6:].float(),
+        capacity=capacity,
+        pull=noted[:, 6:8].float(),
         num_units=num_units,
         kept=kept,
         valid=valid,
+        agreement=agreement,
+        causal_loss=causal_loss,
     )
