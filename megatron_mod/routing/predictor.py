@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 
 class Predictor(nn.Module):
@@ -15,9 +16,12 @@ class Predictor(nn.Module):
 
     def __init__(self, hidden_size: int, size: int, *, device: torch.device | None = None) -> None:
         super().__init__()
-        settings: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        self.hidden = nn.Linear(hidden_size, size, **settings)
-        self.out = nn.Linear(size, 1, **settings)
+        settings: dict[str, Any] = {"dtype": torch.float32, "device": device or "cpu"}
+        # Filled by whoever builds the model, which leaves torch's random state as it is.
+        self.hidden = skip_init(nn.Linear, hidden_size, size, **settings)
+        self.out = skip_init(nn.Linear, size, 1, **settings)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits ``[...]`` of hidden states ``[..., H]``, which hear nothing of it."""

