@@ -38,9 +38,9 @@ def calibrate(request: BudgetRequest, ranks: Topology) -> dict:
     rows = calibration_rows(request, model)
     if request.max_perplexity_increase is not None and model.work.routing.is_exact:
         raise ValueError(
-            f"--max-perplexity-increase {request.max_perplexity_increase}: is over the dense model, "
-            "and one that was trained with router.selection top_k is none if it keeps everything; "
-            "give --capacity, --work or --speedup."
+            f"--max-perplexity-increase {request.max_perplexity_increase}: is over the dense "
+            "model, and one that was trained with router.selection top_k is none if it keeps "
+            "everything; give --capacity, --work or --speedup."
         )
     scope = request.scope or model.trained_scope
     timing = None

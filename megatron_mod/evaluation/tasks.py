@@ -75,7 +75,7 @@ def find_tasks(request: Request) -> TaskManager:
                 f"--num_fewshot {request.num_fewshot}: the file of task {name!r} fixes 0, and "
                 "lm-eval would ignore another number; change the file, or leave the option out."
             )
-        if request.selection == TOP_K and (generating := _generating(manager, name)):
+        if request.selection == TOP_K and (generating := generating_tasks(manager, name)):
             raise ValueError(
                 f"--selection {TOP_K}: task {generating[0]!r} generates, and a text that is being "
                 "generated has no later tokens to choose among; leave it out, or give --selection "
@@ -84,7 +84,7 @@ def find_tasks(request: Request) -> TaskManager:
     return manager
 
 
-def _generating(manager: TaskManager, name: str) -> list[str]:
+def generating_tasks(manager: TaskManager, name: str) -> list[str]:
     """The tasks under a name, also of a group or tag, whose files say that they generate."""
     entry = manager.task_index.get(name)
     if entry is None:
@@ -93,5 +93,5 @@ def _generating(manager: TaskManager, name: str) -> list[str]:
     if name in manager.all_groups or name in manager.all_tags:
         below = config.get("task") if name in manager.all_groups else entry.tags
         parts = [part for part in below or () if isinstance(part, str)]
-        return [found for part in parts for found in _generating(manager, part)]
+        return [found for part in parts for found in generating_tasks(manager, part)]
     return [name] if config.get("output_type") == "generate_until" else []

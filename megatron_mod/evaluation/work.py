@@ -16,7 +16,6 @@ from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.scheme import Place
 
-
 FP32 = 4  # bytes of a number
 
 

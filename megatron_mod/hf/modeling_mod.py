@@ -68,7 +68,6 @@ from .thresholds_mod import (
     threshold_at,
 )
 
-
 SELECTIONS = ("causal", "top_k")
 
 
@@ -102,9 +101,8 @@ class RoutingControls:
         """
         if not self.config.is_exact:
             raise ValueError(
-                f"set_selection({selection!r}): these routers decide by thresholds, of each unit by "
-                "itself, and keep no exact number; leave it out, or train with router.selection "
-                "top_k."
+                f"set_selection({selection!r}): these routers decide by thresholds and keep no "
+                "exact number of tokens; leave it out, or train with router.selection top_k."
             )
         if selection not in SELECTIONS:
             raise ValueError(

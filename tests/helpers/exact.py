@@ -1,4 +1,4 @@
-"""``y = x + m * r * F(x)`` on Hugging Face's own dense models, and exports that have to equal it."""
+"""Exports with routers that keep a number of tokens exactly, and what has to come out of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.helpers import formula
+from tests.helpers import exact_formula
 from tests.helpers.routed import save_export
 
 SIZE = 6  # of predictors
@@ -24,7 +24,7 @@ class Exact:
     """
 
     target: str
-    causal: str
+    causal: str | None
     capacity: dict[int, float]
     threshold: float = 0.5
     bias: bool = False
@@ -37,7 +37,7 @@ class Exact:
             "selection": "top_k",
             "causal": self.causal,
             "predictor_size": SIZE if self.causal == "predictor" else None,
-            "causal_loss_weight": None if self.causal == "predictor" else 0.01,
+            "causal_loss_weight": 0.01 if self.causal == "auxiliary_loss" else None,
             "capacity": tuple(self.capacity.values()),
             "threshold": self.threshold,
             "bias": self.bias,
@@ -45,7 +45,7 @@ class Exact:
 
 
 def draw(
-    target: str, causal: str, capacity: dict[int, float], hidden_size: int = 32, **settings
+    target: str, causal: str | None, capacity: dict[int, float], hidden_size: int = 32, **settings
 ) -> Exact:
     """Such with random weights, which differ in sign and size."""
     found = Exact(target, causal, capacity, **settings)
@@ -73,61 +73,25 @@ def save(folder: Path, hf: Path, exact: Exact) -> Path:
     return save_export(folder, hf, routers, exact.added, **exact.routing())
 
 
-def largest(logits: Tensor, capacity: float) -> Tensor:
-    """bool ``[T]``: the ``floor(capacity * T + 0.5)`` largest, of equal ones the first."""
-    wanted = math.floor(capacity * len(logits) + 0.5)
-    order = sorted(range(len(logits)), key=lambda at: (-float(logits[at]), at))
-    kept = torch.zeros(len(logits), dtype=torch.bool)
-    kept[order[:wanted]] = True
-    return kept
-
-
-def causal_logits(added: dict[str, Tensor], normed: Tensor, router: Tensor) -> Tensor:
-    """``[T]`` of what the causal rule decides by."""
-    if "predictor.out.weight" not in added:
-        return router
-    hidden = normed @ added["predictor.hidden.weight"].t() + added["predictor.hidden.bias"]
-    hidden = hidden * torch.sigmoid(hidden)
-    return (hidden @ added["predictor.out.weight"].t() + added["predictor.out.bias"]).squeeze(-1)
-
-
 @torch.no_grad()
 def forward(
     model, ids: Sequence[int], exact: Exact, *, top_k: bool
 ) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
     """One text through a dense model (``eager`` attention): logits ``[T, vocab]``, what each routed
     layer kept, and what it would have kept by the other rule (bool ``[T]``)."""
-    hidden = model.model.embed_tokens(torch.tensor([list(ids)]))
-    slots = torch.arange(len(ids))
-    rotary = model.model.rotary_emb(hidden, slots[None])
-    border = math.log(exact.threshold / (1 - exact.threshold))
-    made, other = {}, {}
-    for index, layer in enumerate(model.model.layers):
-        normed = layer.input_layernorm(hidden)
-        factor, keep = torch.ones(len(ids)), torch.ones(len(ids), dtype=torch.bool)
-        if added := exact.added.get(index):
-            factor = (normed[0] @ added["router.weight"].t()).squeeze(-1)
-            factor = factor + added.get("router.bias", 0.0)
-            rules = (
-                causal_logits(added, normed[0], factor) >= border,
-                largest(factor, exact.capacity[index]),
-            )
-            keep = made[index] = rules[top_k]
-            other[index] = rules[not top_k]
-        multiplied = (keep * factor)[:, None]
-        visible = slots[:, None] >= slots
-        if exact.target != "mlp":
-            visible &= keep | torch.eye(len(ids), dtype=torch.bool)
-        mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
-        update = layer.self_attn(normed, position_embeddings=rotary, attention_mask=mask)[0]
-        if exact.target == "block":
-            update = update + layer.mlp(layer.post_attention_layernorm(hidden + update))
-            hidden = hidden + multiplied * update
-            continue
-        hidden = hidden + (multiplied * update if exact.target == "attn" else update)
-        update = layer.mlp(layer.post_attention_layernorm(hidden))
-        hidden = hidden + (multiplied * update if exact.target == "mlp" else update)
-    return model.lm_head(model.model.norm(hidden))[0], made, other
+    logits, decisions, _ = exact_formula.forward(
+        model,
+        ids,
+        exact.added,
+        granularity=f"{exact.target}_token",
+        capacity=exact.capacity,
+        causal=not top_k,
+        border=math.log(exact.threshold / (1 - exact.threshold)),
+    )
+    rules = [
+        {layer: made[rule] for layer, made in decisions.items()} for rule in (not top_k, top_k)
+    ]
+    return logits, *rules
 
 
 def greedy(model, prompt: Sequence[int], exact: Exact, *, new: int, top_k: bool = False) -> list:
@@ -136,5 +100,3 @@ def greedy(model, prompt: Sequence[int], exact: Exact, *, new: int, top_k: bool 
     for _ in range(new):
         text.append(int(forward(model, text, exact, top_k=top_k)[0][-1].argmax()))
     return text[len(prompt) :]
-
-
