@@ -12,7 +12,7 @@ from tqdm import tqdm
 from megatron_mod.calibration.budget import find
 from megatron_mod.calibration.curve import NEAR, Curve, CurvePoint
 from megatron_mod.calibration.export_timing import ExportTiming
-from megatron_mod.calibration.figure import quality_against_work
+from megatron_mod.calibration.figure import ALL_KEPT, quality_against_work
 from megatron_mod.calibration.routed import Routed, load_routed
 from megatron_mod.calibration.search import Calibration
 from megatron_mod.calibration.thresholds_file import write_thresholds
@@ -36,7 +36,13 @@ def calibrate(request: BudgetRequest, ranks: Topology) -> dict:
     settings = {name: getattr(request, name) for name in ("max_length", "batch_size", "pooling")}
     model = load_routed(request.load, ranks, dtype=request.dtype, base=request.base, **settings)
     rows = calibration_rows(request, model)
-    scope = request.scope or model.work.routing.scope
+    if request.max_perplexity_increase is not None and model.work.routing.is_exact:
+        raise ValueError(
+            f"--max-perplexity-increase {request.max_perplexity_increase}: is over the dense "
+            "model, and one that was trained with router.selection top_k is none if it keeps "
+            "everything; give --capacity, --work or --speedup."
+        )
+    scope = request.scope or model.trained_scope
     timing = None
     if not is_megatron(request.load) and ranks.world_size == 1:
         timing = ExportTiming(model.backend.model, rows)
@@ -56,7 +62,8 @@ def calibrate(request: BudgetRequest, ranks: Topology) -> dict:
         chosen = found.point
         curve = Curve(calibration, timing=timing)
         say(HEADER)
-        say(dense_line(calibration))
+        is_exact = model.work.routing.is_exact
+        say(dense_line(calibration, ALL_KEPT if is_exact else "dense"))
         shown: list[CurvePoint] = []
         for capacity in request.curve:
             shown.append(curve.at(calibration.at_capacity(capacity, tolerance=NEAR)))
@@ -137,8 +144,8 @@ HEADER = (
 )
 
 
-def dense_line(calibration: Calibration) -> str:
-    return f"{'dense':<10} {1:>8.3f} {calibration.dense.perplexity:>10.3f}"
+def dense_line(calibration: Calibration, name: str = "dense") -> str:
+    return f"{name:<10} {1:>8.3f} {calibration.dense.perplexity:>10.3f}"
 
 
 def line(shown: CurvePoint, name: str = "") -> str:
@@ -147,10 +154,12 @@ def line(shown: CurvePoint, name: str = "") -> str:
     def ratio(value: float | None) -> str:
         return f"{'-' if value is None else f'{value:.3f}x':>8}"
 
-    point = shown.point
+    point, static = shown.point, "-"
+    if shown.static:
+        static = f"{shown.static.perplexity:.3f}"
     return (
         f"{name:<10} {point.mean_capacity:>8.3f} {point.perplexity:>10.3f}"
         f" {ratio(shown.speedup)} {ratio(shown.prefill)} {ratio(shown.decode)}"
-        f"           {shown.static.perplexity:>10.3f} {ratio(shown.static_speedup)}"
+        f"           {static:>10} {ratio(shown.static_speedup)}"
         f" {len(shown.removed):>8}"
     )

@@ -17,6 +17,7 @@ NEAR = 0.02  # what a curve's capacity may differ from the one asked for
 class CurvePoint:
     """A point with the static removal nearest to its work, and what was measured on a device.
 
+    ``static``: ``None`` of exact routers, whose layers were never trained to keep everything.
     ``speedup``, ``static_speedup``: of counted work; ``prefill``, ``decode``: of time, where it was
     measured.
     """
@@ -25,8 +26,8 @@ class CurvePoint:
     point: Point
     speedup: float
     removed: list[Place]
-    static: Point
-    static_speedup: float
+    static: Point | None
+    static_speedup: float | None
     prefill: float | None = None
     decode: float | None = None
 
@@ -41,10 +42,10 @@ class CurvePoint:
             "capacity_per_layer": list(self.point.capacity),
             "thresholds": list(self.point.thresholds),
             "perplexity": self.point.perplexity,
-            "static_method": METHOD,
-            "static_perplexity": self.static.perplexity,
-            "static_removed_layers": self.removed_layers,
-            "static_capacity": self.static.mean_capacity,
+            "static_method": self.static and METHOD,
+            "static_perplexity": self.static and self.static.perplexity,
+            "static_removed_layers": self.static and self.removed_layers,
+            "static_capacity": self.static and self.static.mean_capacity,
             "static_counted_speedup": self.static_speedup,
             "counted_speedup": self.speedup,
             "work": 1 / self.speedup,
@@ -69,6 +70,9 @@ class Curve:
         timing: Callable[[Sequence[float]], tuple[float, float]] | None = None,
     ) -> None:
         self.calibration, self.timing = calibration, timing
+        routing = calibration.work.routing
+        assert routing is not None
+        self.scheme, self.is_exact = routing.scheme, routing.is_exact
         self.removal = Greedy(
             calibration.backend,
             calibration.rows if ranking is None else ranking,
@@ -78,12 +82,11 @@ class Curve:
 
     def at(self, point: Point) -> CurvePoint:
         """What belongs to a point of the calibration."""
-        calibration = self.calibration
-        removed = sorted(self.removal.nearest(calibration.rows, point.flops))
-        static = calibration.at(thresholds_without(calibration.backend.places, removed))
+        calibration, speedup = self.calibration, self.calibration.speedup
+        removed, static = [], None
+        if not self.is_exact:
+            removed = sorted(self.removal.nearest(calibration.rows, point.flops))
+            static = calibration.at(thresholds_without(calibration.backend.places, removed))
         times = self.timing(point.thresholds) if self.timing else (None, None)
-        routing, speedup = calibration.work.routing, calibration.speedup
-        assert routing is not None
-        return CurvePoint(
-            routing.scheme, point, speedup(point), removed, static, speedup(static), *times
-        )
+        beside = removed, static, static and speedup(static)
+        return CurvePoint(self.scheme, point, speedup(point), *beside, *times)

@@ -32,6 +32,13 @@ class Routed:
     folder: Path
     settings: Path
 
+    @property
+    def trained_scope(self) -> str:
+        """What was held to a capacity in training: each ``layer``, or all of the ``model``."""
+        routing = self.work.routing
+        assert routing is not None
+        return "layer" if routing.is_exact else routing.scope
+
 
 def load_routed(
     load: str | Path, ranks: Topology, *, dtype: str, base: str | None = None, **settings
@@ -39,7 +46,7 @@ def load_routed(
     """As ``load_backend``, of an export or a training run.
 
     Raises:
-        ValueError: also a model without routers.
+        ValueError: also a model without routers, or with such as draw lots.
     """
     if is_megatron(load):  # an export has no use for these, which take seconds to import
         from megatron_mod.conversion.restore import restore_model
@@ -53,6 +60,11 @@ def load_routed(
         work = Work.of(read_config(load), folder / name)
     if work.routing is None or not work.routing.layers:
         raise ValueError(f"--load {load}: has no routers; give an export or a training run.")
+    if work.routing.selection == "random":
+        raise ValueError(
+            f"--load {load}: its routers draw lots (router.selection = random), which no threshold "
+            "changes; give a model that was trained with top_k or threshold."
+        )
     if is_megatron(load):
         model = restore_model(source, ranks, dtype=getattr(torch, dtype))
         backend: Backend = MegatronBackend(*model, **settings)

@@ -42,6 +42,7 @@ def _evaluate(request: Request, manager: TaskManager | None, topology: Topology)
         max_length=request.max_length,
         batch_size=request.batch_size,
         pooling=request.pooling,
+        selection=request.selection,
         trust_remote_code=request.trust_remote_code,
     )
     report = evaluate(request, backend, manager, is_first_rank=is_first_rank())

@@ -11,6 +11,7 @@ from megatron_mod.config.options import option
 from megatron_mod.config.ranks import RankOptions
 from megatron_mod.config.rules import AT_LEAST_0, COUNT, InputFile, InputFolder, OutputFile, setting
 
+SELECTIONS = ("causal", "top_k")  # of routers that keep exactly so many of a text's tokens
 TEXT_LENGTH = 2048  # tokens a perplexity's text is cut to where nobody says
 
 
@@ -35,6 +36,9 @@ class Request(RankOptions):
         pooling: what a sequence's decision sees of a scored text: its context (`prompt`, the
             default), as in generation, or `all` of it. Windows of a running text have no context
             to speak of; there `all` is the default.
+        selection: with routers that keep exactly so many of a text's tokens (router.selection:
+            top_k), what decides: the `causal` rule (the default), as in generation, or `top_k`, as
+            in training, which sees the whole of a scored text. A perplexity is reported by both.
         batch_size: texts run together.
         max_length: most tokens of a text; unset: as many as the model has positions, for a
             perplexity at most 2048.
@@ -55,6 +59,7 @@ class Request(RankOptions):
     limit: int | None = setting(COUNT, default=None)
     apply_chat_template: bool = False
     pooling: Literal["prompt", "all"] | None = None
+    selection: Literal["causal", "top_k"] | None = None
     batch_size: int = setting(COUNT, default=1)
     max_length: int | None = setting(COUNT, default=None)
     dtype: Literal["float32", "bfloat16"] = "float32"

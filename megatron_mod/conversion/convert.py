@@ -150,10 +150,11 @@ def megatron_to_hf(
 
     Raises:
         ValueError: ``load`` is no checkpoint of ours, is damaged or does not match its base, its
-            weights are not finite, there is too little room, ``save`` exists, or ``lora`` without
-            adapters; nothing is left behind.
+            weights are not finite, there is too little room, ``save`` exists, ``lora`` without
+            adapters, or routers that draw lots; nothing is left behind.
     """
     source = open_source(load, base=base)
+    _refuse_lots(source.routing, load)
     adapters = read_step_adapters(source.step) if source.step and source.lora else None
     if lora and adapters is None:
         raise ValueError(f"--lora {lora}: {load} has no adapters; leave it out.")
@@ -164,6 +165,7 @@ def megatron_to_hf(
                 f"--routers {routers_path}: {load} has routers of its own; give its base."
             )
         chosen = _read_routers(routers_path, source.base.arch)
+        _refuse_lots(chosen[0], routers_path)
     beside = check_companions(source.base.huggingface)
     with new_folder(save) as folder, hf_weights(source.base) as weights:
         if adapters and lora != "apart":
@@ -189,6 +191,16 @@ def megatron_to_hf(
         if lora == "apart":
             write_peft(folder / LORA, *adapters, base=Path(save).resolve())
         write_checksums(folder)
+
+
+def _refuse_lots(routing: RoutingConfig | None, folder: str | Path) -> None:
+    """Refuse to export routers whose decisions are drawn by lot."""
+    if routing is not None and routing.selection == "random":
+        raise ValueError(
+            f"{folder}: router.selection = random: its tokens are drawn by lot, which is for "
+            "comparing losses in training, and nothing decides in generation; export a run that "
+            "was trained with router.selection top_k."
+        )
 
 
 def _read(weight: Weight, like: Tensor, advance: Callable[[int], None]) -> Tensor:

@@ -150,6 +150,16 @@ def routing_of(config: dict, path: Path) -> RoutingConfig | None:
             f"{path}: routing: capacity and a threshold that is a list must have one number for "
             f"each of the {routers} routers."
         )
+    is_top_k, has_predictor = routing.selection == "top_k", routing.causal == "predictor"
+    for name, has, needs in (
+        ("causal", routing.causal, is_top_k),
+        ("predictor_size", routing.predictor_size, has_predictor),
+    ):
+        if (has is not None) != needs:
+            raise ValueError(
+                f"{path}: routing.{name} = {has!r}: does not go with selection "
+                f"{routing.selection!r} and causal {routing.causal!r}."
+            )
     low, high = routing.budgets or (0.0, 1.0)
     if routing.budget is not None and not low <= routing.budget <= high:
         raise ValueError(

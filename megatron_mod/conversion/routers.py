@@ -115,8 +115,8 @@ def read_step(step: Path, routing: RoutingConfig) -> Added:
 
 
 def hf_tensors(added: Added, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What was added by its names in an export of this dtype: routers stay fp32, stand-ins are
-    computed in it.
+    """What was added by its names in an export of this dtype: routers and predictors stay fp32,
+    stand-ins are computed in it.
 
     Raises:
         ValueError: a value is too large for the dtype.
@@ -154,9 +154,14 @@ def write_published(folder: Path, routing: RoutingConfig, added: Added, hf_confi
     in all layers becomes part of the threshold.
 
     Raises:
-        ValueError: thresholds or biases that differ, or stand-ins, which the published code does
-            not know.
+        ValueError: thresholds or biases that differ, or stand-ins or an exact number of tokens,
+            which the published code does not know.
     """
+    if routing.is_exact:
+        raise ValueError(
+            f"--routers-only: router.selection = {routing.selection}: the published format has "
+            "routers that decide by a threshold and multiply nothing; export the whole model."
+        )
     if routing.stand_in_rank:
         raise ValueError(
             "--routers-only: what is skipped has a stand-in, which the published format does not "

@@ -15,12 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_mod.checkpoint.companions import read_json
+from megatron_mod.config.evaluation import SELECTIONS
 from megatron_mod.conversion.config_types import TOKENS, check_fields
 from megatron_mod.evaluation.rows import Row, Score
-from megatron_mod.routing.scheme import Place, Scheme
+from megatron_mod.routing.config import RoutingConfig
+from megatron_mod.routing.scheme import Place
 
 T = TypeVar("T")
 GENERATION_CONFIG = "generation_config.json"
+CAUSAL, TOP_K = SELECTIONS
 NOT_FINITE = -1  # in a generated token's place: the logits were no numbers
 
 
@@ -41,18 +44,23 @@ class Backend(abc.ABC):
 
     A subclass sets ``places``, those of the routers, and ``thresholds``, what they decide by.
 
+    Routers that keep exactly so many of a text's tokens decide by the rule of ``selection``, which
+    may be changed between calls: ``CAUSAL``, as generation has to, or ``TOP_K``, as training does.
+
     Args:
         tokenizer: the model's, fast.
         max_length: most tokens of a text; ``None``: as many as the model has positions.
         batch_size: texts run together.
-        routed_by: the routers' scheme, ``None`` for a dense model.
         pooling: what a sequence's decision sees when a text is scored: its ``prompt`` (default),
             as in generation, or ``all`` of it. Generation always decides on the prompt. A window of
             a running text has no prompt but the token before it: all of it is seen unless
             ``prompt`` is asked for.
+        routing: of the routers, ``None`` for a dense model.
+        selection: ``CAUSAL`` (default) or ``TOP_K``, where ``routing`` knows both; else none.
 
     Raises:
-        ValueError: a length the model does not have, or a pooling where no sequence is routed.
+        ValueError: a length the model does not have, a pooling where no sequence is routed, or a
+            selection where there is none to choose.
     """
 
     places: Sequence[Place]
@@ -65,8 +73,9 @@ class Backend(abc.ABC):
         positions: int,
         max_length: int | None,
         batch_size: int,
-        routed_by: Scheme | None,
+        routing: RoutingConfig | None,
         pooling: str | None,
+        selection: str | None = None,
         data_rank: int = 0,
         data_ranks: int = 1,
     ) -> None:
@@ -76,6 +85,7 @@ class Backend(abc.ABC):
             )
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: must be at least 1.")
+        routed_by = routing and routing.scheme
         by_sequence = routed_by is not None and routed_by.per_sequence
         if pooling and not by_sequence:
             reason = f"with granularity {str(routed_by)!r} each token decides for itself"
@@ -89,6 +99,7 @@ class Backend(abc.ABC):
         self.scheme, self.by_sequence = routed_by, by_sequence
         self.pooling = (pooling or "prompt") if by_sequence else None
         self.text_pooling = (pooling or "all") if by_sequence else None
+        self.selection = _selection(selection, routing)
         self.stop_tokens = stop_tokens(tokenizer)
         self._data_rank, self._data_ranks = data_rank, data_ranks
 
@@ -110,11 +121,12 @@ class Backend(abc.ABC):
 
     def observe(self, rows: Sequence[Row], *, thresholds: Sequence[float]) -> list[Observation]:
         """Each row's score and router logits, in order, with the routers at ``thresholds``, one
-        for each.
+        for each; of exact routers the logits of the causal rule, which decides.
 
         Raises:
             ValueError: a score is not finite.
         """
+        assert self.selection != TOP_K, "no threshold decides"
         rows = self._pooled(rows)
         batches = self._deal([len(row.ids) for row in rows])
         parts = [[rows[index] for index in batch] for batch in batches]
@@ -141,8 +153,13 @@ class Backend(abc.ABC):
         """Each prompt's greedy continuation, up to an end token or one of the strings ``until``.
 
         Raises:
-            ValueError: the logits were not finite.
+            ValueError: the logits were not finite, or a selection that needs the whole text.
         """
+        if self.selection == TOP_K:
+            raise ValueError(
+                f"--selection {TOP_K}: a text that is being generated has no later tokens to "
+                f"choose among; leave tasks that generate out, or give --selection {CAUSAL}."
+            )
         batches = self._deal([len(prompt) for prompt in prompts])
         parts = [[prompts[index] for index in batch] for batch in batches]
         found = self._generate(parts, until=until, max_new_tokens=max_new_tokens)
@@ -153,16 +170,25 @@ class Backend(abc.ABC):
 
     def capacity(self) -> dict[Place, float]:
         """Share of the units (sequences or tokens) of all scored texts and prompts so far that
-        each router kept; the same on every rank. Generated tokens are not counted."""
-        pairs = sum(_gather(self._counts())).t().tolist()
+        each router kept, by the selection that is set; the same on every rank. Generated tokens
+        are not counted."""
+        counts = sum(_gather(self._counts())).t().tolist()
         return {
             place: kept / units if units else 1.0
-            for place, (kept, units) in zip(self.places, pairs, strict=True)
+            for place, (kept, units, _) in zip(self.places, counts, strict=True)
         }
+
+    def agreement(self) -> float:
+        """Share of all decisions by ``TOP_K`` so far, set now, that ``CAUSAL`` would have made
+        alike about the same hidden states; the same on every rank."""
+        assert self.selection == TOP_K
+        _, units, agreed = sum(_gather(self._counts())).sum(1).tolist()
+        return agreed / units
 
     @abc.abstractmethod
     def _counts(self) -> Tensor:
-        """Kept and counted units ``[2, num_routed]`` of this rank, such that all ranks' add up."""
+        """Kept, counted and (by ``TOP_K``) agreed units ``[3, num_routed]`` of this rank by the
+        selection that is set, such that all ranks' add up."""
 
     @abc.abstractmethod
     def _deciding_by(
@@ -222,6 +248,22 @@ class Backend(abc.ABC):
     def _shown(self, batches: Sequence[T], what: str) -> Collection[T]:
         is_first = not dist.is_initialized() or dist.get_rank() == 0
         return tqdm(batches, desc=what, disable=not is_first)
+
+
+def _selection(asked: str | None, routing: RoutingConfig | None) -> str | None:
+    """By which rule exact routers decide.
+
+    Raises:
+        ValueError: asked for where there is one rule only.
+    """
+    if routing is not None and routing.causal is not None:
+        return asked or CAUSAL
+    if asked is not None:
+        reason = "this model has no routers"
+        if routing is not None:
+            reason = f"these routers have one rule (router.selection = {routing.selection})"
+        raise ValueError(f"--selection {asked}: {reason}; leave it out.")
+    return None
 
 
 def _whole(rows: Sequence[Row]) -> list[Row]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from megatron_mod.config.evaluation import TEXT_LENGTH, Request
-from megatron_mod.evaluation.backend import Backend
+from megatron_mod.config.evaluation import SELECTIONS, TEXT_LENGTH, Request
+from megatron_mod.evaluation.backend import CAUSAL, TOP_K, Backend
 from megatron_mod.evaluation.perplexity import holds_conversations, perplexity, read_rows
+from megatron_mod.evaluation.rows import Row
 from megatron_mod.routing.scheme import Place, Scheme
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ DECIDED_ON = {
     None: "none: each token decides for itself",
     "prompt": "prompt: a sequence's decision sees the context only, as in generation",
     "all": "all: a sequence's decision sees the scored text too, as generation cannot",
+}
+SELECTED_BY = {
+    CAUSAL: "causal: by the text so far, as in generation",
+    TOP_K: "top_k: the largest of the whole text, as in training and as generation cannot",
 }
 TEXT_DECIDED_ON = {
     None: DECIDED_ON[None],
@@ -31,8 +36,9 @@ def evaluate(
     request: Request, backend: Backend, manager: TaskManager | None, *, is_first_rank: bool
 ) -> dict:
     """The report: the request, lm-eval's results under its own names, the perplexity, and pooling
-    (``text_pooling`` where windows of a running text are scored) and capacity of all that was run.
-    Called by all ranks; whole on the first.
+    (``text_pooling`` where windows of a running text are scored), selection and capacity of all
+    that was run; of exact routers the perplexity by both rules, and in how much they agree. Called
+    by all ranks; whole on the first.
 
     ``manager``: what ``find_tasks`` found, if the request has tasks.
     """
@@ -44,6 +50,8 @@ def evaluate(
             rows = backend.windows(rows)
         quality = perplexity(backend, rows)
         report.update(perplexity=quality.perplexity, perplexity_tokens=quality.tokens)
+        if backend.selection:
+            report.update(_by_both_rules(backend, rows, quality.perplexity))
     if request.tasks:
         from megatron_mod.evaluation.tasks import evaluate_tasks
 
@@ -54,8 +62,25 @@ def evaluate(
         **report,
         "pooling": backend.text_pooling if only_text else backend.pooling,
         "text_pooling": backend.text_pooling,
+        "selection": backend.selection,
         "capacity": summary(backend.capacity(), backend.scheme),
     }
+
+
+def _by_both_rules(backend: Backend, rows: Sequence[Row], chosen: float) -> dict[str, float]:
+    """The perplexities by either rule, of which the ``chosen`` one is known, and the share of
+    decisions about tokens that they have in common."""
+    rule, found = backend.selection, {}
+    for other in SELECTIONS:
+        backend.selection = other
+        if other != rule:
+            found[f"perplexity_{other}"] = perplexity(backend, rows).perplexity
+        else:
+            found[f"perplexity_{other}"] = chosen
+    backend.selection = TOP_K
+    found["agreement"] = backend.agreement()
+    backend.selection = rule
+    return found
 
 
 def _is_text(path: str | None) -> bool:
@@ -78,6 +103,13 @@ def table(report: dict) -> str:
     if "perplexity" in report:
         found = f"{report['perplexity']:.3f} ({report['perplexity_tokens']} tokens)"
         rows.append(("perplexity", found))
+    if "agreement" in report:
+        both = (
+            f"{report['perplexity_top_k']:.3f} by top_k, {report['perplexity_causal']:.3f} causal"
+        )
+        rows += [("by rule", both), ("agreement", f"{report['agreement']:.4f} of the decisions")]
+    if report["selection"]:
+        rows.append(("selection", SELECTED_BY[report["selection"]]))
     if capacity := report["capacity"]:
         layers = " ".join(f"{layer}:{kept:.2f}" for layer, kept in capacity["per_layer"].items())
         rows.append(("capacity", f"{capacity['mean']:.3f} (per layer {layers})"))

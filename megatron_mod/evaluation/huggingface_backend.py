@@ -20,9 +20,9 @@ from megatron_mod.evaluation.rows import (
     label_scores,
     scores,
 )
-from megatron_mod.routing.config import logit_border
+from megatron_mod.routing.config import RoutingConfig, logit_border
 from megatron_mod.routing.masks import TokenRole, valid_tokens
-from megatron_mod.routing.scheme import Place, Scheme
+from megatron_mod.routing.scheme import Place
 
 
 class HuggingFaceBackend(Backend):
@@ -36,6 +36,7 @@ class HuggingFaceBackend(Backend):
         max_length: int | None = None,
         batch_size: int = 1,
         pooling: str | None = None,
+        selection: str | None = None,
         data_rank: int = 0,
         data_ranks: int = 1,
     ) -> None:
@@ -45,8 +46,9 @@ class HuggingFaceBackend(Backend):
             positions=model.config.max_position_embeddings,
             max_length=max_length,
             batch_size=batch_size,
-            routed_by=Scheme.parse(routing["granularity"]) if routing else None,
+            routing=RoutingConfig.from_dict({"capacity": (), **routing}) if routing else None,
             pooling=pooling,
+            selection=selection,
             data_rank=data_rank,
             data_ranks=data_ranks,
         )
@@ -55,12 +57,14 @@ class HuggingFaceBackend(Backend):
         self.thresholds = tuple(model.config.thresholds().values()) if routing else ()
         self._prefix = KnownPrefix(model, self.places[0].layer) if self.places else None
         self._borders: _WatchedBorders | None = None
-        self._kept: Counter[Place] = Counter()
-        self._units: Counter[Place] = Counter()
+        self._counted: Counter[tuple[str | None, str, Place]] = Counter()
 
     def _counts(self) -> Tensor:
         return torch.tensor(
-            [[c[place] for place in self.places] for c in (self._kept, self._units)]
+            [
+                [self._counted[self.selection, name, place] for place in self.places]
+                for name in ("kept", "units", "agreed")
+            ]
         )
 
     @contextmanager
@@ -77,6 +81,7 @@ class HuggingFaceBackend(Backend):
 
     @torch.no_grad()
     def _score(self, batches: Collection[Sequence[Row]]) -> list[list[Score]]:
+        self._take_rule()
         found = []
         for rows in batches:
             batch = collate_rows(rows).to(self.model.device)
@@ -114,6 +119,7 @@ class HuggingFaceBackend(Backend):
             eos_token_id=sorted(self.stop_tokens),
             pad_token_id=self.tokenizer.eos_token_id,
         )
+        self._take_rule()
         # Plain greedy search: what the folder's settings add would change it.
         self.model.generation_config = settings
         found = []
@@ -133,6 +139,10 @@ class HuggingFaceBackend(Backend):
             found.append([[NOT_FINITE] if broken else row for row, broken in rows])
         return found
 
+    def _take_rule(self) -> None:
+        if self.selection:
+            self.model.set_selection(self.selection)
+
     def _count(self) -> None:
         """Add up what the model reports of its last call."""
         if self.places:
@@ -140,8 +150,8 @@ class HuggingFaceBackend(Backend):
                 for place in self.places:
                     if place.layer == layer:
                         own = report.get(place.target, report)
-                        self._kept[place] += own["kept"]
-                        self._units[place] += own["units"]
+                        for name in ("kept", "units", "agreed"):
+                            self._counted[self.selection, name, place] += own.get(name, 0)
 
 
 class _WatchedBorders:

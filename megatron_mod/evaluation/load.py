@@ -31,7 +31,7 @@ def load_backend(
         dtype: ``float32`` or ``bfloat16``.
         trust_remote_code: run the code that a Hugging Face folder brings.
         base: where the base of a training run is now, if not where it was.
-        settings: ``max_length``, ``batch_size`` and ``pooling`` of ``Backend``.
+        settings: ``max_length``, ``batch_size``, ``pooling`` and ``selection`` of ``Backend``.
 
     Raises:
         ValueError: nothing of the kind, or a setting that does not fit the model.

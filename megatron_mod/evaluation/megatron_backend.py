@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_mod.evaluation.backend import NOT_FINITE, Backend
+from megatron_mod.evaluation.backend import CAUSAL, NOT_FINITE, Backend
 from megatron_mod.evaluation.rows import (
     Row,
     Score,
@@ -22,6 +22,7 @@ from megatron_mod.evaluation.rows import (
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.model.forward import Outcome, run_batches
 from megatron_mod.model.head import CHUNK
+from megatron_mod.model.layout import StepContext
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.decision import Decisions
@@ -39,6 +40,7 @@ class MegatronBackend(Backend):
         max_length: int | None = None,
         batch_size: int = 1,
         pooling: str | None = None,
+        selection: str | None = None,
     ) -> None:
         routing = _routing_of_all_stages(model)
         super().__init__(
@@ -46,8 +48,9 @@ class MegatronBackend(Backend):
             positions=model[0].max_sequence_length,
             max_length=max_length,
             batch_size=batch_size,
-            routed_by=routing and routing.scheme,
+            routing=routing,
             pooling=pooling,
+            selection=selection,
             data_rank=model.groups.dp.rank(),
             data_ranks=model.groups.dp.size(),
         )
@@ -57,13 +60,19 @@ class MegatronBackend(Backend):
         for layer in model.routed_layers().values():
             # Rows say what a decision sees, whatever the routers were trained with.
             layer.routing = replace(routing, pooling=self.pooling and "prompt")
-        self._counted = torch.zeros(2, len(self.places), dtype=torch.float64)
+        self._counted: dict[str | None, Tensor] = {}
         self._watched: dict[Place, list[Tensor]] = {}
 
     def _counts(self) -> Tensor:
         """Only the first tensor-parallel rank's: the others hold copies."""
         is_copy = self.model.groups.tp.rank() > 0
-        return torch.zeros_like(self._counted) if is_copy else self._counted
+        counted = self._counts_by_rule()
+        return torch.zeros_like(counted) if is_copy else counted
+
+    def _counts_by_rule(self) -> Tensor:
+        """Those of the selection that is set, to be added to."""
+        none = torch.zeros(3, len(self.places), dtype=torch.float64)
+        return self._counted.setdefault(self.selection, none)
 
     @contextmanager
     def _deciding_by(self, thresholds: Sequence[float]) -> Iterator[dict[Place, list[Tensor]]]:
@@ -124,12 +133,18 @@ class MegatronBackend(Backend):
         for router in routers.values():
             router.reset()
         cut = map(collate_rows, batches)
-        found = run_batches(self.model, cut, len(batches), finish=read, watch=self._watch)
+        step = StepContext(causal=self.selection == CAUSAL)
+        found = run_batches(
+            self.model, cut, len(batches), finish=read, step=step, watch=self._watch
+        )
         if counted:
             for number, place in enumerate(self.places):
                 if place in routers:
-                    self._counted[0, number] += float(routers[place].kept)
-                    self._counted[1, number] += float(routers[place].valid)
+                    noted = routers[place]
+                    for count, sums in zip(
+                        self._counts_by_rule(), (noted.kept, noted.valid, noted.agreed), strict=True
+                    ):
+                        count[number] += float(sums)
         return found
 
     def _from_last_stage(self, found: list[list[int]], count: int) -> list[int]:

@@ -24,6 +24,7 @@ from megatron_mod.evaluation.huggingface import load_model
 from megatron_mod.evaluation.rows import Row, collate_rows
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.model.forward import Outcome, run_batches
+from megatron_mod.model.layout import StepContext
 from megatron_mod.parallel import device
 from megatron_mod.parallel.agree import together
 from megatron_mod.parallel.topology import Topology
@@ -38,7 +39,8 @@ def prompt_batch(rows: Sequence[Sequence[int]]) -> MicroBatch:
 
 
 def megatron_logits(model: ModelChunks, batches: Sequence[MicroBatch]) -> list[Tensor]:
-    """Logits ``[B, S, vocab]`` of each batch, on the last pipeline stage; elsewhere nothing."""
+    """Logits ``[B, S, vocab]`` of each batch, on the last pipeline stage; elsewhere nothing. Exact
+    routers decide by the causal rule, as an export's do."""
 
     def whole_vocabulary(outcome: Outcome) -> Tensor:
         whole = torch.ones_like(outcome.batch.labels, dtype=torch.bool)
@@ -47,7 +49,8 @@ def megatron_logits(model: ModelChunks, batches: Sequence[MicroBatch]) -> list[T
         )
         return gather_from_tensor_model_parallel_region(logits)[..., : model.unpadded_vocab_size]
 
-    return run_batches(model.eval(), batches, len(batches), finish=whole_vocabulary)
+    step = StepContext(causal=True)
+    return run_batches(model.eval(), batches, len(batches), finish=whole_vocabulary, step=step)
 
 
 def compare(

@@ -10,7 +10,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from megatron_mod.config.evaluation import Request
-from megatron_mod.evaluation.backend import Backend
+from megatron_mod.evaluation.backend import CAUSAL, TOP_K, Backend
 from megatron_mod.evaluation.lm_eval_model import BackendLM
 
 BOOTSTRAP = 100_000  # lm-eval's own; only for metrics without a formula for their error
@@ -53,8 +53,8 @@ def find_tasks(request: Request) -> TaskManager:
     have them all.
 
     Raises:
-        ValueError: no such folder, an unknown task (with the nearest names), or examples for a
-            task that allows none.
+        ValueError: no such folder, an unknown task (with the nearest names), examples for a task
+            that allows none, or one that generates where a selection needs the whole text.
     """
     folder = request.include_path
     if folder is not None:
@@ -75,4 +75,23 @@ def find_tasks(request: Request) -> TaskManager:
                 f"--num_fewshot {request.num_fewshot}: the file of task {name!r} fixes 0, and "
                 "lm-eval would ignore another number; change the file, or leave the option out."
             )
+        if request.selection == TOP_K and (generating := generating_tasks(manager, name)):
+            raise ValueError(
+                f"--selection {TOP_K}: task {generating[0]!r} generates, and a text that is being "
+                "generated has no later tokens to choose among; leave it out, or give --selection "
+                f"{CAUSAL}."
+            )
     return manager
+
+
+def generating_tasks(manager: TaskManager, name: str) -> list[str]:
+    """The tasks under a name, also of a group or tag, whose files say that they generate."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return []
+    config = entry.cfg or {}
+    if name in manager.all_groups or name in manager.all_tags:
+        below = config.get("task") if name in manager.all_groups else entry.tags
+        parts = [part for part in below or () if isinstance(part, str)]
+        return [found for part in parts for found in generating_tasks(manager, part)]
+    return [name] if config.get("output_type") == "generate_until" else []

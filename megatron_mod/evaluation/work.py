@@ -16,6 +16,8 @@ from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.scheme import Place
 
+FP32 = 4  # bytes of a number
+
 
 @dataclass(frozen=True)
 class Work:
@@ -23,6 +25,7 @@ class Work:
 
     Counted are the matrix products: two floating-point operations for each multiplication, of
     attention only those of a query with the keys it sees. ``routing``: ``None`` for a dense model.
+    Routers and, of exact ones, the predictors of the causal rule see every token.
 
     Decisions are bool tensors, by the router's place, one entry a token; a sequence that decides as
     one says the same for all of its tokens. An attention whose threshold is 1 is removed for good:
@@ -63,10 +66,35 @@ class Work:
             attending, feeding = self._parts(layer, kept, everyone)
             keys = everyone if self._offers_all_keys(layer) else attending
             found += self._layer(attending, keys, feeding)
-        for decisions in kept.values():
-            found += 2 * arch.hidden_size * length  # the router
-            found += 2 * self._stand_in_weights * int(decisions.logical_not().sum())
+        found += sum(map(self._deciding, kept.values()))
         return found + 2 * arch.hidden_size * arch.vocab_size
+
+    def decode(
+        self,
+        stored: Sequence[int],
+        kept: Mapping[Place, Tensor],
+        stored_by: Mapping[int, Sequence[int]],
+    ) -> int:
+        """Floating-point operations of one decode step of a batch: a token of each sequence.
+
+        Args:
+            stored: tokens of each sequence so far, ``B`` of them.
+            kept: each router's decisions ``[B]`` in this step.
+            stored_by: how many keys each sequence has in each routed layer's cache.
+        """
+        arch = self.arch
+        everyone = torch.ones(len(stored), dtype=torch.bool)
+        found = 2 * arch.hidden_size * arch.vocab_size * len(stored)
+        for layer in range(arch.num_layers):
+            attending, feeding = self._parts(layer, kept, everyone)
+            offering = everyone if self._offers_all_keys(layer) else attending
+            found += 2 * arch.query_weights * int(attending.sum())
+            found += 2 * arch.key_weights * int(offering.sum())
+            found += 2 * arch.mlp_weights * int(feeding.sum())
+            held = zip(stored_by.get(layer, stored), attending.tolist(), strict=True)
+            seen = [self._in_window(tokens) + 1 for tokens, attends in held if attends]
+            found += 4 * arch.query_channels * sum(seen)
+        return found + sum(map(self._deciding, kept.values()))
 
     def decode_bytes(
         self,
@@ -101,7 +129,14 @@ class Work:
         for decisions in kept.values():
             elements += arch.hidden_size  # the router, of fp32: too little to tell apart
             elements += self._stand_in_weights * (not decisions.all())
-        return elements * element_size
+        return elements * element_size + FP32 * self._predictor_weights * len(kept)
+
+    def _deciding(self, decisions: Tensor) -> int:
+        """Floating-point operations of a router that decided ``[N]``, and of what stands in for
+        those it skips."""
+        router = self.arch.hidden_size + self._predictor_weights
+        skipped = int(decisions.logical_not().sum())
+        return 2 * router * len(decisions) + 2 * self._stand_in_weights * skipped
 
     def _parts(
         self, layer: int, kept: Mapping[Place, Tensor], everyone: Tensor
@@ -149,6 +184,12 @@ class Work:
     def _in_window(self, tokens: int) -> int:
         window = self.arch.window_size
         return min(tokens, window - 1) if window else tokens
+
+    @property
+    def _predictor_weights(self) -> int:
+        """``P * (H + 1)`` of a predictor of hidden size ``P``."""
+        size = self.routing.predictor_size if self.routing else None
+        return (size or 0) * (self.arch.hidden_size + 1)
 
     @property
     def _stand_in_weights(self) -> int:

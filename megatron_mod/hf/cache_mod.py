@@ -61,11 +61,16 @@ class Choice:
 
 class TokenSelection(Choice):
     """The kept tokens of a call, in the order of the text, from ``keep`` ``[B, S]``: a choice among
-    all ``B * S``."""
+    all ``B * S``; ``factors`` ``[B, S]`` multiply what tokens are given (none: 1)."""
 
-    def __init__(self, keep: Tensor) -> None:
+    def __init__(self, keep: Tensor, factors: Tensor | None = None) -> None:
         super().__init__(keep)
         self.shape = keep.shape
+        self.factors = None if factors is None else factors.flatten()[self.index, None]
+
+    def multiply(self, update: Tensor) -> Tensor:
+        """What the kept tokens are given ``[N, H]``, by their factors."""
+        return update if self.factors is None else self.factors * update
 
     @cached_property
     def rows(self) -> Tensor:

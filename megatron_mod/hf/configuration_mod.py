@@ -11,6 +11,9 @@ GRANULARITIES = {
     for targets in (("attn",), ("mlp",), ("block",), ("attn", "mlp"))
     for unit in ("sequence", "token")
 }
+# Of these a number of tokens can be kept exactly (``selection: top_k``).
+EXACT_GRANULARITIES = ("attn_token", "mlp_token", "block_token")
+CAUSAL = ("auxiliary_loss", "predictor")
 NO_ROUTING = {"granularity": "attn_sequence", "layers": [], "threshold": 0.5}
 
 
@@ -24,6 +27,11 @@ class RoutedConfig:
     ``stand_in_rank`` (of what skipped units add; none without), ``work`` (of routers that serve a
     range of budgets, the least and the most) and ``budget`` (the one that is set), and what the
     routers were trained for.
+
+    ``selection``: ``threshold`` (without), or ``top_k``: trained to keep exactly ``capacity`` (one
+    number per router) of each text's tokens, those of the largest logits, which multiply what they
+    are given. The threshold is then that of the causal rule, and ``causal`` says of which logits: a
+    ``predictor``'s of hidden size ``predictor_size``, or, with an ``auxiliary_loss``, the router's.
     """
 
     routing: dict[str, Any]
@@ -61,6 +69,15 @@ class RoutedConfig:
         """Whether a token that skips an attention keeps its key and value from others."""
         return self.routing.get("keys_values") == "selected"
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the routers were trained to keep a number of tokens exactly, and multiply."""
+        return self.routing.get("selection", "threshold") == "top_k"
+
+    def capacities(self) -> dict[tuple[int, str], float]:
+        """The share of a text's tokens that each exact router keeps, by its place."""
+        return dict(zip(self.places, self.routing["capacity"], strict=True))
+
     def check_routing(self) -> None:
         """Raise ``ValueError`` for a ``routing`` entry that cannot be run."""
         routing = self.routing
@@ -89,8 +106,52 @@ class RoutedConfig:
                 f"routing.stand_in_rank = {rank!r}: must be a whole number from 1 to "
                 f"{self.hidden_size}, or null."
             )
+        self._check_selection()
         self.thresholds()
         self.work_position()
+
+    def _check_selection(self) -> None:
+        """Raise ``ValueError`` for a selection that cannot be run."""
+        routing = self.routing
+        selection, causal = routing.get("selection", "threshold"), routing.get("causal")
+        if selection not in ("threshold", "top_k"):
+            raise ValueError(f"routing.selection = {selection!r}: must be 'threshold' or 'top_k'.")
+        size, is_exact = routing.get("predictor_size"), self.is_exact
+        if causal not in (CAUSAL if is_exact else (None,)):
+            allowed = "'auxiliary_loss' or 'predictor'" if is_exact else "null"
+            raise ValueError(
+                f"routing.causal = {causal!r}: must be {allowed} with selection {selection!r}."
+            )
+        is_count = isinstance(size, int) and not isinstance(size, bool) and size > 0
+        if not (is_count if causal == "predictor" else size is None):
+            allowed = "a whole number above 0" if causal == "predictor" else "null"
+            raise ValueError(
+                f"routing.predictor_size = {size!r}: must be {allowed} with causal {causal!r}."
+            )
+        if not is_exact:
+            return
+        if routing["granularity"] not in EXACT_GRANULARITIES:
+            raise ValueError(
+                f"routing.granularity = {routing['granularity']!r}: must be one of "
+                f"{', '.join(EXACT_GRANULARITIES)} with selection 'top_k'."
+            )
+        if self.attention_target is not None and not self.stores_selected:
+            raise ValueError(
+                f"routing.keys_values = {routing.get('keys_values')!r}: must be 'selected' with "
+                "selection 'top_k'."
+            )
+        for name in ("stand_in_rank", "work"):
+            if routing.get(name) is not None:
+                raise ValueError(
+                    f"routing.{name} = {routing[name]!r}: must be null with selection 'top_k'."
+                )
+        capacity = routing.get("capacity")
+        several = isinstance(capacity, (list, tuple)) and len(capacity) == len(self.places)
+        if not several or any(not 0.0 <= share <= 1.0 for share in capacity):
+            raise ValueError(
+                f"routing.capacity = {capacity!r}: must be a list of numbers from 0 to 1, one per "
+                f"routed layer ({len(self.places)}), with selection 'top_k'."
+            )
 
     def work_position(self) -> float | None:
         """Where the budget lies in the range that the routers serve, from 0 to 1; None: they serve

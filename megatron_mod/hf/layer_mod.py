@@ -33,8 +33,20 @@ class RoutingCall:
     pooled: Tensor | None  # [B, S]: tokens a sequence's decision may see; None: all
     tokens: Tensor | None  # [B, past + S]: tokens that are no padding; None: all
     borders: CapacityBorders | WatchedBorders | None = None  # found, or given, on the way
+    top_k: bool = False  # keep the tokens of the largest logits, of the whole text; not causal
     # of each router, by layer and target: [B] or [B, S] bool
     decisions: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    # of each router, with ``top_k``: how many tokens the causal rule would decide about alike
+    agreed: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    @property
+    def by_thresholds(self) -> bool:
+        """Whether the routers' own thresholds decide."""
+        return self.borders is None and not self.top_k
+
+    def valid(self, length: int) -> Tensor | None:
+        """Of the call's own tokens ``[B, S]``, those that are no padding; None: all."""
+        return None if self.tokens is None else self.tokens[:, -length:]
 
 
 class Router(nn.Module):
@@ -59,6 +71,25 @@ class Router(nn.Module):
             borders = self.borders.float()
             bias = bias + torch.lerp(borders[first], borders[first + 1], at - first)
         return nn.functional.linear(hidden_states.float(), weight, bias).squeeze(-1)
+
+
+class Predictor(nn.Module):
+    """What tells, without the rest of the text, whether a token is among the largest: two linear
+    maps, computed in fp32."""
+
+    def __init__(self, hidden_size: int, size: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(hidden_size, size)
+        self.out = nn.Linear(size, 1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Logits ``[...]`` of hidden states ``[..., H]``."""
+        found = nn.functional.silu(_in_fp32(self.hidden, hidden_states))
+        return _in_fp32(self.out, found).squeeze(-1)
+
+
+def _in_fp32(linear: nn.Linear, values: Tensor) -> Tensor:
+    return nn.functional.linear(values.float(), linear.weight.float(), linear.bias.float())
 
 
 class StandIn(nn.Module):
@@ -93,6 +124,10 @@ class RoutedLayer:
             position = config.work_position()
             self.router = self._of_each(lambda: Router(hidden_size, bias, position))
             self.stand_in = self._of_each(lambda: StandIn(hidden_size, rank)) if rank else None
+            size, self.capacities = config.routing.get("predictor_size"), None
+            self.predictor = self._of_each(lambda: Predictor(hidden_size, size)) if size else None
+            if config.is_exact:
+                self.capacities = config.capacities()
             self.set_thresholds(config.thresholds())
             self.attention_target = config.attention_target
             self.stores_selected = config.stores_selected
@@ -172,9 +207,8 @@ class RoutedLayer:
         normed = self.input_layernorm(hidden_states)
         choices: dict[str, TokenSelection] = {}
         for target in self.targets:
-            keep = self._tokens_to_keep(target, normed, routing)
-            routing.decisions[self.layer_idx, target] = keep
-            choices[target] = TokenSelection(keep)
+            choices[target] = self._choose_tokens(target, normed, routing)
+            routing.decisions[self.layer_idx, target] = choices[target].keep
         kept = choices.get(self.attention_target)
         if kept is None or (kept.is_everything and not self.stores_selected):
             hidden_states = hidden_states + self.self_attn(hidden_states=normed, **context)[0]
@@ -182,8 +216,11 @@ class RoutedLayer:
         update = self._attend_tokens(normed, kept, routing, context)
 
         def finish(tokens: Tensor) -> Tensor:
-            tokens = tokens + update
-            return self._mlp(tokens) if "block" in self.targets else tokens
+            if "block" not in self.targets:
+                return tokens + kept.multiply(update)
+            if kept.factors is None:
+                return self._mlp(tokens + update)
+            return tokens + kept.multiply(update + self._mlp_update(tokens + update))
 
         def stand_in(skipped: Tensor) -> Tensor:
             own = self._own(self.stand_in, self.attention_target)
@@ -207,13 +244,21 @@ class RoutedLayer:
         """The MLP of the chosen units of ``[B, S, H]``, sequences or tokens; None: of all."""
         if choice is None:
             return self._mlp(hidden_states)
-        by_token = isinstance(choice, TokenSelection)
-        units = hidden_states.flatten(0, 1) if by_token else hidden_states
-        units = choice.apply(units, self._mlp, self._instead(self._mlp_stand_in))
-        return units.view_as(hidden_states)
+        if not isinstance(choice, TokenSelection):
+            return choice.apply(hidden_states, self._mlp, self._instead(self._mlp_stand_in))
+
+        def finish(tokens: Tensor) -> Tensor:
+            return tokens + choice.multiply(self._mlp_update(tokens))
+
+        tokens = hidden_states.flatten(0, 1)
+        tokens = choice.apply(tokens, finish, self._instead(self._mlp_stand_in))
+        return tokens.view_as(hidden_states)
 
     def _mlp(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self._mlp_update(hidden_states)
+
+    def _mlp_update(self, hidden_states: Tensor) -> Tensor:
+        return self.mlp(self.post_attention_layernorm(hidden_states))
 
     def _mlp_stand_in(self, hidden_states: Tensor) -> Tensor:
         own = self._own(self.stand_in, "mlp")
@@ -228,12 +273,27 @@ class RoutedLayer:
             logits = (logits * routing.pooled).sum(1) / routing.pooled.sum(1).clamp(min=1)
         return logits >= self._border(target, logits, routing)
 
-    def _tokens_to_keep(self, target: str, normed: Tensor, routing: RoutingCall) -> Tensor:
-        """``[B, S]`` bool: the token's logit reaches the border, and it is no padding."""
+    def _choose_tokens(self, target: str, normed: Tensor, routing: RoutingCall) -> TokenSelection:
+        """Of normed hidden states ``[B, S, H]``, those whose logits reach the border, or with
+        ``top_k`` the exact router's number of the largest."""
         logits = self._own(self.router, target)(normed)
-        if routing.tokens is None:
+        if self.capacities is None:
+            return TokenSelection(self._tokens_to_keep(target, logits, routing))
+        causal = logits if self.predictor is None else self._own(self.predictor, target)(normed)
+        keep = self._tokens_to_keep(target, causal, routing)
+        if routing.top_k:
+            place, valid = (self.layer_idx, target), routing.valid(logits.shape[1])
+            largest = largest_tokens(logits, self.capacities[place], valid)
+            alike = largest == keep
+            routing.agreed[place] = (alike if valid is None else alike & valid).sum()
+            keep = largest
+        return TokenSelection(keep, logits.to(normed.dtype))
+
+    def _tokens_to_keep(self, target: str, logits: Tensor, routing: RoutingCall) -> Tensor:
+        """``[B, S]`` bool: the token's logit reaches the border, and it is no padding."""
+        valid = routing.valid(logits.shape[1])
+        if valid is None:
             return logits >= self._border(target, logits.flatten(), routing)
-        valid = routing.tokens[:, -logits.shape[1] :]
         border = self.logit_borders[target]
         if routing.borders:
             border = self._border(target, logits[valid], routing)
@@ -251,7 +311,7 @@ class RoutedLayer:
         """The attention's update ``[N, H]`` of the kept tokens, from all normed ones."""
         attn, cache = self.self_attn, context[CACHE]
         batch, length, _ = normed.shape
-        if self.is_removed and routing.borders is None:  # nobody will ever read its keys
+        if self.is_removed and routing.by_thresholds:  # nobody will ever read its keys
             if cache is not None:
                 cache.layers[self.layer_idx].advance(length)
             return kept.take(normed)
@@ -300,6 +360,16 @@ class RoutedLayer:
         if routing.tokens is not None and not self.stores_selected:
             visible &= routing.tokens[:, None, -slots.shape[1] :]
         return visible[:, None]
+
+
+def largest_tokens(logits: Tensor, capacity: float, valid: Tensor | None) -> Tensor:
+    """``[B, S]`` bool: of each row's ``n`` ``valid`` tokens (None: all) the
+    ``floor(capacity * n + 0.5)`` with the largest logits ``[B, S]``; of equal ones the first."""
+    if valid is None:
+        valid = torch.ones_like(logits, dtype=torch.bool)
+    wanted = (capacity * valid.sum(1, keepdim=True).double() + 0.5).floor()
+    order = logits.masked_fill(~valid, -math.inf).argsort(dim=1, descending=True, stable=True)
+    return (order.argsort(dim=1) < wanted) & valid
 
 
 def _project(

@@ -12,6 +12,12 @@ number per sequence or per token (``attn_sequence``, ``attn_token``, ...); with
 not computed; where the layer has a stand-in S, a small affine map of what the router reads (of an
 MLP: of what the MLP reads), it adds ``(1 - m) * S``, computed for what is skipped only.
 
+Routers that were trained to keep a number of tokens exactly (``selection: top_k``,
+Mixture-of-Depths) multiply what a token is given by its logit: ``y = x + m * r * F(x)``. Which
+tokens have the largest logits is known at a text's end only, so a causal rule decides in their
+place: the threshold of a small predictor's logits, or of the router's. ``set_selection("top_k")``
+lets calls without a cache keep exactly those that training would.
+
 - A sequence's decision is made once, at prefill, and lives in the cache, so that it follows
   reordering, repetition and cropping. Sequences that skip an attention store nothing there.
 - A token's decision is its own, at decode steps too. With ``keys_values: selected`` a token
@@ -62,6 +68,8 @@ from .thresholds_mod import (
     threshold_at,
 )
 
+SELECTIONS = ("causal", "top_k")
+
 
 class RoutingControls:
     """What a routed model offers beside its family's methods; ``_decoder`` holds the layers."""
@@ -71,7 +79,7 @@ class RoutingControls:
 
     def _finish_init(self) -> None:
         routed = bool(self.config.routing["layers"])
-        self._keep_in_fp32_modules_strict = ["router"] if routed else None
+        self._keep_in_fp32_modules_strict = ["router", "predictor"] if routed else None
         self.post_init()
 
     @property
@@ -81,10 +89,31 @@ class RoutingControls:
     def _routed_layers(self) -> dict[int, RoutedLayer]:
         return {index: self._decoder.layers[index] for index in self.config.routing["layers"]}
 
+    def set_selection(self, selection: str) -> None:
+        """Say how routers that were trained to keep a number of tokens exactly decide.
+
+        ``causal`` (at first): each token by itself, by the threshold. ``top_k``: those of the
+        largest logits of each row's tokens, as in training; such a call sees the whole text and has
+        no cache. ``save_pretrained`` writes nothing of it.
+
+        Raises:
+            ValueError: another word, or routers that decide by thresholds.
+        """
+        if not self.config.is_exact:
+            raise ValueError(
+                f"set_selection({selection!r}): these routers decide by thresholds and keep no "
+                "exact number of tokens; leave it out, or train with router.selection top_k."
+            )
+        if selection not in SELECTIONS:
+            raise ValueError(
+                f"set_selection({selection!r}): must be {' or '.join(map(repr, SELECTIONS))}."
+            )
+        self._decoder.selection = selection
+
     def set_thresholds(self, threshold: float | Sequence[float]) -> None:
         """Keep a unit where ``sigmoid(logit)`` reaches ``threshold``: one number from 0 (keep all)
         to 1 (skip all), or one per router (per routed layer; of one that has two, its attention's
-        first). ``save_pretrained`` writes it.
+        first); of exact routers it is the causal rule's. ``save_pretrained`` writes it.
 
         Raises:
             ValueError: another number of thresholds than routers, or one out of range.
@@ -132,7 +161,8 @@ class RoutingControls:
         *,
         scope: str | None = None,
     ) -> None:
-        """Set the routers' thresholds so that ``capacity`` of a text's units is kept.
+        """Set the routers' thresholds so that ``capacity`` of a text's units is kept (by the causal
+        rule, where routers are exact).
 
         Args:
             capacity: share of the units (sequences or tokens) from 0 to 1; one number, or with
@@ -141,7 +171,8 @@ class RoutingControls:
                 a sequence granularity: prompts, and enough of them.
             scope: ``layer`` holds every router to its capacity (in one pass, each layer sees what
                 the ones before it leave); ``model`` gives all one threshold, at which their mean
-                has it (in at most 20 passes). None: as the routers were trained.
+                has it (in at most 20 passes). None: as the routers were trained (exact ones are
+                each held to their own).
 
         Units with one score are kept or skipped together, so a capacity may be met only nearly;
         ``routing_report`` tells of the next call.
@@ -152,7 +183,8 @@ class RoutingControls:
         """
         places = self.config.places
         several = isinstance(capacity, (list, tuple))
-        scope = scope or ("layer" if several else self.config.routing.get("scope", "layer"))
+        trained = "layer" if self.config.is_exact else self.config.routing.get("scope", "layer")
+        scope = scope or ("layer" if several else trained)
         targets = list(capacity) if several else [capacity] * len(places)
         if len(targets) != len(places) or any(not 0.0 <= value <= 1.0 for value in targets):
             raise ValueError(
@@ -184,7 +216,9 @@ class RoutingControls:
         ``layers`` has, for each routed layer's index, the ``kept`` of its ``units`` (sequences,
         or tokens without padding) and their ratio ``capacity``, and ``cache_bytes`` with the
         ``cache_bytes_saved`` against the dense layer's. Of a layer with two routers these are sums,
-        and its ``attn`` and ``mlp`` have their own. The sums of all layers are beside it.
+        and its ``attn`` and ``mlp`` have their own. The sums of all layers are beside it. After a
+        call by ``top_k`` there are also ``agreed``, the units that the causal rule decides about
+        alike, and their share ``agreement``.
 
         Raises:
             ValueError: there was no call yet.
@@ -202,10 +236,13 @@ class RoutingRecord:
         self.decisions: dict[tuple[int, str], list[Tensor]] = {}  # counted when somebody asks
         self.tokens: Tensor | int = 0  # of all calls, without padding
         self.cache_bytes: dict[int, tuple[int, int]] = {}  # held, and by a dense layer
+        self.agreed: dict[tuple[int, str], Tensor] = {}  # of routers that kept the largest
 
     def add(self, model: RoutedModel, routing: RoutingCall, cache: Cache | None) -> None:
         """Take note of a forward call, without waiting for the device."""
         sized: set[int] = set()
+        for place, agreed in routing.agreed.items():
+            self.agreed[place] = self.agreed.get(place, 0) + agreed
         for (layer, target), keep in routing.decisions.items():
             if keep.dim() == 1:  # a sequence stays what it is at later steps
                 self.decisions[layer, target] = [keep]
@@ -224,31 +261,35 @@ class RoutingRecord:
         routers: dict[int, dict[str, dict[str, Any]]] = {}
         for (layer, target), decisions in self.decisions.items():
             by_sequence = decisions[0].dim() == 1
-            routers.setdefault(layer, {})[target] = _with_capacity(
+            agreed = self.agreed.get((layer, target))
+            routers.setdefault(layer, {})[target] = _with_shares(
                 kept=int(sum(keep.sum() for keep in decisions)),
                 units=len(decisions[0]) if by_sequence else int(self.tokens),
+                **({} if agreed is None else {"agreed": int(agreed)}),
             )
-        layers = {}
+        layers, own = {}, ("kept", "units", *(("agreed",) if self.agreed else ()))
         for layer, parts in routers.items():
             held, dense = self.cache_bytes.get(layer, (0, 0))
             layers[layer] = {
-                **_sum(parts.values(), ("kept", "units")),
+                **_sum(parts.values(), own),
                 "cache_bytes": held,
                 "cache_bytes_saved": dense - held,
                 **(parts if len(parts) > 1 else {}),
             }
-        names = ("kept", "units", "cache_bytes", "cache_bytes_saved")
+        names = (*own, "cache_bytes", "cache_bytes_saved")
         return {**_sum(layers.values(), names), "layers": layers}
 
 
-def _with_capacity(**counts: Any) -> dict[str, Any]:
-    counts["capacity"] = counts["kept"] / counts["units"] if counts["units"] else 1.0
+def _with_shares(**counts: Any) -> dict[str, Any]:
+    for share, part in (("capacity", "kept"), ("agreement", "agreed")):
+        if part in counts:
+            counts[share] = counts[part] / counts["units"] if counts["units"] else 1.0
     return counts
 
 
 def _sum(entries: Iterable[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     entries = list(entries)
-    return _with_capacity(**{name: sum(entry[name] for entry in entries) for name in names})
+    return _with_shares(**{name: sum(entry[name] for entry in entries) for name in names})
 
 
 def _cache_bytes(
@@ -284,6 +325,7 @@ class RoutedModel(RoutingControls):
         self._no_split_modules = [self.layer_class.__name__]
         self.record: RoutingRecord | None = None  # of the last call
         self.recording: RoutingRecord | None = None  # of the ``generate`` that is under way
+        self.selection = "causal"  # of exact routers, as ``set_selection`` says
         self._finish_init()
 
     def forward(
@@ -305,9 +347,16 @@ class RoutedModel(RoutingControls):
         ``attention_mask`` does not call padding)."""
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one thing: pass one.")
-        if use_cache is None:
-            use_cache = self.config.use_cache
         cache = past_key_values if cache is None else cache
+        top_k = self.selection == "top_k" and borders is None
+        if top_k and (use_cache or cache is not None):
+            raise ValueError(
+                "a cache is given or asked for, and set_selection('top_k') keeps a text's tokens "
+                "of the largest logits, which the tokens to come would change: pass "
+                "use_cache=False, or call set_selection('causal')."
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not top_k
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
         if cache is not None:
@@ -319,7 +368,7 @@ class RoutedModel(RoutingControls):
         pooled = routing_mask
         if pooled is None and tokens is not None:
             pooled = tokens[:, -length:]
-        routing = RoutingCall(pooled, tokens, borders)
+        routing = RoutingCall(pooled, tokens, borders, top_k)
         output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -76,7 +76,7 @@ def measure(
     say(f"{len(rows)} documents, {sum(len(row.ids) for row in rows)} tokens of {source}")
     with tqdm(desc="passes over the documents", unit="") as passes:
         calibration = Calibration(
-            backend, rows, routed.work, scope=run.routing.scope, after_pass=passes.update
+            backend, rows, routed.work, scope=routed.trained_scope, after_pass=passes.update
         )
         trained = calibration.at(run.routing.thresholds)
         curve = Curve(calibration)

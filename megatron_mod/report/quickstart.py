@@ -73,6 +73,8 @@ def build_report(
         )
         curve = Curve(calibration, ranking=rows["ranking"])
         found = curve.at(calibration.at(backend.thresholds))
+    assert found.static is not None
+    assert found.static_speedup is not None
     parities = {entry["hf_path"]: entry["max_rel"] for entry in json.loads(read(parity))}
     summary = json.loads(read(Path(run) / "summary.json"))
     return {
