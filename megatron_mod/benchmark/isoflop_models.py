@@ -191,15 +191,16 @@ class Setup:
 def found_in(run: Path, kind: str) -> dict:
     """What a run measured at its end: nats a token by the true selection and by the causal rule,
     on what share of the tokens both agree, and seconds a step, the median. Where nothing is
-    selected both losses are one; ``None``: there is no causal rule, or nothing to agree on."""
+    selected both losses are one; a lot has no causal rule."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = list(map(json.loads, lines))
     last = [record for record in records if "validation_loss" in record][-1]
     loss = last["validation_loss"]
+    by_rule = last.get("validation_loss_causal", loss)
     return {
         "loss_top_k": loss,
-        "loss_causal": last.get("validation_loss_causal") if kind in SELECTION else loss,
-        "agreement": last.get("causal_agreement"),
+        "loss_causal": None if kind == RANDOM else by_rule,
+        "agreement": last["causal_agreement"] if kind == MOD else None,
         "step_s": median(_step_seconds(records)),
     }
 
