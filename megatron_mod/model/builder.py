@@ -10,6 +10,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -294,6 +300,7 @@ def build_model(
             for stage in stages
         ]
     )
+    _tell_what_is_shared(model)
     open_parts(model, trained)
     _tell_what_trains_below(model)
     return model.to(device.device())
@@ -340,6 +347,17 @@ def _build_chunk(
         vp_stage=vp_stage,
         pg_collection=groups,
     )
+
+
+def _tell_what_is_shared(model: ModelChunks) -> None:
+    """Note on weights that tensor-parallel ranks hold parts of which axis is parted, as Megatron
+    does only where it draws them itself: without it a gradient's norm takes them for copies."""
+    axes = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        for kind, axis in axes.items():
+            if isinstance(module, kind) and weight is not None:
+                set_tensor_model_parallel_attributes(weight, True, axis, stride=1)
 
 
 def _tell_what_trains_below(model: ModelChunks) -> None:
