@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -143,11 +142,19 @@ def prepare(config: Config) -> Plan:
 def open_model(config: Config) -> tuple[Base, dict | None]:
     """What a training begins with: the model that the settings name, or describe, or, of a run that
     holds the whole model and goes on, its newest step that can be read, with that step's manifest.
+
+    Raises:
+        ValueError: as ``open_base`` and ``open_new``; none of its steps can be read.
     """
     if BASE in config.train.parts:
+        damaged = ""
         for step in step_folders(Path(config.checkpoint.save)):
-            with contextlib.suppress(ValueError):  # a damaged one is found later
+            try:
                 return open_base(step), read_manifest(step)
+            except ValueError as error:  # found again later, if an earlier one can be read
+                damaged = damaged or f"{error} Remove {step} to go on without it."
+        if damaged:
+            raise ValueError(damaged)
     model = config.model
     if model.config is not None:
         return open_new(config), None
