@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -278,7 +279,21 @@ class RoutedTransformerLayer(TransformerLayer):
             router.note(made, layout.sizes(self._window))
             if layout.step.check_decisions:
                 self._require_equal_decisions(kept[target])
-        return self._select(kept, factors, layout)
+        return self._select(kept, factors, layout, known=self._exact_counts(layout))
+
+    def _exact_counts(self, layout: TokenLayout) -> list[list[int]] | None:
+        """How many tokens of each document every target keeps, ``[targets][documents]``; ``None``:
+        the host does not know."""
+        if layout.step.causal or self.pg_collection.cp.size() > 1:
+            return None
+        return [
+            [math.floor(self._share(place, layout) * length + 0.5) for length in layout.lengths]
+            for place in self.routing.scheme.places(self.index)
+        ]
+
+    def _share(self, place: Place, layout: TokenLayout) -> float:
+        """Of a document's tokens, kept by an exact selection."""
+        return layout.step.capacities.get(place, self.routing.capacity_of(place))
 
     def _exact_choice(self, place: Place, logits: Tensor, layout: TokenLayout) -> Tensor:
         """bool ``[S, B]``: the share of each document's tokens with the largest logits, or by
@@ -294,7 +309,7 @@ class RoutedTransformerLayer(TransformerLayer):
         chosen = top_k(
             *parts,
             num_documents=layout.num_documents,
-            capacity=layout.step.capacities.get(place, self.routing.capacity_of(place)),
+            capacity=self._share(place, layout),
         )
         return chosen.chunk(cp.size())[cp.rank()]
 
@@ -315,9 +330,17 @@ class RoutedTransformerLayer(TransformerLayer):
         return self.logit_border(place, layout)
 
     def _select(
-        self, choices: dict[str, Tensor], factors: dict[str, Tensor], layout: TokenLayout
+        self,
+        choices: dict[str, Tensor],
+        factors: dict[str, Tensor],
+        layout: TokenLayout,
+        *,
+        known: list[list[int]] | None = None,
     ) -> dict[str, Selection | Everything]:
-        """What is kept by each choice, bool ``[S, B]``, and what its update is multiplied by."""
+        """What is kept by each choice, bool ``[S, B]``, and what its update is multiplied by.
+
+        ``known``: kept tokens, ``[targets][documents]``, where the host knows them.
+        """
         kept = list(choices.values())
         counts = torch.stack(
             [count_chosen(one, layout.document, layout.num_documents) for one in kept], 1
@@ -326,7 +349,8 @@ class RoutedTransformerLayer(TransformerLayer):
         counts = counts[None]  # [ranks, documents, targets]
         if cp.size() > 1:
             counts = gather_from_sequence_parallel_region(counts, group=cp)
-        on_host = counts.tolist()  # the one host synchronisation: shapes follow from it
+        # The one host synchronisation, where there is any: shapes follow from it.
+        on_host = counts.tolist() if known is None else [list(zip(*known, strict=True))]
         found: dict[str, Selection | Everything] = {}
         for number, (target, chosen) in enumerate(choices.items()):
             mine = factors.get(target)

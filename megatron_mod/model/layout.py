@@ -167,6 +167,13 @@ class TokenLayout(PackedSeqParams):
         """Documents of the micro-batch; unpacked, a row is one even if it is all padding."""
         return sum(map(len, self.documents)) if self.packed else self.roles.shape[0]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each document, on the host."""
+        if not self.packed:
+            return [sum(row) for row in self.documents]
+        return [length for row in self.documents for length in row]
+
     @cached_property
     def valid(self) -> Tensor:
         """bool ``[S, B]``: not padding."""

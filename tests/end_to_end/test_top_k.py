@@ -7,16 +7,7 @@ import json
 import pytest
 
 from megatron_mod.config import cli
-from tests.helpers.runs import Trainer, metrics, saved
-
-# As an exact selection has them where nothing is said.
-EXACT = {
-    "router__selection": "top_k", "router__granularity": "block_token", "router__capacity": 0.25,
-    "router__bias": None, "router__init": None, "router__stand_in": None,
-    "router__stand_in_rank": None, "router__stand_in_tokens": None,
-    "router__capacity_loss_weight": None, "router__capacity_warmup_fraction": None,
-    "router__pooling": None,
-}  # fmt: skip
+from tests.helpers.runs import EXACT, Trainer, metrics, saved
 
 
 @pytest.fixture(scope="module")

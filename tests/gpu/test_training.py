@@ -7,7 +7,7 @@ import pytest
 from tests.distributed import resume_cases
 from tests.gpu.where import long_on_cpu
 from tests.helpers.ranks import run_ranks
-from tests.helpers.runs import DEFAULT, Trainer, metrics
+from tests.helpers.runs import DEFAULT, EXACT, Trainer, metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("single_process"), long_on_cpu]
 
@@ -23,6 +23,8 @@ KINDS = {
     "packed": {**DEFAULT, "data__packing": "true", "router__keys_values": "selected"},
     "distilled": {**DEFAULT, "train__loss": "both"},
     "recomputed": {**DEFAULT, "train__recompute": "full"},
+    "exactly k tokens": EXACT,
+    "exactly k tokens, drawn to a threshold": {**EXACT, "router__causal": "auxiliary_loss"},
     "from a cache": {
         **DEFAULT, "router__layers": "[2,3]", "router__layers__deepest": None,
         "train__frozen_prefix": "cache",

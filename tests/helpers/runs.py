@@ -19,6 +19,15 @@ DEFAULT = {
     "router__capacity_loss_weight": "auto", "router__pooling": None,
 }  # fmt: skip
 
+# The same with an exact selection of tokens.
+EXACT = {
+    "router__selection": "top_k", "router__granularity": "block_token", "router__capacity": 0.25,
+    "router__bias": None, "router__init": None, "router__stand_in": None,
+    "router__stand_in_rank": None, "router__stand_in_tokens": None,
+    "router__capacity_loss_weight": None, "router__capacity_warmup_fraction": None,
+    "router__pooling": None,
+}  # fmt: skip
+
 
 class Trainer:
     """A tiny base checkpoint and some text, to train routers with."""

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from megatron_mod.model.architecture import Architecture
+from megatron_mod.model.cost import training_costs
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.exact import draw_lots, top_k
 
@@ -63,3 +65,29 @@ def test_the_share_that_is_kept_falls_with_the_steps():
     assert routing.capacities_at(0.25) == pytest.approx({first: 0.5625, third: 0.65})
     assert routing.capacities_at(0.5) == {first: 0.125, third: 0.3}  # to the bit
     assert routing.capacities_at(0.9) == {first: 0.125, third: 0.3}
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "block_token"])
+def test_a_training_step_costs_what_its_documents_keep(granularity):
+    """By hand: of 10 and 7 tokens a layer keeps floor(0.3 n + 0.5), 3 and 2 of them."""
+    hidden, ffn, vocab, size = 8, 12, 16, 4
+    arch = Architecture(
+        num_layers=2, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=2,
+        num_query_groups=2, kv_channels=4, vocab_size=vocab, max_sequence_length=64,
+        layernorm_epsilon=1e-5, rotary_base=10000.0, tied_embeddings=True,
+    )  # fmt: skip
+    routing = RoutingConfig(
+        granularity, (1,), (0.3,), selection="top_k", causal="predictor", predictor_size=size,
+        training_compute="sparse",
+    )  # fmt: skip
+    attends, feeds = granularity != "mlp_token", granularity != "attn_token"
+    whole, kept = (17, 55 + 28), (5, 6 + 3)  # tokens, pairs of them that attention sees
+    (tokens, pairs), through = (kept if attends else whole), (kept if feeds else whole)[0]
+    wanted = 17 * 2 * (hidden + size * (hidden + 1))  # the router and its predictor
+    wanted += tokens * 4 * 2 * hidden * hidden + pairs * 4 * hidden
+    wanted += through * 3 * 2 * hidden * ffn
+    costs = training_costs(arch, routing, [10, 7], labels=0, kept=[0.3])
+    assert costs.layers[0] == 17 * (4 * 2 * hidden**2 + 3 * 2 * hidden * ffn) + 83 * 4 * hidden
+    if granularity == "attn_token":  # backward comes to its scores through the MLP's inputs
+        wanted += 17 * 3 * 2 * hidden * ffn
+    assert costs.layers[1] == wanted

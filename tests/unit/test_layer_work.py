@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_mod.model.layout import StepContext, TokenLayout
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.scheme import GRANULARITIES, Scheme
 
@@ -29,8 +32,8 @@ def layer_of(single_process):
             max_sequence_length=64, layernorm_epsilon=1e-5, rotary_base=10000.0,
             tied_embeddings=True,
         )  # fmt: skip
-        capacity = (0.5,) * len(Scheme.parse(granularity).targets)
-        routing = RoutingConfig(granularity, (0,), capacity, keys_values=keys_values, **changes)
+        changes = {"capacity": (0.5,) * len(Scheme.parse(granularity).targets), **changes}
+        routing = RoutingConfig(granularity, (0,), keys_values=keys_values, **changes)
         config = transformer_config(arch, dtype=torch.float32)
         torch.manual_seed(4)
         model = build_model(arch, config, routing)[0]
@@ -106,6 +109,36 @@ def test_counted_work_is_that_of_the_kept_units(
             keys_values = "selected"
     assert counter.get_total_flops() == expected_work(
         kept, keys_values, rank=rank or 0, training=training
+    )
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "block_token"])
+@pytest.mark.parametrize("capacity", [0.01, 0.125, 0.5, 1.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_an_exact_selection_computes_k_tokens_of_each_row(
+    layer_of, granularity, capacity, causal, monkeypatch
+):
+    layer, rotary = layer_of(
+        granularity, selection="top_k", causal="predictor", predictor_size=RANK,
+        capacity=(capacity,), training_compute="sparse",
+    )  # fmt: skip
+    assert layer.routing.keys_values == ("selected" if granularity != "mlp_token" else None)
+    for predictor in layer.predictors.values():
+        predictor.out.bias.data.fill_(1e3 if causal else -1e3)  # lets all pass, or none
+    layout = TokenLayout.of_prompts(grid(), context_rank=0, context_ranks=1)
+    layout.step = StepContext(causal=causal)
+    with (
+        Synchronisations(monkeypatch) as counted,
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        layer(grid(), rotary_pos_emb=rotary, packed_seq_params=layout)
+    assert counted.seen == (["tolist"] if causal else [])  # else k follows from the lengths
+    k = LENGTH if causal else math.floor(capacity * LENGTH + 0.5)
+    kept = {granularity.split("_")[0]: [k] * ROWS}
+    predictor = 2 * RANK * (HIDDEN + 1) * LENGTH * ROWS
+    assert counter.get_total_flops() == predictor + expected_work(
+        kept, "selected", rank=0, training=False
     )
 
 
