@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from megatron_mod.evaluation.work import Work
 from megatron_mod.routing.scheme import Place
 from tests.helpers import exact, formula
+from tests.helpers.counted import products
 from tests.helpers.exported import load, pad, positions, relative
 
 NEW = 6
@@ -220,7 +221,7 @@ def counted(model, *inputs, **settings) -> tuple[int, dict]:
     ):  # fmt: skip
         output = model(*inputs, logits_to_keep=1, **settings)
     kept = {Place(*k): v[0].flatten() for k, v in model.model.record.decisions.items()}
-    return counter.get_total_flops(), kept, output.past_key_values
+    return products(counter), kept, output.past_key_values
 
 
 @pytest.mark.parametrize("selection", ["causal", "top_k"])
