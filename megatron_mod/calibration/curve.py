@@ -83,10 +83,13 @@ class Curve:
     def at(self, point: Point) -> CurvePoint:
         """What belongs to a point of the calibration."""
         calibration, speedup = self.calibration, self.calibration.speedup
-        removed, static = [], None
+        removed: list[Place] = []
+        static = static_speedup = None
         if not self.is_exact:
             removed = sorted(self.removal.nearest(calibration.rows, point.flops))
             static = calibration.at(thresholds_without(calibration.backend.places, removed))
+            static_speedup = speedup(static)
         times = self.timing(point.thresholds) if self.timing else (None, None)
-        beside = removed, static, static and speedup(static)
-        return CurvePoint(self.scheme, point, speedup(point), *beside, *times)
+        return CurvePoint(
+            self.scheme, point, speedup(point), removed, static, static_speedup, *times
+        )

@@ -146,8 +146,8 @@ class RoutedConfig:
                     f"routing.{name} = {routing[name]!r}: must be null with selection 'top_k'."
                 )
         capacity = routing.get("capacity")
-        several = isinstance(capacity, (list, tuple)) and len(capacity) == len(self.places)
-        if not several or any(not 0.0 <= share <= 1.0 for share in capacity):
+        shares = capacity if isinstance(capacity, (list, tuple)) else ()
+        if len(shares) != len(self.places) or any(not 0.0 <= share <= 1.0 for share in shares):
             raise ValueError(
                 f"routing.capacity = {capacity!r}: must be a list of numbers from 0 to 1, one per "
                 f"routed layer ({len(self.places)}), with selection 'top_k'."

@@ -78,8 +78,9 @@ class RoutingControls:
     _supports_flex_attn = False  # its block masks cannot be taken apart by sequence
 
     def _finish_init(self) -> None:
-        routed = bool(self.config.routing["layers"])
-        self._keep_in_fp32_modules_strict = ["router", "predictor"] if routed else None
+        routing = self.config.routing  # Transformers 4.57 refuses names that are not there
+        named = ["router", "predictor"] if routing.get("predictor_size") else ["router"]
+        self._keep_in_fp32_modules_strict = named if routing["layers"] else None
         self.post_init()
 
     @property

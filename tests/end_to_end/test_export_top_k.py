@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from megatron_mod.evaluation.work import Work
 from megatron_mod.routing.scheme import Place
 from tests.helpers import exact, formula
+from tests.helpers.counted import products
 from tests.helpers.exported import load, pad, positions, relative
 
 NEW = 6
@@ -24,13 +25,14 @@ LENGTHS = (5, 11, 8, 3, 9)
 CASES = {
     "block_predictor": ("llama", {"tie_word_embeddings": True}, {"bias": True}),
     "block_auxiliary_loss": ("qwen3", {}, {"threshold": 0.6}),
+    "block_predictor_sliding": ("mistral", {"sliding_window": 5}, {}),
     "attn_predictor": ("qwen3", {"tie_word_embeddings": True}, {}),
     "attn_auxiliary_loss": ("llama", {}, {"bias": True}),
     "mlp_predictor": ("llama", {}, {}),
     "mlp_auxiliary_loss": ("qwen3", {}, {}),
 }
 cases = pytest.mark.parametrize("name", CASES)
-STORING = [name for name in CASES if not name.startswith("mlp")]
+STORING = [name for name in CASES if not name.startswith("mlp") and "sliding" not in name]
 
 
 class Exports:
@@ -45,7 +47,7 @@ class Exports:
     def get(self, name: str):
         family, changes, settings = CASES[name]
         hf = formula.save_model(self.folder / f"dense_{name}", family, **changes)
-        target, causal = name.split("_", 1)
+        target, causal = name.removesuffix("_sliding").split("_", 1)
         routers = exact.draw(target, causal, CAPACITY, **settings)
         return formula.load_dense(hf), routers, exact.save(self.folder / name, hf, routers)
 
@@ -219,7 +221,7 @@ def counted(model, *inputs, **settings) -> tuple[int, dict]:
     ):  # fmt: skip
         output = model(*inputs, logits_to_keep=1, **settings)
     kept = {Place(*k): v[0].flatten() for k, v in model.model.record.decisions.items()}
-    return counter.get_total_flops(), kept, output.past_key_values
+    return products(counter), kept, output.past_key_values
 
 
 @pytest.mark.parametrize("selection", ["causal", "top_k"])
@@ -229,26 +231,29 @@ def test_counted_work_is_what_torch_counts(exports, name, selection):
     model, ids = exports.model(name, selection), torch.tensor([exports.prompts[1]])
     length = ids.shape[1]
     found, kept, cache = counted(model, ids)
-    scheme, unseen = work.routing.scheme, 0  # of queries and later keys, which torch computes
+    scheme, unseen = work.routing.scheme, 0  # of queries and keys they do not see, hidden in torch
     for layer in range(work.arch.num_layers):
-        n = length
+        at = torch.arange(length)
         if scheme.covers_attention:
-            n = int(kept[layer, scheme.attention_target].sum())
-        unseen += 4 * work.arch.query_channels * n * (n - 1) // 2
+            at = at[kept[layer, scheme.attention_target]]
+        distance = at[:, None] - at
+        hidden = (distance < 0) | (distance >= (work.arch.window_size or length))
+        unseen += 4 * work.arch.query_channels * int(hidden.sum())
     assert found == work.prefill(length, kept) + unseen
-    router = 2 * 32 + (2 * exact.SIZE * 33 if name.endswith("predictor") else 0)
+    router = 2 * 32 + (2 * exact.SIZE * 33 if "predictor" in name else 0)
     everybody = {place: torch.ones(length, dtype=torch.bool) for place in kept}
     dense = Work(work.arch).prefill(length, {})
     assert work.prefill(length, everybody) == dense + len(CAPACITY) * router * length
     if selection == "top_k":
         return
-    stored = {k: [int(v.sum())] for (k, _), v in kept.items()} if scheme.covers_attention else {}
     for token in (9, 77, 30):
+        stored = {
+            layer: [0 if keys is None else keys.shape[2]]
+            for layer, keys in enumerate(layer.keys for layer in cache.layers)
+            if scheme.covers_attention
+        }
         found, step, cache = counted(model, torch.tensor([[token]]), past_key_values=cache)
         assert found == work.decode([length], step, stored)
-        for place, decision in step.items():
-            if place.layer in stored:
-                stored[place.layer][0] += int(decision)
         length += 1
 
 

@@ -19,8 +19,13 @@ from megatron_mod.conversion.source import open_base
 from megatron_mod.evaluation.load import load_backend
 from megatron_mod.evaluation.perplexity import read_rows
 from megatron_mod.parallel.topology import Topology
+from megatron_mod.report.measured import measure
+from megatron_mod.report.page import write_page
+from megatron_mod.report.run import read_run
 from megatron_mod.routing.config import RoutingConfig
+from tests.end_to_end.test_top_k import EXACT
 from tests.helpers import exact, formula, tiny
+from tests.helpers.runs import Trainer
 from tests.helpers.tools import run_tool
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -229,6 +234,25 @@ def test_the_published_format_knows_no_exact_number(models, monkeypatch, capsys,
     said = capsys.readouterr().err
     assert "--routers-only: router.selection = top_k" in said
     assert not (tmp_path / "routers").exists()
+
+
+def test_a_run_with_adapters_is_exported_and_reported(models, tool, tmp_path):
+    trainer = Trainer(tmp_path, max_position_embeddings=2048)
+    trainer.train(
+        tmp_path / "run", **EXACT, train__trainable="routers+lora", lora__rank=2,
+        train__steps=3, data__validation=trainer.text, train__validation_interval=3,
+    )  # fmt: skip
+    export = models.export(tmp_path / "run")
+    assert "predictor.out.weight" in " ".join(load_file(export / "model.safetensors"))
+    (compared,) = tool("compare_logits.py", "--load", tmp_path / "run", "--hf-path", export)
+    assert compared["max_rel"] < 2e-5
+    run = read_run(tmp_path / "run")
+    settings = {"data": None, "samples": 4, "capacities": (0.5,), "say": str, "dtype": "float32"}
+    found = measure(run, ONE, batch_size=4, **settings)
+    assert found.trained["static_perplexity"] is None
+    page = write_page(run, found).read_text()
+    assert "<td>all kept</td>" in page
+    assert "static" not in page
 
 
 @pytest.mark.parametrize("change", [{"causal": None}, {"predictor_size": None}])
