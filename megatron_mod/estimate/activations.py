@@ -1,7 +1,8 @@
 """What backward keeps of a micro-batch, layer by layer, and what a layer works with.
 
 Derived from the modules that a training builds (``model/layer.py``, ``local``): every tensor that
-autograd saves, but for numbers of single tokens. A product with a frozen weight keeps no input. Transformer Engine's norms keep theirs in the model's dtype, so that with it this is the
+autograd saves, but for numbers of single tokens. Weights are frozen, and a product with one keeps
+no input. Transformer Engine's norms keep theirs in the model's dtype, so that with it this is the
 most there can be.
 """
 
@@ -23,7 +24,6 @@ def _kept(placed: Placed, layer: int, recompute: str) -> int:
     if down_to is None:
         return 0
     adapters = _adapters(placed, layer, recompute)
-    adapters += _inputs(placed, layer, recompute)
     if job.reach.routes(layer):
         return _routed(placed, layer, recompute, down_to=down_to) + adapters
     states = placed.split_tokens * job.arch.hidden_size * placed.element
@@ -35,22 +35,6 @@ def _kept(placed: Placed, layer: int, recompute: str) -> int:
     if down_to < FC2:
         found += states if recompute == "selective" else _mlp(placed)
     return found
-
-
-def _inputs(placed: Placed, layer: int, recompute: str) -> int:
-    """What goes into products with weights that train, norms' included, but for attention's own
-    output."""
-    job, is_routed = placed.job, layer in placed.job.routing.layers
-    if not job.reach.trains_base or recompute == "full":
-        return 0
-    tokens = placed.tokens if is_routed else placed.split_tokens
-    states = tokens * job.arch.hidden_size * placed.element
-    if recompute == "selective":
-        return 3 * states
-    # One is a router's input, or its stand-in's, too.
-    shared = is_routed and (placed.element == 4 or job.routing.stand_in_rank is not None)
-    product = placed.tokens * job.arch.ffn_hidden_size * placed.element // _tensor(placed)
-    return (4 - shared) * states + product
 
 
 def _routed(placed: Placed, layer: int, recompute: str, *, down_to: int) -> int:
@@ -184,14 +168,11 @@ def head(placed: Placed, rank: int) -> int:
     """Bytes of the logits that exist at a time, on the last stage.
 
     Logits in the model's dtype, and in fp32, overwritten until they are the gradient; of a
-    distillation those of two models, their logarithms, and what becomes of these. Beside them a
-    gradient of the weight, if that trains, in fp32 and of a chunk.
+    distillation those of two models, their logarithms, and what becomes of these.
     """
     if not placed.has_head(rank):
         return 0
     width = 4 if placed.element == 4 else placed.element + 4
     tokens = min(CHUNK, placed.tokens)
     vocabulary = -(-placed.job.arch.vocab_size // _tensor(placed))
-    trained = vocabulary * placed.job.arch.hidden_size * placed.job.reach.trains_base
-    logits = tokens * vocabulary * (30 if placed.job.dense_passes else width)
-    return logits + trained * (4 + placed.element)
+    return tokens * vocabulary * (30 if placed.job.dense_passes else width)

@@ -47,14 +47,12 @@ def of_rank(placed: Placed, rank: int, kind: Kind) -> Memory:
     ranks = job.topology
     shards = ranks.data * ranks.context if job.config.parallel.use_distributed_optimizer else 1
     averaged = job.config.optimizer.average_fraction > 0
-    trains_base = job.reach.trains_base
-    main = found.base if trains_base and placed.element < 4 else 0  # what steps are taken in
     lasting = {
-        "weights" if trains_base else "frozen weights": found.base * placed.element,
+        "frozen weights": found.frozen * placed.element,
         "routers and stand-ins": 4 * (found.added - found.adapters),
         "adapters": 4 * found.adapters,
         "gradients": 4 * found.trained,
-        "optimizer state": (8 * found.trained + 4 * main) // shards,  # Adam's two moments
+        "optimizer state": 8 * found.trained // shards,  # Adam's two moments
         "average": 4 * found.trained if averaged else 0,
     }
     kept = most_kept(

@@ -10,15 +10,14 @@ from megatron_mod.config.lora import TARGETS
 from megatron_mod.estimate.placed import Placed
 from megatron_mod.model.architecture import Architecture, padded_vocab_size
 
-# By an added tensor's first word.
-PARTS = {"router": "routers", "predictor": "routers", "stand_in": "stand_ins"}
+PARTS = {"router": "routers", "stand_in": "stand_ins"}  # by an added tensor's first word
 
 
 class Parameters(NamedTuple):
-    """Those of the base, those added to it, those of both that train, and those of the added ones
-    that are adapters'."""
+    """Frozen ones of the base, those added to it, those of both that train, and those of the added
+    ones that are adapters'."""
 
-    base: int
+    frozen: int
     added: int
     trained: int
     adapters: int
@@ -34,24 +33,24 @@ def of_rank(placed: Placed, rank: int) -> Parameters:
     """Of what a rank of the pipeline holds; tensor-parallel ranks hold as much each."""
     arch, tensor = placed.job.arch, placed.job.topology.tensor
     vocabulary = padded_vocab_size(arch.vocab_size, tensor=tensor) // tensor * arch.hidden_size
-    base = len(placed.layers_of(rank)) * layer(arch, tensor=tensor)
+    frozen = len(placed.layers_of(rank)) * layer(arch, tensor=tensor)
     shared = arch.tied_embeddings and placed.has_embedding(rank) and placed.has_head(rank)
-    base += vocabulary * (placed.has_embedding(rank) + placed.has_head(rank) - shared)
-    base += arch.hidden_size * placed.has_head(rank)  # the last norm
+    frozen += vocabulary * (placed.has_embedding(rank) + placed.has_head(rank) - shared)
+    frozen += arch.hidden_size * placed.has_head(rank)  # the last norm
     routed, layers = len(placed.routed_of(rank)), placed.layers_of(rank)
-    return _together(placed, base, routed, layers, tensor=tensor)
+    return _together(placed, frozen, routed, layers, tensor=tensor)
 
 
 def _together(
-    placed: Placed, base: int, routed: int, layers: Sequence[int], *, tensor: int
+    placed: Placed, frozen: int, routed: int, layers: Sequence[int], *, tensor: int
 ) -> Parameters:
     lora, parts = placed.job.lora, placed.job.config.train.parts
     adapted = 0 if lora is None else len(set(layers) & set(lora.layers))
     adapters = adapted * of_adapters(placed, tensor=tensor)
     return Parameters(
-        base,
+        frozen,
         routed * _added(placed) + adapters,
-        base * ("base" in parts) + routed * _trained(placed) + adapters * ("lora" in parts),
+        routed * _trained(placed) + adapters * ("lora" in parts),
         adapters,
     )
 
