@@ -47,14 +47,12 @@ def compare(
         if not (sampling and entry.seed == seeds[0] and entry.variant.kind in (DENSE, MOD)):
             _drop(setup, entry)
     settings = {
-        **asdict(setup),
-        "out": None,
+        **{name: value for name, value in asdict(setup).items() if name != "out"},
         "text": str(setup.text) if setup.text else None,
         "tokenizer": tokenizer.name,
         "sizes": list(map(str, sizes)),
         "seeds": list(seeds),
     }
-    del settings["out"]
     found = {"settings": settings, "models": models, "table": list(summarise(models))}
     if sampling:
         found["sampling"] = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -103,7 +103,7 @@ class Setup:
         """A training's folder, which is made unless it is complete."""
         folder = self.folder(entry)
         if not (folder / "summary.json").exists():
-            config = self._config(entry, steps=self.steps(entry), save=folder)
+            config = self.config(entry, steps=self.steps(entry), save=folder)
             plan = prepare(config)
             with topology.joined(plan.topology, seed=config.train.seed):
                 train(config, plan)
@@ -111,12 +111,12 @@ class Setup:
 
     def steps(self, entry: Entry) -> int:
         """As many as the budget allows, to the nearest."""
-        steps = max(1, round(self.budget / self._of_step(entry)))
+        steps = max(1, round(self.budget / _counted(self, entry).step))
         return min(steps, self.most_steps or steps)
 
     def describe(self, entry: Entry) -> dict:
         """What is counted of a model; ``forward_flops`` of one row with logits at every token."""
-        arch, routing = self._shape(entry)
+        arch, routing, step = _counted(self, entry)
         kept = torch.arange(self.length) < int(entry.variant.capacity * self.length + 0.5)
         is_routed = entry.variant.kind in SELECTION
         work = Work(arch, routing if is_routed else None)
@@ -130,28 +130,12 @@ class Setup:
             "seed": entry.seed,
             "steps": self.steps(entry),
             "parameters": arch.num_parameters + added * len(routing.layers),
-            "train_flops": self.steps(entry) * self._of_step(entry),
+            "train_flops": self.steps(entry) * step,
             "forward_flops": forward + head,
         }
 
-    def _of_step(self, entry: Entry) -> int:
-        arch, routing = self._shape(entry)
-        costs = training_costs(
-            arch,
-            routing,
-            [self.length] * self.batch,
-            labels=self.batch * (self.length - 1),
-            parts=self._config(entry).train.parts,
-        )
-        return sum(costs.layers) + costs.head
-
-    def _shape(self, entry: Entry) -> tuple[Architecture, RoutingConfig]:
-        config = self._config(entry)
-        arch = new_architecture(config)
-        shape = {"num_layers": arch.num_layers, "hidden_size": arch.hidden_size}
-        return arch, config.router.resolve(**shape)
-
-    def _config(self, entry: Entry, *, steps: int = 1, save: Path | None = None) -> Config:
+    def config(self, entry: Entry, *, steps: int = 1, save: Path | None = None) -> Config:
+        """Settings of a training of so many steps."""
         variant, size = entry.variant, entry.size
         layers = size.layers // 2 if variant.kind == STATIC else size.layers
         router: dict[str, object] = {"router.layers": "[]"}
@@ -186,6 +170,29 @@ class Setup:
             "logging.tensorboard": "false",
         }
         return cli.parse(as_options(settings))
+
+
+class _Counted(NamedTuple):
+    """A model's shape, what routes it, and the operations of a step of its training."""
+
+    arch: Architecture
+    routing: RoutingConfig
+    step: int
+
+
+@cache
+def _counted(setup: Setup, entry: Entry) -> _Counted:
+    config = setup.config(entry)
+    arch = new_architecture(config)
+    routing = config.router.resolve(num_layers=arch.num_layers, hidden_size=arch.hidden_size)
+    costs = training_costs(
+        arch,
+        routing,
+        [setup.length] * setup.batch,
+        labels=setup.batch * (setup.length - 1),
+        parts=config.train.parts,
+    )
+    return _Counted(arch, routing, sum(costs.layers) + costs.head)
 
 
 def found_in(run: Path, kind: str) -> dict:
