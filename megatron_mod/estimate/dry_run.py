@@ -14,6 +14,7 @@ from megatron_mod.config.model_folder import ADAPTER, ModelFolder
 from megatron_mod.config.ranks import SETTINGS
 from megatron_mod.config.rules import InputFile
 from megatron_mod.config.schema import Config
+from megatron_mod.conversion.source import holds_model
 from megatron_mod.data.sources import files_of
 from megatron_mod.estimate import here
 from megatron_mod.estimate.advice import advise
@@ -71,7 +72,10 @@ def _files(config: Config) -> Iterator[Found]:
     model, data = config.model, config.data
     for name in ("checkpoint", "hf_path", "routers"):
         if place := getattr(model, name):
-            yield Found(f"model.{name}", place, _model_problem(name, place))
+            if holds_model(config):
+                yield Found(f"model.{name}", place, note="unused")  # its steps have it all
+            else:
+                yield Found(f"model.{name}", place, _model_problem(name, place))
     if model.lora:
         is_run, adapter = ModelFolder().problem(model.lora) is None, Path(model.lora, ADAPTER)
         problem = None if is_run or adapter.is_file() else "no adapters (PEFT's, or a run's) there"
