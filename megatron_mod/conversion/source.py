@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_mod.checkpoint import checksums
 from megatron_mod.checkpoint.companions import COMPANION_FILES, read_companions
@@ -17,6 +17,7 @@ from megatron_mod.checkpoint.manifest import (
     content_fingerprint,
     read_manifest,
     resolve_step,
+    step_folders,
     verify_checkpoint,
 )
 from megatron_mod.config.lora import LoraSettings, lora_of
@@ -26,6 +27,10 @@ from megatron_mod.conversion.families.base import Family
 from megatron_mod.conversion.hf_reader import HFReader, TensorReader, read_config
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
+
+if TYPE_CHECKING:
+    from megatron_mod.config.schema import Config
+
 
 REFERENCE = ("base", "base_config", "base_fingerprint")
 
@@ -145,6 +150,39 @@ def open_base(
     hf_config = read_config(huggingface)
     family = family_of(hf_config)
     return Base(kind, path, huggingface, family, family.architecture_of(hf_config))
+
+
+def holds_model(config: Config) -> bool:
+    """Whether a training goes on from steps that hold the whole model, and needs no other."""
+    return config.train.trainable == "all" and bool(_whole_steps(config))
+
+
+def _whole_steps(config: Config) -> list[Path]:
+    steps = step_folders(Path(config.checkpoint.save))
+    return [step for step in steps if (step / HUGGINGFACE).is_dir()]
+
+
+def open_model(config: Config) -> tuple[Base, dict | None]:
+    """What a training begins with: the model that the settings name, or describe, or, of a run that
+    holds the whole model and goes on, its newest step that can be read, with that step's manifest.
+
+    Raises:
+        ValueError: as ``open_base`` and ``open_new``; none of its steps can be read.
+    """
+    from megatron_mod.conversion.scratch import open_new  # whose models are bases too
+
+    if holds_model(config):
+        damaged = ""
+        for step in _whole_steps(config):
+            try:
+                return open_base(step), read_manifest(step)
+            except ValueError as error:  # found again later, if an earlier one can be read
+                damaged = damaged or f"{error} Remove {step} to go on without it."
+        raise ValueError(damaged)
+    model = config.model
+    if model.config is not None:
+        return open_new(config), None
+    return open_base(model.checkpoint or model.hf_path, hf_path=model.hf_path), None
 
 
 @dataclass(frozen=True)

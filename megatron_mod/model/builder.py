@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import (
+from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -300,7 +300,7 @@ def build_model(
             for stage in stages
         ]
     )
-    _tell_what_is_shared(model)
+    _mark_shards(model)
     open_parts(model, trained)
     _tell_what_trains_below(model)
     return model.to(device.device())
@@ -349,15 +349,18 @@ def _build_chunk(
     )
 
 
-def _tell_what_is_shared(model: ModelChunks) -> None:
-    """Note on weights that tensor-parallel ranks hold parts of which axis is parted, as Megatron
-    does only where it draws them itself: without it a gradient's norm takes them for copies."""
-    axes = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+# Along which dim tensor-parallel ranks share a module's weight.
+_SHARED = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+
+
+def _mark_shards(model: ModelChunks) -> None:
+    """Say of each weight of which tensor-parallel ranks have a part each that it is one, as
+    Megatron does while it initialises it: gradient norms count what is not a part on one rank."""
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        for kind, axis in axes.items():
-            if isinstance(module, kind) and weight is not None:
-                set_tensor_model_parallel_attributes(weight, True, axis, stride=1)
+        dims = [dim for kind, dim in _SHARED.items() if isinstance(module, kind)]
+        weight = getattr(module, "weight", None)  # none where a tied head has no other
+        if dims and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, dims[0], stride=1)
 
 
 def _tell_what_trains_below(model: ModelChunks) -> None:

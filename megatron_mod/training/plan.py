@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from megatron_mod.checkpoint.manifest import read_manifest, step_folders
 from megatron_mod.config.lora import LoraSettings
 from megatron_mod.config.schema import Config
-from megatron_mod.conversion.scratch import open_new
-from megatron_mod.conversion.source import Base, open_base
+from megatron_mod.conversion.source import Base, open_model
 from megatron_mod.data.dataset import Samples, load_data
 from megatron_mod.data.loader import Loader
 from megatron_mod.data.order import epoch_length, steps_of
@@ -137,28 +134,6 @@ def prepare(config: Config) -> Plan:
         is_whole=BASE in config.train.parts,
         goes_on=goes_on,
     )
-
-
-def open_model(config: Config) -> tuple[Base, dict | None]:
-    """What a training begins with: the model that the settings name, or describe, or, of a run that
-    holds the whole model and goes on, its newest step that can be read, with that step's manifest.
-
-    Raises:
-        ValueError: as ``open_base`` and ``open_new``; none of its steps can be read.
-    """
-    if BASE in config.train.parts:
-        damaged = ""
-        for step in step_folders(Path(config.checkpoint.save)):
-            try:
-                return open_base(step), read_manifest(step)
-            except ValueError as error:  # found again later, if an earlier one can be read
-                damaged = damaged or f"{error} Remove {step} to go on without it."
-        if damaged:
-            raise ValueError(damaged)
-    model = config.model
-    if model.config is not None:
-        return open_new(config), None
-    return open_base(model.checkpoint or model.hf_path, hf_path=model.hf_path), None
 
 
 def _check_work(routing: RoutingConfig, counted: Workload, *, mean_length: float) -> None:

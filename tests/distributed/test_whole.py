@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_mod.checkpoint.distributed import load_tensors
 from megatron_mod.conversion import mappings
 from megatron_mod.conversion.source import open_base
 from megatron_mod.routing.config import NO_ROUTERS
-from tests.distributed import cases, whole_cases
+from tests.distributed import cases, resume_cases, whole_cases
+from tests.distributed.test_distributed_optimizer import DISTRIBUTED as DISTRIBUTED_RUN
+from tests.distributed.test_distributed_optimizer import job
 from tests.distributed.test_granularities import (
     DISTRIBUTED,
     EVERY,
@@ -24,6 +27,7 @@ from tests.distributed.test_granularities import (
 )
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import DEFAULT, Trainer, metrics, saved
 
 MODELS = {
     "llama": ("llama", tiny.LLAMAS["odd_vocabulary"]),  # tied
@@ -116,3 +120,53 @@ def test_two_ranks(models, tmp_path):
         DISTRIBUTED,
     ]
     check(models[1:], TRAININGS[1:3], 2, topologies, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory, single_process):
+    made = Trainer(tmp_path_factory.mktemp("trainer"), tie_word_embeddings=True)
+    made.write_distinct()
+    return made
+
+
+SETTINGS = {
+    **DEFAULT, "router__init": "zeros", "train__trainable": "all", "optimizer__lr": 0.001,
+    "optimizer__weight_decay": 0.1, "checkpoint__keep": 0, "train__steps": 4,
+}  # fmt: skip
+
+
+def test_a_run_goes_on_at_another_topology(trainer, tmp_path):
+    """From the same start to the same end, to rounding, wherever it goes on; in bfloat16 with fp32
+    main parameters to the bit where it was."""
+    narrow = {**SETTINGS, "model__dtype": "bfloat16", **DISTRIBUTED_RUN}
+    alone, tensor, in_bfloat16 = (tmp_path / name for name in ("alone", "tensor", "bfloat16"))
+    trainer.train(alone, **SETTINGS)
+    jobs = [
+        job(
+            trainer,
+            tensor,
+            {**SETTINGS, "parallel__sequence_parallel": "true", **DISTRIBUTED_RUN},
+            tensor=2,
+        ),
+        job(trainer, tmp_path / "stages", SETTINGS, after=tensor, pipeline=2),
+        job(trainer, tmp_path / "shares", {**SETTINGS, **DISTRIBUTED_RUN}, after=tensor),
+        job(trainer, in_bfloat16, narrow, pipeline=2),
+        job(trainer, tmp_path / "again", narrow, after=in_bfloat16, pipeline=2),
+        job(trainer, tmp_path / "narrow", narrow, after=in_bfloat16, tensor=2),
+    ]
+    run_ranks(resume_cases.trainings, jobs, world=2, folder=tmp_path / "ranks", seconds=500)
+    final = load_tensors(alone / "step_00000004" / "state")
+    for name in ("tensor", "stages", "shares"):
+        for line, wanted in zip(metrics(tmp_path / name), metrics(alone), strict=True):
+            for key in ("loss", "task_loss", "grad_norm", "capacity"):
+                assert line[key] == pytest.approx(wanted[key], rel=1e-3), (name, key)
+        found = load_tensors(tmp_path / name / "step_00000004" / "state")
+        for key in (key for key in final if not key.startswith(("random", "optimizer"))):
+            size = len(final[key])  # without what pads the vocabulary
+            torch.testing.assert_close(
+                found[key][:size], final[key], rtol=1e-2, atol=2e-4, msg=f"{name} {key}"
+            )
+    assert metrics(tmp_path / "again") == metrics(in_bfloat16)
+    assert saved(tmp_path / "again") == saved(in_bfloat16)
+    for line, wanted in zip(metrics(tmp_path / "narrow"), metrics(in_bfloat16), strict=True):
+        assert line["task_loss"] == pytest.approx(wanted["task_loss"], rel=0.02)
