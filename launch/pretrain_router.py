@@ -1,4 +1,4 @@
-"""Train Mixture-of-Depths routers into a frozen language model."""
+"""Train Mixture-of-Depths routers into a language model, frozen or whole."""
 
 import prologue  # noqa: F401
 

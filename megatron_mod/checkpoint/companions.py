@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from tokenizers import Tokenizer
@@ -106,12 +106,26 @@ def copy_companions(source: Path, target: Path, *, dtype: str | None = None) -> 
     Raises:
         ValueError: one of them is a link that leads out of the folder.
     """
-    target.mkdir(exist_ok=True)
-    for name in COMPANION_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(member(source, name), target / name)
+    write_companions(read_companions(source, dtype=dtype), target)
+
+
+def read_companions(source: Path, *, dtype: str | None = None) -> dict[str, bytes]:
+    """What ``copy_companions`` copies, by file."""
+    found = {
+        name: member(source, name).read_bytes()
+        for name in COMPANION_FILES
+        if (source / name).is_file()
+    }
     if dtype:
-        path = target / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(found["config.json"].decode())
         key = "dtype" if "dtype" in config else "torch_dtype"
-        path.write_text(json.dumps({**config, key: dtype}, indent=2) + "\n", encoding="utf-8")
+        found["config.json"] = (json.dumps({**config, key: dtype}, indent=2) + "\n").encode()
+    return found
+
+
+def write_companions(files: Mapping[str, bytes], target: Path) -> None:
+    """Write such files, which may have been read long ago, into a folder that is made if need
+    be."""
+    target.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (target / name).write_bytes(content)

@@ -13,6 +13,9 @@ A training run (what ``pretrain_router`` writes, under ``checkpoint.save``)::
     RUN/step_00000100/megatron_mod.json   kind, step, run, base and its fingerprint, routing,
                             adapters, settings, counts and state of the run, checksums
     RUN/step_00000100/state/              what was added, its average, optimizer, random states
+    RUN/step_00000100/huggingface/        where the whole model was trained (``whole`` in the
+                            manifest) and is in ``state``: config.json and tokenizer; the base is
+                            then what it began with, and not needed any more
     RUN/latest              the name of the newest step folder, for people and scripts
 
 Routers of ``fit_stand_ins`` are one such step folder, without a run around it.
@@ -154,6 +157,12 @@ def resolve_step(folder: str | Path) -> Path:
     """The folder itself, or the newest step of a training run's folder."""
     folder = Path(folder)
     return folder if (folder / MANIFEST).is_file() else next(iter(step_folders(folder)), folder)
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Whether it is a training of the whole model, or one of its steps, which hold all of it."""
+    step = resolve_step(folder)
+    return (step / MANIFEST).is_file() and bool(read_manifest(step).get("whole"))
 
 
 def settings_text(run: str, settings: str) -> str:

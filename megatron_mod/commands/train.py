@@ -15,7 +15,7 @@ from megatron_mod.config.options import option, parse_options
 from megatron_mod.config.validate import check_outputs
 from megatron_mod.process import catch_signals, is_first_rank
 
-DESCRIPTION = """Train Mixture-of-Depths routers into a frozen language model.
+DESCRIPTION = """Train Mixture-of-Depths routers into a language model, frozen or whole.
 
 torchrun --standalone --nproc_per_node N launch/pretrain_router.py --config FILE \\
     [--section.field value ...] [--log-level debug|info|warning|error]

@@ -59,7 +59,7 @@ def describe(hint: Any) -> str:
     if kind in (list, tuple):
         return f"a list of {_many(parts[0])}"
     assert kind is dict, hint
-    return f"a mapping to {_many(parts[1])}"
+    return "a mapping" if parts[1] is Any else f"a mapping to {_many(parts[1])}"
 
 
 def _alternatives(hint: Any) -> list[str]:

@@ -30,9 +30,13 @@ def is_started_run(folder: str | Path) -> bool:
 
 
 def is_run(folder: str | Path) -> bool:
-    """Whether a folder is a training run, or one of its steps, which have a base elsewhere."""
-    is_step = Path(folder, MANIFEST).is_file() and not Path(folder, HUGGINGFACE).is_dir()
-    return is_step or Path(folder, LATEST).is_file() or _has_steps(folder)
+    """Whether a folder is a training run, or one of its steps, which have a base elsewhere: not
+    where the whole model was trained, which each step then holds."""
+    if Path(folder, MANIFEST).is_file():
+        return not Path(folder, HUGGINGFACE).is_dir()
+    if any(Path(folder).glob(f"step_*/{HUGGINGFACE}")):
+        return False
+    return Path(folder, LATEST).is_file() or _has_steps(folder)
 
 
 def check_base(base: str | None, *loads: str) -> None:
@@ -43,8 +47,8 @@ def check_base(base: str | None, *loads: str) -> None:
     """
     if base is not None and not any(map(is_run, loads)):
         raise ValueError(
-            f"--base {base}: would be ignored, because {' '.join(loads)} is not a training run; "
-            "leave it out."
+            f"--base {base}: would be ignored, because {' '.join(loads)} is not a training run "
+            "whose base lies elsewhere; leave it out."
         )
 
 

@@ -50,7 +50,7 @@ class ModelConfig:
 
     Args:
         checkpoint: folder that tools/convert_hf_to_megatron.py, Megatron-LM or Megatron-Bridge
-            wrote.
+            wrote, or a run of ours that trained the whole model, or one of its steps.
         hf_path: Hugging Face folder to train from without converting it, each rank reading its
             part; with a checkpoint of Megatron-LM or Megatron-Bridge, the folder with its
             config.json and tokenizer.
@@ -337,7 +337,9 @@ class TrainConfig:
         trainable: what trains: the `routers`, or with them the stand-ins (`routers+stand_ins`), the
             adapters of the section lora (`routers+lora`) or both (`routers+stand_ins+lora`); or
             `lora`, adapters alone: given routers (model.routers) then decide as they are, or there
-            are none (router.layers: []).
+            are none (router.layers: []); or `all`: every parameter, stepped in float32 whatever
+            model.dtype is, with routers and stand-ins, or without any (router.layers: []); each
+            checkpoint then holds the whole model.
         frozen_prefix: what becomes of the layers before the first that is routed or has adapters,
             whose result is the same whenever a sample is read: `recompute` them, or `cache` it:
             compute it once, keep it on the disk (hidden size x bytes of model.dtype a token), and
@@ -384,7 +386,7 @@ class OptimizerConfig:
     Args:
         lr: peak learning rate, above 0; that of adapters may be another (lora.lr).
         warmup_fraction: share of the steps over which the learning rate rises to lr; 0 to 1.
-        weight_decay: decoupled weight decay, at least 0.
+        weight_decay: decoupled weight decay, at least 0; norms and biases have none.
         clip_grad: largest gradient norm; 0 does not clip.
         average_fraction: share of the steps, the last ones, over which what trains is averaged for
             the final checkpoint; 0 keeps the last step's; 0 to 1.

@@ -226,6 +226,11 @@ def _check_rules(config: Config, place: Callable[[str], str], *, only: type) -> 
 
 
 def _check_data(d: DataConfig, *, validation_interval: int) -> None:
+    if d.format == "text" and d.template != "auto":
+        raise ValueError(
+            f"data.template = {d.template}: would be ignored, because data.format = text has no "
+            "conversations; leave it out, or set data.format to auto."
+        )
     for name, sources in (("train", d.train), ("validation", d.validation)):
         if sources is not None and not sources:
             raise ValueError(f"data.{name} = {sources!r}: names nothing; give a file.")

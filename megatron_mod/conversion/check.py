@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_mod.conversion.families.base import Family
-from megatron_mod.conversion.hf_reader import HFReader
+from megatron_mod.conversion.hf_reader import TensorReader
 from megatron_mod.model.architecture import Architecture
 
 
@@ -48,7 +48,7 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS = 8192  # compared at a time
 
 
-def check_tied(reader: HFReader, *, tied: bool, part: int = 0, parts: int = 1) -> None:
+def check_tied(reader: TensorReader, *, tied: bool, part: int = 0, parts: int = 1) -> None:
     """Refuse an output layer in the files of a model whose config.json ties it to the embedding.
 
     Transformers 4.57 drops it, and 5 uses it unless it equals the embedding.
@@ -72,7 +72,7 @@ def check_tied(reader: HFReader, *, tied: bool, part: int = 0, parts: int = 1) -
         )
 
 
-def _same_rows(reader: HFReader, start: int) -> bool:
+def _same_rows(reader: TensorReader, start: int) -> bool:
     first, second = (reader.rows(name, start, start + _ROWS) for name in (EMBEDDING, OUTPUT))
     return torch.equal(first.float(), second.float())
 

@@ -22,6 +22,7 @@ from megatron_mod.checkpoint.manifest import (
     ROUTERS,
     STATE,
     content_fingerprint,
+    is_whole,
     read_manifest,
     resolve_step,
     write_manifest,
@@ -225,7 +226,7 @@ def export_routers(load: str | Path, save: str | Path, *, base: str | Path | Non
     chosen = routers.read_source(source)
     if chosen is None:
         raise ValueError(f"{load}: holds no routers; give a training run, or one of its steps.")
-    _refuse_adapters(source.step, "--routers-only")
+    _refuse_parting(source.step, "--routers-only")
     with new_folder(save) as folder:
         routers.write_published(folder, *chosen, read_config(source.base.huggingface))
         write_checksums(folder)
@@ -233,12 +234,17 @@ def export_routers(load: str | Path, save: str | Path, *, base: str | Path | Non
 
 def _read_routers(folder: str | Path, arch: Architecture) -> tuple[RoutingConfig, routers.Added]:
     found = routers.read_routers(folder, arch)
-    _refuse_adapters(resolve_step(folder), f"--routers {folder}")
+    _refuse_parting(resolve_step(folder), f"--routers {folder}")
     return found
 
 
-def _refuse_adapters(step: Path, option: str) -> None:
-    """Refuse to leave a run's adapters behind unsaid."""
+def _refuse_parting(step: Path, option: str) -> None:
+    """Refuse to leave behind, unsaid, what a run trained beside its routers."""
+    if is_whole(step):
+        raise ValueError(
+            f"{option}: these routers were trained with all of their model, which they would be "
+            "without; export the whole run, or train on from it (model.checkpoint)."
+        )
     if (step / MANIFEST).is_file() and lora_of(read_manifest(step)):
         raise ValueError(
             f"{option}: these routers were trained with adapters, which they would be without; "

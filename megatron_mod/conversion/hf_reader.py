@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +16,9 @@ from megatron_mod.config.model_folder import adapter_problem
 from megatron_mod.conversion.config_types import check_types
 from megatron_mod.conversion.finite import require_finite
 from megatron_mod.conversion.hf_writer import DTYPE_NAMES
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -49,6 +53,35 @@ def read_config_file(path: Path) -> dict:
     config = read_json(path.parent, path.name)
     check_types(config, path)
     return config
+
+
+class TensorReader(Protocol):
+    """Tensors by Hugging Face's names, wherever they come from. A context manager."""
+
+    def names(self) -> set[str]: ...
+
+    def file(self, name: str) -> Path:
+        """What messages say a tensor comes from."""
+        ...
+
+    def like(self, name: str) -> Tensor:
+        """A meta tensor of the tensor's shape and dtype."""
+        ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+    def rows(self, name: str, start: int, stop: int, *columns: slice) -> Tensor:
+        """Rows ``start .. stop - 1`` of a tensor, and of these some columns."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
 
 
 class HFReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from megatron_mod.checkpoint.distributed import load_state
 from megatron_mod.conversion import mappings
+from megatron_mod.conversion.base_state import averaged_names, reader_of
 from megatron_mod.conversion.check import (
     check_hf_names,
     check_megatron_names,
@@ -20,11 +22,11 @@ from megatron_mod.conversion.check import (
     megatron_shapes,
 )
 from megatron_mod.conversion.finite import require_finite
-from megatron_mod.conversion.hf_reader import HFReader
-from megatron_mod.conversion.megatron_lm import LayerReader, has_stacked_layers
+from megatron_mod.conversion.hf_reader import TensorReader
+from megatron_mod.conversion.megatron_lm import has_stacked_layers
 from megatron_mod.conversion.source import Base, open_base
 from megatron_mod.model.builder import ModelChunks
-from megatron_mod.model.trainable import BASE, parts_of
+from megatron_mod.model.trainable import AVERAGE, BASE, parts_of
 from megatron_mod.parallel.agree import together
 
 _EXTRA = "_extra_state"  # what Transformer Engine's modules keep beside their parameters
@@ -40,17 +42,27 @@ def load_base(model: ModelChunks, base: Base | str | Path) -> None:
             not finite; on all ranks, whichever found it.
     """
     base = base if isinstance(base, Base) else open_base(base)
-    if base.kind == "huggingface":
+    if base.has_hf_weights:
         _load_hf(model, base)
     else:
         _load_state(model, base)
 
 
 def _load_state(model: ModelChunks, base: Base) -> None:
-    names = LayerReader(base.state, vocab_size=base.arch.vocab_size).names()
-    check_megatron_names(base.family, base.arch, names, base.path)
-    wanted = _base_part(model, stacked=has_stacked_layers(base.state))
-    loaded = load_state(wanted, base.state)
+    reader = reader_of(base)
+    check_megatron_names(base.family, base.arch, reader.names(), base.path)
+    stacked = base.kind == "megatron_lm" and has_stacked_layers(base.state)
+    wanted, averaged = _base_part(model, stacked=stacked), averaged_names(base)
+    loaded = load_state(
+        {
+            name: replace(entry, key=AVERAGE + entry.key) if entry.key in averaged else entry
+            for name, entry in wanted.items()
+        },
+        base.state,
+    )
+    for name, entry in wanted.items():
+        if entry.key in averaged:  # in the parameter's own dtype, as an export has it
+            loaded[name] = loaded[name].to(reader.like(entry.key).dtype)
     with together():
         for key, tensor in loaded.items():
             require_finite(tensor, wanted[key].key, where=base.state)
@@ -79,7 +91,7 @@ def _load_hf(model: ModelChunks, base: Base) -> None:
     dist.all_gather_object(used, {part.key for part in parts})
     if model.is_whole:
         check_megatron_names(base.family, base.arch, set().union(*used), base.path)
-    with together(), HFReader(base.path) as reader:
+    with together(), base.weights() as reader:
         check_hf_names(base.family, base.arch, reader.names(), base.path)
         share = {"part": dist.get_rank(), "parts": dist.get_world_size()}
         check_tied(reader, tied=base.arch.tied_embeddings, **share)
@@ -90,7 +102,7 @@ def _load_hf(model: ModelChunks, base: Base) -> None:
             require_finite(part.data, part.key, where=base.path)
 
 
-def _fill(part: ShardedTensor, row: mappings.Mapping, reader: HFReader, *, rows: int) -> None:
+def _fill(part: ShardedTensor, row: mappings.Mapping, reader: TensorReader, *, rows: int) -> None:
     """Read this rank's part of a parameter of ``rows`` rows; padding rows become zeros."""
     first = part.global_offset[0]
     last = min(first + part.local_shape[0], rows)

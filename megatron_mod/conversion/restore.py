@@ -37,6 +37,7 @@ def load_model(
     computed: range | None = None,
     recompute: str = "none",
     lora: LoraSettings | None = None,
+    filled: bool = True,
 ) -> ModelChunks:
     """This rank's part of a base, with new routers where ``routing`` wants them and new adapters
     where ``lora`` does, if they do; called by all ranks alike. Whatever runs a model gets it from
@@ -50,6 +51,7 @@ def load_model(
         computed: the layers that it computes, all without it; nothing is read of the others (see
             ``build_model``).
         recompute: what backward computes again (see ``model/recompute.py``).
+        filled: with the base's weights, or with nothing that is meant, to be filled later.
 
     Raises:
         ValueError: a base that is damaged or not whole; see ``load_base``.
@@ -64,7 +66,8 @@ def load_model(
         computed=computed,
         lora=lora,
     )
-    load_base(model, base)
+    if filled:
+        load_base(model, base)
     return model
 
 

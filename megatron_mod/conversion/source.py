@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_mod.checkpoint import checksums
-from megatron_mod.checkpoint.companions import COMPANION_FILES
+from megatron_mod.checkpoint.companions import COMPANION_FILES, read_companions
 from megatron_mod.checkpoint.export_checksums import as_written, model_files
 from megatron_mod.checkpoint.manifest import (
     HUGGINGFACE,
@@ -17,27 +17,35 @@ from megatron_mod.checkpoint.manifest import (
     content_fingerprint,
     read_manifest,
     resolve_step,
+    step_folders,
     verify_checkpoint,
 )
 from megatron_mod.config.lora import LoraSettings, lora_of
 from megatron_mod.conversion import megatron_lm
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.families.base import Family
-from megatron_mod.conversion.hf_reader import read_config
+from megatron_mod.conversion.hf_reader import HFReader, TensorReader, read_config
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
+
+if TYPE_CHECKING:
+    from megatron_mod.config.schema import Config
+
+
+REFERENCE = ("base", "base_config", "base_fingerprint")
 
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model on disk.
+    """A model on disk.
 
-    ``kind`` says what ``path`` is: our ``checkpoint``, a ``huggingface`` folder, or a distributed
-    checkpoint of Megatron-LM or Megatron-Bridge (``megatron_lm``). ``huggingface`` is the folder
-    with config.json and tokenizer.
+    ``kind`` says what ``path`` is: our ``checkpoint``, a ``step`` of a training of the whole model,
+    a ``huggingface`` folder, a distributed checkpoint of Megatron-LM or Megatron-Bridge
+    (``megatron_lm``), or a ``config`` without weights (``scratch.NewModel``). ``huggingface`` is
+    the folder with config.json and tokenizer.
     """
 
-    kind: Literal["checkpoint", "huggingface", "megatron_lm"]
+    kind: Literal["checkpoint", "step", "huggingface", "megatron_lm", "config"]
     path: Path
     huggingface: Path
     family: Family
@@ -45,12 +53,25 @@ class Base:
 
     @property
     def state(self) -> Path:
-        """The distributed checkpoint of the weights (not for ``huggingface``)."""
-        return self.path / STATE if self.kind == "checkpoint" else self.path
+        """The distributed checkpoint of the weights (not where ``weights`` reads them)."""
+        return self.path / STATE if self.kind in ("checkpoint", "step") else self.path
+
+    @property
+    def has_hf_weights(self) -> bool:
+        """Whether the weights have Hugging Face's names, and are read by ``weights``."""
+        return self.kind in ("huggingface", "config")
+
+    def weights(self) -> TensorReader:
+        """The tensors by Hugging Face's names."""
+        return HFReader(self.path)
+
+    def companions(self, *, dtype: str | None = None) -> dict[str, bytes]:
+        """Config, tokenizer and generation settings, by file, as ``read_companions``."""
+        return read_companions(self.huggingface, dtype=dtype)
 
     def reference(self) -> dict[str, str | None]:
-        """What the manifest of a step says of its base; called by all ranks alike, raises as
-        ``fingerprint``."""
+        """What the manifest of a step says of its base (``REFERENCE``); called by all ranks alike,
+        raises as ``fingerprint``."""
         config = str(self.huggingface.resolve()) if self.kind == "megatron_lm" else None
         return {
             "base": str(self.path.resolve()),
@@ -66,6 +87,8 @@ class Base:
         """
         if self.kind == "checkpoint":
             return content_fingerprint(verify_checkpoint(self.path))
+        if self.kind == "step":
+            return checksums.fingerprint(verify_checkpoint(self.path)["files"])
         if self.kind == "huggingface":
             with as_written(self.path):
                 return checksums.fingerprint(
@@ -88,8 +111,8 @@ def open_base(
     """The frozen model a folder holds.
 
     Args:
-        path: a folder of convert_hf_to_megatron.py, a Hugging Face folder, or one that Megatron-LM
-            or Megatron-Bridge wrote.
+        path: a folder of convert_hf_to_megatron.py, a Hugging Face folder, one that Megatron-LM
+            or Megatron-Bridge wrote, or a training of the whole model, or one of its steps.
         hf_path: for the last of these, a Hugging Face folder of the same model; only its config
             and tokenizer are read.
         name: what the user calls that folder.
@@ -99,6 +122,7 @@ def open_base(
             supported.
     """
     path = Path(path)
+    kind: Literal["checkpoint", "step", "huggingface", "megatron_lm"]
     if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
         kind, huggingface = "huggingface", path
     elif (found := megatron_lm.find_iteration(path)) is not None:
@@ -109,8 +133,12 @@ def open_base(
             )
         kind, path, huggingface = "megatron_lm", found, Path(hf_path)
     else:
-        files = read_manifest(path, kind="base")["files"]
-        kind, huggingface = "checkpoint", path / HUGGINGFACE
+        path = resolve_step(path)
+        manifest = read_manifest(path)
+        kind = "step" if manifest.get("whole") else "checkpoint"
+        if kind == "checkpoint":
+            manifest = read_manifest(path, kind="base")
+        files, huggingface = manifest["files"], path / HUGGINGFACE
         # These are small, and read before ranks meet and check the rest.
         there = {f"{HUGGINGFACE}/{p.name}" for p in huggingface.glob("*")} & files.keys()
         checksums.verify(path, {name: files[name] for name in there}, together=False)
@@ -122,6 +150,39 @@ def open_base(
     hf_config = read_config(huggingface)
     family = family_of(hf_config)
     return Base(kind, path, huggingface, family, family.architecture_of(hf_config))
+
+
+def holds_model(config: Config) -> bool:
+    """Whether a training goes on from steps that hold the whole model, and needs no other."""
+    return config.train.trainable == "all" and bool(_whole_steps(config))
+
+
+def _whole_steps(config: Config) -> list[Path]:
+    steps = step_folders(Path(config.checkpoint.save))
+    return [step for step in steps if (step / HUGGINGFACE).is_dir()]
+
+
+def open_model(config: Config) -> tuple[Base, dict | None]:
+    """What a training begins with: the model that the settings name, or describe, or, of a run that
+    holds the whole model and goes on, its newest step that can be read, with that step's manifest.
+
+    Raises:
+        ValueError: as ``open_base`` and ``open_new``; none of its steps can be read.
+    """
+    from megatron_mod.conversion.scratch import open_new  # whose models are bases too
+
+    if holds_model(config):
+        damaged = ""
+        for step in _whole_steps(config):
+            try:
+                return open_base(step), read_manifest(step)
+            except ValueError as error:  # found again later, if an earlier one can be read
+                damaged = damaged or f"{error} Remove {step} to go on without it."
+        raise ValueError(damaged)
+    model = config.model
+    if model.config is not None:
+        return open_new(config), None
+    return open_base(model.checkpoint or model.hf_path, hf_path=model.hf_path), None
 
 
 @dataclass(frozen=True)
@@ -136,7 +197,8 @@ class Source:
 
 
 def open_source(load: str | Path, *, base: str | Path | None = None) -> Source:
-    """The model of a base checkpoint, of a training run (its newest step), or of one of its steps.
+    """The model of a base checkpoint, of a training run (its newest step), or of one of its steps;
+    of a run that trained the whole model, all is the step's.
 
     Args:
         base: where the base of a training run is now, if not where it was.
@@ -153,6 +215,9 @@ def open_source(load: str | Path, *, base: str | Path | None = None) -> Source:
         found.fingerprint()
         return Source(found)
     manifest = verify_checkpoint(step)
+    routing = RoutingConfig.from_dict(manifest["routing"])
+    if manifest.get("whole"):
+        return Source(open_base(step), step, routing if routing.layers else None)
     if base is None and not (step / manifest["base"]).exists():
         raise ValueError(
             f"{(step / manifest['base']).resolve()}: the base that {load} was trained on is not "
@@ -160,7 +225,6 @@ def open_source(load: str | Path, *, base: str | Path | None = None) -> Source:
         )
     found = open_base(base or step / manifest["base"], hf_path=manifest.get("base_config"))
     check_base(found.fingerprint(), manifest, step=step, base=found.path)
-    routing = RoutingConfig.from_dict(manifest["routing"])
     return Source(found, step, routing if routing.layers else None, lora_of(manifest))
 
 

@@ -11,6 +11,15 @@ from megatron_mod.checkpoint.distributed import StateReader
 from megatron_mod.checkpoint.manifest import STATE, read_manifest
 from megatron_mod.conversion.finite import require_finite
 from megatron_mod.model.trainable import AVERAGE
+from megatron_mod.routing.config import PREDICTOR, ROUTER, STAND_IN
+
+ADDED = (ROUTER, PREDICTOR, STAND_IN, "lora")  # to a layer, by the first word of a name in it
+
+
+def is_added(key: str) -> bool:
+    """Whether a step's tensor of this key is of what a training added to a layer."""
+    parts = key.split(".")
+    return parts[:2] == ["decoder", "layers"] and parts[3] in ADDED
 
 
 def read_layers(
@@ -38,7 +47,7 @@ def read_layers(
     found: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
     names = list(names)
     wanted = {key.format(layer, name): (layer, name) for layer in found for name in names}
-    here = {one for one in held if one.startswith("decoder.") and is_one(one)}
+    here = {one for one in held if is_added(one) and is_one(one)}
     if difference := sorted(here ^ set(wanted)):
         raise ValueError(f"{step}: {what} do not match its manifest: {difference}.")
     for one, (layer, name) in wanted.items():

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mod.checkpoint.distributed import StateReader
 from megatron_mod.conversion import mappings
+from megatron_mod.conversion.base_state import reader_of
 from megatron_mod.conversion.check import (
     check_hf_names,
     check_megatron_names,
@@ -20,8 +20,6 @@ from megatron_mod.conversion.check import (
     megatron_shapes,
 )
 from megatron_mod.conversion.finite import require_finite
-from megatron_mod.conversion.hf_reader import HFReader
-from megatron_mod.conversion.megatron_lm import LayerReader
 from megatron_mod.conversion.source import Base
 
 
@@ -41,10 +39,10 @@ def hf_weights(base: Base) -> Iterator[list[Weight]]:
         ValueError: the weights are not exactly those of the architecture, or, as one is read, it
             is not finite.
     """
-    if base.kind != "huggingface":
+    if not base.has_hf_weights:
         yield _from_state(base)
         return
-    with HFReader(base.path) as reader:
+    with base.weights() as reader:
         check_hf_names(base.family, base.arch, reader.names(), base.path)
         check_tied(reader, tied=base.arch.tied_embeddings)
         table = base.family.table(base.arch)
@@ -55,10 +53,7 @@ def hf_weights(base: Base) -> Iterator[list[Weight]]:
 
 
 def _from_state(base: Base) -> list[Weight]:
-    if base.kind == "megatron_lm":
-        reader = LayerReader(base.state, vocab_size=base.arch.vocab_size)
-    else:
-        reader = StateReader(base.state)
+    reader = reader_of(base)
     table = base.family.table(base.arch)
     check_megatron_names(base.family, base.arch, reader.names(), base.path)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import Tensor
@@ -15,6 +15,7 @@ IGNORE = -100
 
 Messages = list[dict[str, str]]
 Content = Messages | str  # a conversation, or a text
+Records = Literal["auto", "conversations", "text"]  # what the records of a source are
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,35 @@ class Sample:
         return sum(self.labelled[1:])
 
 
-def content_of(record: object) -> Content:
-    """The text of a record that has one and is no conversation, or its messages.
+def content_of(record: object, records: Records = "auto") -> Content:
+    """The text of a record, or its messages.
+
+    Args:
+        records: what it has to be; of ``auto`` a text if it has one and is no conversation.
 
     Raises:
         ValueError: saying what is wrong with the record.
     """
+    if records == "conversations":
+        return messages_of(record, or_text=False)
+    if records == "text":
+        return _text_of(record)
     if not isinstance(record, dict) or "text" not in record or layout_of(record):
         return messages_of(record)
-    if record.get("messages") is not None or {"prompt", "completion"} <= set(record):
+    if _is_conversation(record):
         return messages_of(record)
+    return _text_of(record)
+
+
+def _is_conversation(record: dict) -> bool:
+    return record.get("messages") is not None or {"prompt", "completion"} <= set(record)
+
+
+def _text_of(record: object) -> str:
+    if not isinstance(record, dict):
+        raise ValueError("must be a JSON object")
+    if "text" not in record:
+        raise ValueError(f"needs a 'text', because data.format = text; it has {_keys(record)}")
     text = record["text"]
     if not isinstance(text, str) or not text.strip():
         raise ValueError("'text' must be text, and not empty")
@@ -60,15 +80,18 @@ def content_of(record: object) -> Content:
     return text
 
 
-def messages_of(record: object) -> Messages:
+def messages_of(record: object, *, or_text: bool = True) -> Messages:
     """The conversation of one record, with nothing but ``role`` and ``content``.
+
+    Args:
+        or_text: whether a text would have been taken too.
 
     Raises:
         ValueError: saying what is wrong with the record.
     """
     if not isinstance(record, dict):
         raise ValueError("must be a JSON object")
-    messages = _turns(record)
+    messages = _turns(record, or_text=or_text)
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise ValueError(f"every message needs a 'role' out of {', '.join(ROLES)}")
@@ -84,7 +107,7 @@ def messages_of(record: object) -> Messages:
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def _turns(record: dict) -> list:
+def _turns(record: dict, *, or_text: bool) -> list:
     if record.get("messages") is not None:
         if not isinstance(record["messages"], list) or not record["messages"]:
             raise ValueError("'messages' must be a non-empty list")
@@ -94,10 +117,14 @@ def _turns(record: dict) -> list:
             {"role": "user", "content": record["prompt"]},
             {"role": "assistant", "content": record["completion"]},
         ]
-    found = ", ".join(map(repr, list(record)[:5])) or "nothing"
+    wanted = ", or 'text'" if or_text else ", because data.format = conversations"
     raise ValueError(
-        f"needs 'messages', or 'prompt' and 'completion', or 'text'; it has {found[:200]}"
+        f"needs 'messages', or 'prompt' and 'completion'{wanted}; it has {_keys(record)}"
     )
+
+
+def _keys(record: dict) -> str:
+    return (", ".join(map(repr, list(record)[:5])) or "nothing")[:200]
 
 
 def _require_utf8(text: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from megatron_mod.checkpoint.folders import partial_name, writing
 from megatron_mod.config.schema import DataConfig
 from megatron_mod.data.cache import default_folder, make_folder
-from megatron_mod.data.chat import Sample
+from megatron_mod.data.chat import Records, Sample
 from megatron_mod.data.encoding import Encoder
 from megatron_mod.data.order import Order, epoch_length
 from megatron_mod.data.prefix_states import StatesEntry
@@ -125,6 +125,7 @@ def load_samples(
     *,
     max_length: int,
     template: str = "auto",
+    records: Records = "auto",
     on_bad_record: str = "stop",
     cache: str | Path | None = None,
     names: SettingNames = OF_A_TOOL,
@@ -136,6 +137,7 @@ def load_samples(
 
     Args:
         sources: file, folder or named dataset, several of them, or a mapping to weights.
+        records: what all of their records have to be.
         names: what messages call the settings.
 
     Raises:
@@ -152,7 +154,12 @@ def load_samples(
     for source, weight in _weighted(sources).items():
         for file in files_of(source) or [str(source)]:
             store = open_store(
-                file, encoder, on_bad_record=on_bad_record, cache_folder=folder, names=names
+                file,
+                encoder,
+                on_bad_record=on_bad_record,
+                cache_folder=folder,
+                records=records,
+                names=names,
             )
             _report(store, max_length=max_length, names=names)
             parts.append(Part(store, datasets.Dataset.from_file(str(store.samples)), weight))
@@ -168,6 +175,7 @@ def load_data(config: DataConfig, tokenizer, *, seed: int) -> tuple[Samples, Sam
     options = {
         "max_length": config.max_length,
         "template": config.template,
+        "records": config.format,
         "on_bad_record": config.on_bad_record,
         "cache": config.cache,
         "names": OF_A_RUN,

@@ -15,7 +15,7 @@ from pyarrow.ipc import new_stream
 
 from megatron_mod.checkpoint.folders import require_room
 from megatron_mod.data import cache
-from megatron_mod.data.chat import content_of
+from megatron_mod.data.chat import Records, content_of
 from megatron_mod.data.encoding import Encoder
 from megatron_mod.data.formats import layout_of
 from megatron_mod.data.json_records import Record
@@ -88,9 +88,11 @@ def open_store(
     *,
     on_bad_record: str,
     cache_folder: Path,
+    records: Records = "auto",
     names: SettingNames = OF_A_TOOL,
 ) -> Store:
-    """The tokenised samples of a local file (``Path``) or a named dataset (``str``).
+    """The tokenised samples of a local file (``Path``) or a named dataset (``str``), all of whose
+    ``records`` have to be of that kind.
 
     Raises:
         ValueError: a bad record, unless ``on_bad_record`` is ``skip``; no usable sample; a source
@@ -99,19 +101,20 @@ def open_store(
     name = str(source)
     if isinstance(source, Path):
         digest = cache.digest_of_file(source, cache=cache_folder)
-        content, records, size = digest + source.suffix, read_file(source), content_bytes(source)
+        content, found, size = digest + source.suffix, read_file(source), content_bytes(source)
     else:
         dataset = load_named(source)
         content, size = dataset._fingerprint, content_bytes(dataset)
-        records = read_dataset(dataset, name=name)
+        found = read_dataset(dataset, name=name)
 
     def build(folder: Path) -> None:
-        with _Writer(folder, name, names, stop=on_bad_record == "stop") as writer:
-            writer.write(records, encoder, size=size)
+        with _Writer(folder, name, names, records, stop=on_bad_record == "stop") as writer:
+            writer.write(found, encoder, size=size)
         if isinstance(source, Path) and cache.digest_of_file(source, cache=cache_folder) != digest:
             raise ValueError(f"{name}: has changed while it was read; run the same command again.")
 
-    folder = cache.entry(cache_folder, {"content": content, **encoder.identity}, build)
+    key = {"content": content, "records": records, **encoder.identity}
+    folder = cache.entry(cache_folder, key, build)
     summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     store = Store(name, folder, summary)
     if summary.rejected and on_bad_record == "stop":
@@ -137,8 +140,11 @@ def _bad_record(source: str, reject: dict, names: SettingNames) -> ValueError:
 class _Writer:
     """Fills a cache entry, a batch of records at a time."""
 
-    def __init__(self, folder: Path, name: str, names: SettingNames, *, stop: bool) -> None:
+    def __init__(
+        self, folder: Path, name: str, names: SettingNames, records: Records, *, stop: bool
+    ) -> None:
         self.folder, self.name, self.names, self.stop = folder, name, names, stop
+        self.records = records
         self.counts = vars(Summary()).copy()
         self.first_reject: dict | None = None
         self._content = xxhash.xxh3_128()
@@ -177,7 +183,7 @@ class _Writer:
             try:
                 if record.problem:
                     raise ValueError(record.problem)
-                contents.append(content_of(record.content))
+                contents.append(content_of(record.content, self.records))
                 self.counts["texts"] += isinstance(contents[-1], str)
                 readable.append(record)
             except ValueError as error:

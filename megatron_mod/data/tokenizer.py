@@ -63,6 +63,11 @@ def open_tokenizer(source: str | Path, *, trust_remote_code: bool = False):
     return _from_folder(path, trust_remote_code)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the files of a tokenizer, of whatever kind."""
+    return any((folder / name).is_file() for name in (SENTENCEPIECE, *SETTINGS, VOCABULARY))
+
+
 def make_plain(folder: Path) -> None:
     """Rewrite a folder's tokenizer as a ``PreTrainedTokenizerFast`` with the same tokens.
 
@@ -70,7 +75,7 @@ def make_plain(folder: Path) -> None:
     4.57 and 5, and in 5 builds the tokenizer anew instead of reading ``tokenizer.json``. One that
     no training could have read stays as it is.
     """
-    if not any((folder / name).is_file() for name in (SENTENCEPIECE, *SETTINGS, VOCABULARY)):
+    if not has_tokenizer(folder):
         return
     try:
         tokenizer = open_tokenizer(folder)

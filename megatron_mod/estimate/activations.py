@@ -1,8 +1,8 @@
 """What backward keeps of a micro-batch, layer by layer, and what a layer works with.
 
 Derived from the modules that a training builds (``model/layer.py``, ``local``): every tensor that
-autograd saves, but for numbers of single tokens. Weights are frozen, and a product with one keeps
-no input. Transformer Engine's norms keep theirs in the model's dtype, so that with it this is the
+autograd saves, but for numbers of single tokens. A product with a frozen weight keeps no input, one
+with a weight that trains does. Transformer Engine's norms keep theirs in the model's dtype, so that with it this is the
 most there can be.
 """
 
@@ -34,6 +34,9 @@ def _kept(placed: Placed, layer: int, recompute: str) -> int:
     found += norm * (down_to < FC1)
     if down_to < FC2:
         found += states if recompute == "selective" else _mlp(placed)
+    if job.reach.trains_base:  # what norms multiply, and what linears read, but for attention's
+        found += 3 * states
+        found += 0 if recompute == "selective" else states + _product(placed)
     return found
 
 
@@ -45,18 +48,23 @@ def _routed(placed: Placed, layer: int, recompute: str, *, down_to: int) -> int:
     is_wide = e == 4  # then a norm's or router's copy in fp32 is the tensor itself
     targets = job.routing.scheme.targets
     router = norm * (1 if is_wide else len(targets))  # each one's input in fp32, and a logit
+    whole = job.reach.trains_base
     if recompute == "full":
         stream = 0 if is_wide and goes_on else states
-        return router + norm * goes_on + stream + (0 if is_wide else states)
+        return router + norm * goes_on + stream + (0 if is_wide else states) + states * whole
     # What each mask multiplies.
     found = router + len(targets) * states + _stand_ins(placed, is_wide=is_wide)
     found += norm * goes_on + _attention(placed, layer) * (down_to <= QKV)
-    if down_to < FC1 and "mlp" in targets and job.routing.stand_in_rank and not is_wide:
-        found += norm  # the stand-in's own
+    if down_to < FC1 and "mlp" in targets and job.routing.stand_in_rank:  # the stand-in's own
+        found += norm * (not is_wide) + states * whole
     if job.reach.computes_mlp_again(layer) and recompute == "selective":
         found += states
     else:
         found += norm * (down_to < FC1) + _mlp(placed) * (down_to < FC2)
+        found += (2 * states + _product(placed)) * whole
+    if whole:  # the input norm's product, and what queries read, if nothing else keeps it
+        is_kept = is_wide or (job.routing.stand_in_rank and set(targets) != {"mlp"})
+        found += states if is_kept else 2 * states
     return found
 
 
@@ -105,7 +113,12 @@ def _norm(placed: Placed, tokens: int) -> int:
 
 def _mlp(placed: Placed) -> int:
     """Gate and up (one tensor), the activated gate, and up once more (``+ glu_linear_offset``)."""
-    return 4 * placed.tokens * placed.job.arch.ffn_hidden_size * placed.element // _tensor(placed)
+    return 4 * _product(placed)
+
+
+def _product(placed: Placed) -> int:
+    """What the MLP's second linear reads."""
+    return placed.tokens * placed.job.arch.ffn_hidden_size * placed.element // _tensor(placed)
 
 
 def _attention(placed: Placed, layer: int) -> int:
@@ -120,6 +133,7 @@ def _attention(placed: Placed, layer: int) -> int:
     if arch.qk_norm:  # in fp32 keys are read in place
         found += 4 * tokens * (queries + (keys if e < 4 else 0))
         found += 4 * tokens * (arch.num_attention_heads + arch.num_query_groups)
+        found += tokens * e * (queries + keys) * placed.job.reach.trains_base
     mask = tokens * placed.length * e if _is_masked(placed, layer) else 0
     tables = 4 * placed.length // context * arch.kv_channels * e
     return found // _tensor(placed) + mask + tables
@@ -146,6 +160,7 @@ def of_stage(placed: Placed, stage: int) -> int:
     if stage == last:  # labelled states, and the head's gradient to them
         labelled = 2 * placed.tokens * job.arch.hidden_size * placed.element
         found += _norm(placed, placed.split_tokens) + labelled
+        found += states * job.reach.trains_base  # what the norm multiplies
     return found
 
 
@@ -158,7 +173,7 @@ def working(placed: Placed, rank: int) -> int:
     layers = placed.layers_of(rank)
     if not layers:
         return 0
-    product = placed.tokens * placed.job.arch.ffn_hidden_size * placed.element // _tensor(placed)
+    product = _product(placed)
     all_kept = sum(kept(placed, layer) for layer in layers)
     again = max(_kept(placed, layer, "none") - kept(placed, layer) for layer in layers)
     return max(5 * product - all_kept, 3 * product + again if all_kept else 0)
@@ -168,11 +183,17 @@ def head(placed: Placed, rank: int) -> int:
     """Bytes of the logits that exist at a time, on the last stage.
 
     Logits in the model's dtype, and in fp32, overwritten until they are the gradient; of a
-    distillation those of two models, their logarithms, and what becomes of these.
+    distillation those of two models, their logarithms, and what becomes of these. Beside them the
+    gradient to a head's weight that trains, in fp32, and a chunk's to be added to it.
     """
     if not placed.has_head(rank):
         return 0
     width = 4 if placed.element == 4 else placed.element + 4
     tokens = min(CHUNK, placed.tokens)
-    vocabulary = -(-placed.job.arch.vocab_size // _tensor(placed))
-    return tokens * vocabulary * (30 if placed.job.dense_passes else width)
+    found = tokens * _vocabulary(placed) * (30 if placed.job.dense_passes else width)
+    of_weight = _vocabulary(placed) * placed.job.arch.hidden_size * (4 + placed.element)
+    return found + of_weight * placed.job.reach.trains_base
+
+
+def _vocabulary(placed: Placed) -> int:
+    return -(-placed.job.arch.vocab_size // _tensor(placed))

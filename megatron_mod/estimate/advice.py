@@ -67,7 +67,7 @@ def _sets(first: Estimate, count: int, *, nodes: int) -> Iterator[dict[str, obje
 def _choices(first: Estimate, *, nodes: int) -> dict[str, list]:
     """Other values that lower the memory of a rank and leave what is learned as it is."""
     job, per_node = first.placed.job, first.machines.per_node
-    t, ranks = job.config.train, job.topology
+    t, ranks, is_frozen = job.config.train, job.topology, not job.reach.trains_base
     recompute = ["none", "selective", "full"]
     degrees = [2**power for power in range(1, 11)]
     choices: dict[str, list] = {
@@ -75,7 +75,7 @@ def _choices(first: Estimate, *, nodes: int) -> dict[str, list]:
         "train.micro_batch_size": [
             size for size in degrees[::-1] + [1] if size < t.micro_batch_size
         ],
-        "train.frozen_prefix": ["cache"] if t.frozen_prefix == "recompute" else [],
+        "train.frozen_prefix": ["cache"] if t.frozen_prefix == "recompute" and is_frozen else [],
         "model.dtype": ["bfloat16"] if job.config.model.dtype == "float32" else [],
         TENSOR: [n for n in degrees if ranks.tensor < n <= per_node],
         PIPELINE: [n for n in degrees if ranks.pipeline < n <= nodes * per_node],

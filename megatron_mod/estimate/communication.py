@@ -29,6 +29,7 @@ def of_step(placed: Placed, rank: int) -> dict[str, int]:
         for kind, size in of_stage(placed, stage).items():
             found[kind] += size * placed.cut.micro_batches
     found[ALL_REDUCE] += _of_shared(placed, rank)
+    found[POINT_TO_POINT] += _of_tied(placed, rank)
     found[ROUTERS] = of_gradients(placed, rank)
     return dict(found)
 
@@ -41,16 +42,31 @@ def of_gradients(placed: Placed, rank: int) -> int:
 
 def _of_shared(placed: Placed, rank: int) -> int:
     """Of gradients that tensor-parallel ranks have of their share of the tokens, in fp32, once a
-    step: of what each has whole of adapters, where the layer's rows are shared."""
+    step: of what each has whole of adapters, and of norms that train, where the layer's rows are
+    shared."""
     job, tensor = placed.job, placed.job.topology.tensor
     if not job.topology.sequence_parallel:
         return 0
+    norms = 0
+    if job.reach.trains_base:
+        dense = sum(layer not in job.routing.layers for layer in placed.layers_of(rank))
+        norms = job.arch.hidden_size * (2 * dense + placed.has_head(rank))
     layers = [layer for layer in placed.layers_of(rank) if job.reach.adapts(layer)]
     dense = sum(layer not in job.routing.layers for layer in layers)
     # Of so many numbers on one rank and on one of several, what each has whole are the rest.
     alone, own = (parameters.of_adapters(placed, tensor=ranks) for ranks in (1, tensor))
     whole = (tensor * own - alone) // (tensor - 1)
-    return 8 * dense * whole * (tensor - 1) // tensor
+    return 8 * (dense * whole + norms) * (tensor - 1) // tensor
+
+
+def _of_tied(placed: Placed, rank: int) -> int:
+    """Of the gradient of an embedding that trains, which the first and the last stage each have
+    their part of, in fp32, once a step."""
+    job, ranks = placed.job, placed.job.topology.pipeline
+    is_tied = job.reach.trains_base and job.arch.tied_embeddings and ranks > 1
+    if not is_tied or not (placed.has_embedding(rank) or placed.has_head(rank)):
+        return 0
+    return 4 * job.arch.vocab_size * job.arch.hidden_size // job.topology.tensor
 
 
 def of_stage(placed: Placed, stage: int) -> Counter[str]:
@@ -63,6 +79,7 @@ def of_stage(placed: Placed, stage: int) -> Counter[str]:
     sharded = job.topology.sequence_parallel
     if stage == 0 and not job.computed.start:  # the embedding
         times[REDUCE_SCATTER if sharded else ALL_REDUCE] += passes
+        times[ALL_GATHER] += sharded and job.reach.trains_base  # its gradient
     if stage == last:  # what the head reads, and its gradient
         if sharded:
             times[ALL_GATHER] += passes
@@ -106,6 +123,7 @@ def _of_layer(placed: Placed, layer: int) -> Counter[str]:
     if is_routed:  # gathers its rows, and works as if they were whole
         return Counter({ALL_REDUCE: left + back, ALL_GATHER: passes + 1})
     gathered = (lowest < FC2) + (lowest < PROJ)  # of those of what is left
+    gathered += 2 * job.reach.trains_base  # and once more of what is entered, for weights'
     return Counter({ALL_GATHER: entered + gathered, REDUCE_SCATTER: left + back})
 
 

@@ -14,6 +14,8 @@ from megatron_mod.config.model_folder import ADAPTER, ModelFolder
 from megatron_mod.config.ranks import SETTINGS
 from megatron_mod.config.rules import InputFile
 from megatron_mod.config.schema import Config
+from megatron_mod.conversion.scratch import tokenizer_place
+from megatron_mod.conversion.source import holds_model
 from megatron_mod.data.sources import files_of
 from megatron_mod.estimate import here
 from megatron_mod.estimate.advice import advise
@@ -71,7 +73,14 @@ def _files(config: Config) -> Iterator[Found]:
     model, data = config.model, config.data
     for name in ("checkpoint", "hf_path", "routers"):
         if place := getattr(model, name):
-            yield Found(f"model.{name}", place, _model_problem(name, place))
+            if holds_model(config):
+                yield Found(f"model.{name}", place, note="unused")  # its steps have it all
+            else:
+                yield Found(f"model.{name}", place, _model_problem(name, place))
+    if isinstance(model.config, str):
+        is_there = holds_model(config) or Path(model.config).exists()
+        problem = None if is_there else "no such file or folder"
+        yield Found("model.config", model.config, problem)
     if model.lora:
         is_run, adapter = ModelFolder().problem(model.lora) is None, Path(model.lora, ADAPTER)
         problem = None if is_run or adapter.is_file() else "no adapters (PEFT's, or a run's) there"
@@ -84,6 +93,8 @@ def _files(config: Config) -> Iterator[Found]:
         is_folder = Path(data.tokenizer).is_dir()
         problem = None if is_folder else InputFile().problem(data.tokenizer)
         yield Found("data.tokenizer", data.tokenizer, problem)
+    elif model.config is not None and not holds_model(config):
+        yield Found("data.tokenizer", str(tokenizer_place(config)))
     save = config.checkpoint.save
     yield Found("checkpoint.save", save, note="found" if Path(save).exists() else "new")
 

@@ -62,9 +62,9 @@ class Estimate:
             "pipeline_layout": list(self.placed.cut.layout),
             "micro_batches": self.placed.cut.micro_batches,
             "parameters": {
-                "total": all_of.frozen + all_of.added,
+                "total": all_of.base + all_of.added,
                 "trained": all_of.trained,
-                "per_rank": own.frozen + own.added,
+                "per_rank": own.base + own.added,
             },
             "memory": {
                 "parts": {

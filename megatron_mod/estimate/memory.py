@@ -46,13 +46,15 @@ def of_rank(placed: Placed, rank: int, kind: Kind) -> Memory:
     job, found = placed.job, parameters.of_rank(placed, rank)
     ranks = job.topology
     shards = ranks.data * ranks.context if job.config.parallel.use_distributed_optimizer else 1
-    averaged = job.config.optimizer.average_fraction > 0
+    averaged, whole = job.config.optimizer.average_fraction > 0, job.reach.trains_base
+    # What is stepped beside a weight of fewer bits, and Adam's two moments.
+    state = 4 * found.base * (whole and placed.element < 4) + 8 * found.trained
     lasting = {
-        "frozen weights": found.frozen * placed.element,
+        "weights" if whole else "frozen weights": found.base * placed.element,
         "routers and stand-ins": 4 * (found.added - found.adapters),
         "adapters": 4 * found.adapters,
         "gradients": 4 * found.trained,
-        "optimizer state": 8 * found.trained // shards,  # Adam's two moments
+        "optimizer state": state // shards,
         "average": 4 * found.trained if averaged else 0,
     }
     kept = most_kept(

@@ -50,8 +50,8 @@ def _model(found: Estimate) -> str:
         f"machines       {machines.nodes} node(s) of {machines.per_node} x {machines.kind.name}",
         f"ranks          {ranks.world_size} (tensor {ranks.tensor} x pipeline {ranks.pipeline} x "
         f"context {ranks.context} x data {ranks.data})",
-        f"parameters     {total.frozen + total.added:,}, of which {total.trained:,} train; "
-        f"{own.frozen + own.added:,} on the fullest rank",
+        f"parameters     {total.base + total.added:,}, of which {total.trained:,} train; "
+        f"{own.base + own.added:,} on the fullest rank",
     ]
     if ranks.pipeline > 1:
         layout = " + ".join(map(str, placed.cut.layout))

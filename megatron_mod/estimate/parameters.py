@@ -10,14 +10,14 @@ from megatron_mod.config.lora import TARGETS
 from megatron_mod.estimate.placed import Placed
 from megatron_mod.model.architecture import Architecture, padded_vocab_size
 
-PARTS = {"router": "routers", "stand_in": "stand_ins"}  # by an added tensor's first word
+PARTS = {"router": "routers", "predictor": "routers", "stand_in": "stand_ins"}  # by an added tensor's first word
 
 
 class Parameters(NamedTuple):
-    """Frozen ones of the base, those added to it, those of both that train, and those of the added
-    ones that are adapters'."""
+    """Those of the base, those added to it, those of both that train, and those of the added ones
+    that are adapters'."""
 
-    frozen: int
+    base: int
     added: int
     trained: int
     adapters: int
@@ -33,24 +33,26 @@ def of_rank(placed: Placed, rank: int) -> Parameters:
     """Of what a rank of the pipeline holds; tensor-parallel ranks hold as much each."""
     arch, tensor = placed.job.arch, placed.job.topology.tensor
     vocabulary = padded_vocab_size(arch.vocab_size, tensor=tensor) // tensor * arch.hidden_size
-    frozen = len(placed.layers_of(rank)) * layer(arch, tensor=tensor)
+    base = len(placed.layers_of(rank)) * layer(arch, tensor=tensor)
     shared = arch.tied_embeddings and placed.has_embedding(rank) and placed.has_head(rank)
-    frozen += vocabulary * (placed.has_embedding(rank) + placed.has_head(rank) - shared)
-    frozen += arch.hidden_size * placed.has_head(rank)  # the last norm
+    base += vocabulary * (placed.has_embedding(rank) + placed.has_head(rank) - shared)
+    base += arch.hidden_size * placed.has_head(rank)  # the last norm
     routed, layers = len(placed.routed_of(rank)), placed.layers_of(rank)
-    return _together(placed, frozen, routed, layers, tensor=tensor)
+    return _together(placed, base, routed, layers, tensor=tensor)
 
 
 def _together(
-    placed: Placed, frozen: int, routed: int, layers: Sequence[int], *, tensor: int
+    placed: Placed, base: int, routed: int, layers: Sequence[int], *, tensor: int
 ) -> Parameters:
     lora, parts = placed.job.lora, placed.job.config.train.parts
     adapted = 0 if lora is None else len(set(layers) & set(lora.layers))
     adapters = adapted * of_adapters(placed, tensor=tensor)
     return Parameters(
-        frozen,
+        base,
         routed * _added(placed) + adapters,
-        routed * _trained(placed) + adapters * ("lora" in parts),
+        base * placed.job.reach.trains_base
+        + routed * _trained(placed)
+        + adapters * ("lora" in parts),
         adapters,
     )
 

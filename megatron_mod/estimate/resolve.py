@@ -10,7 +10,8 @@ from megatron_mod.config.schema import Config
 from megatron_mod.config.shapes import SHAPES
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.hf_reader import read_config, read_config_file
-from megatron_mod.conversion.source import open_base
+from megatron_mod.conversion.scratch import new_architecture
+from megatron_mod.conversion.source import holds_model, open_model
 from megatron_mod.estimate import here
 from megatron_mod.estimate.gpus import CPU, KINDS, Kind
 from megatron_mod.estimate.placed import Placed
@@ -23,17 +24,24 @@ def shape_of(config: Config, hf_config: str | None) -> Architecture:
     Raises:
         ValueError: there is neither, both and they differ, or a model that is not supported.
     """
+    named = None if hf_config is None else _named(hf_config)
+    if config.model.config is not None:
+        if named is not None:
+            raise ValueError(
+                f"--hf-config {hf_config}: would be ignored, because model.config says the shape; "
+                "leave it out."
+            )
+        return open_model(config)[0].arch if holds_model(config) else new_architecture(config)
     place = config.model.checkpoint or config.model.hf_path
     assert place is not None, "a configuration without a model"
-    named = None if hf_config is None else _named(hf_config)
-    if not Path(place).exists():
+    if not Path(place).exists() and not holds_model(config):
         if named is None:
             raise ValueError(
                 f"{place}: no such folder (model.checkpoint or model.hf_path); add --hf-config "
                 f"with its config.json, a Hugging Face folder, or one of {', '.join(SHAPES)}."
             )
         return named
-    found = open_base(place, hf_path=config.model.hf_path).arch
+    found = open_model(config)[0].arch
     if named is not None and _sizes(named) != _sizes(found):
         raise ValueError(
             f"--hf-config {hf_config}: is not the shape of the model in {place}, which is here; "

@@ -10,6 +10,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -102,9 +108,13 @@ class RoutedGPTModel(GPTModel):
         own = self.output_layer.weight  # none where it is tied and the embeddings are here too
         return self.shared_embedding_or_output_weight() if own is None else own
 
-    def head(self, hidden_states: Tensor) -> Tensor:
-        """Logits ``[..., vocab / tp]`` of final hidden states ``[..., H]``, on the last stage."""
-        return self.without_padding(F.linear(hidden_states, self.head_weight))
+    def head(self, hidden_states: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Logits ``[..., vocab / tp]`` of final hidden states ``[..., H]``, on the last stage.
+
+        ``weight``: stands for ``head_weight``.
+        """
+        weight = self.head_weight if weight is None else weight
+        return self.without_padding(F.linear(hidden_states, weight))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -290,6 +300,7 @@ def build_model(
             for stage in stages
         ]
     )
+    _mark_shards(model)
     open_parts(model, trained)
     _tell_what_trains_below(model)
     return model.to(device.device())
@@ -336,6 +347,20 @@ def _build_chunk(
         vp_stage=vp_stage,
         pg_collection=groups,
     )
+
+
+# Along which dim tensor-parallel ranks share a module's weight.
+_SHARED = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+
+
+def _mark_shards(model: ModelChunks) -> None:
+    """Say of each weight of which tensor-parallel ranks have a part each that it is one, as
+    Megatron does while it initialises it: gradient norms count what is not a part on one rank."""
+    for module in model.modules():
+        dims = [dim for kind, dim in _SHARED.items() if isinstance(module, kind)]
+        weight = getattr(module, "weight", None)  # none where a tied head has no other
+        if dims and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, dims[0], stride=1)
 
 
 def _tell_what_trains_below(model: ModelChunks) -> None:

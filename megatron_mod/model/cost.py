@@ -68,12 +68,12 @@ class _Products(NamedTuple):
     def mlp(self) -> float:
         return self.fc1 + self.fc2
 
-    def backward(self, down_to: int) -> float:
-        """To the lowest place where something trains: weights are frozen, so each product with one
-        has one of its size, and only those of two activations have two."""
+    def backward(self, down_to: int, *, weights: bool) -> float:
+        """To the lowest place where something trains: each product with a weight has one of its
+        size, and another if ``weights`` train, as those of two activations have."""
         linears = {QKV: self.qkv, PROJ: self.proj, FC1: self.fc1, FC2: self.fc2}
         found = sum(own for place, own in linears.items() if place > down_to)
-        return found + 2 * self.scores * (down_to <= QKV)
+        return found + sum(linears.values()) * weights + 2 * self.scores * (down_to <= QKV)
 
 
 class _Adapters(NamedTuple):
@@ -137,8 +137,9 @@ def training_costs(
     """Of training on documents of these lengths in tokens, ``labels`` of them labelled together.
 
     Every layer runs forward; those above the first with something that trains backward too, to
-    their inputs, and that one down to what trains in it. The head runs both ways, at labelled
-    tokens. With ``training_compute = sparse`` routed layers compute what is kept.
+    their inputs, and that one down to what trains in it; where weights train, all do, and to these
+    too. The head runs both ways, at labelled tokens. With ``training_compute = sparse`` routed
+    layers compute what is kept.
 
     Args:
         dense_passes: forward passes of the dense model beside it, as a distillation needs.
@@ -171,18 +172,20 @@ def training_costs(
         if down_to is not None:
             if layer > reach.first:
                 total += stand_in * is_routed + router * reach.routes(layer)
-            total += own.backward(down_to)
+            total += stand_in * is_routed * ("stand_ins" in parts)
+            total += own.backward(down_to, weights=reach.trains_base)
             total += sum(
                 each.backward(trains=reach.adapts(layer), goes_on=place > down_to)
                 for place, each in adapters.items()
             )
             if recompute == "full":
-                total += own.forward + sum(each.forward for each in adapters.values())
+                total += own.forward + stand_in * is_routed
+                total += sum(each.forward for each in adapters.values())
             elif reach.computes_mlp_again(layer):
                 total += own.mlp
                 total += sum(each.forward for k, each in adapters.items() if k in (FC1, FC2))
         found.append(round(total))
-    return Costs(tuple(found), _head(arch, labels) * (2 + dense_passes))
+    return Costs(tuple(found), _head(arch, labels) * (2 + reach.trains_base + dense_passes))
 
 
 def _head(arch: Architecture, tokens: int) -> int:

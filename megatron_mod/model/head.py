@@ -19,44 +19,63 @@ Measure: TypeAlias = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 def add_up(model: RoutedGPTModel, states: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
-    """What ``measure`` finds, added up over all chunks; the first sum has a gradient by ``states``.
+    """What ``measure`` finds, added up over all chunks; the first sum has a gradient by ``states``
+    and, if the head trains, by its weight.
 
-    A chunk's gradient is computed with the chunk. Backward then needs ``[N, H]`` and nothing of the
-    vocabulary, and nothing is computed twice, because the head is frozen (as in Liger's fused
+    A chunk's gradients are computed with the chunk. Backward then needs ``[N, H]``, and of a head
+    that trains ``[vocab / tp, H]`` in fp32, and nothing is computed twice (as in Liger's fused
     linear cross entropy, arXiv 2410.10989).
 
     Args:
         model: the chunk with the head.
         states: ``[N, H]`` of ``Outcome.states``.
     """
-    return _AddUp.apply(states, model, measure, states.requires_grad and torch.is_grad_enabled())
+    weight, enabled = model.head_weight, torch.is_grad_enabled()
+    wanted = enabled and states.requires_grad, enabled and weight.requires_grad
+    return _AddUp.apply(states, weight, model, measure, wanted)
 
 
 class _AddUp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, states: Tensor, model: RoutedGPTModel, measure: Measure, has_gradient: bool
+        ctx,
+        states: Tensor,
+        weight: Tensor,
+        model: RoutedGPTModel,
+        measure: Measure,
+        wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
-        trains = has_gradient and model.head_weight.requires_grad
-        assert not trains, "a head that trains would get no gradient here"
         minimised, noted = (torch.zeros((), device=states.device) for _ in range(2))
-        gradient = torch.empty_like(states) if has_gradient else None
-        with torch.set_grad_enabled(has_gradient):
+        by_states = torch.empty_like(states) if wanted[0] else None
+        by_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        head = weight.detach().requires_grad_(wanted[1])
+        with torch.set_grad_enabled(any(wanted)):
             for first in range(0, len(states), CHUNK):
                 rows = slice(first, first + CHUNK)
-                part = states[rows].detach().requires_grad_(has_gradient)
-                ours, theirs = measure(model.head(part).float(), rows)
+                part = states[rows].detach().requires_grad_(wanted[0])
+                ours, theirs = measure(model.head(part, head).float(), rows)
                 minimised += ours.detach()
                 noted += theirs.detach()
-                if gradient is not None:
-                    (gradient[rows],) = torch.autograd.grad(ours, part)
-        ctx.save_for_backward(gradient)
+                inputs = [one for one in (part, head) if one.requires_grad]
+                found = iter(torch.autograd.grad(ours, inputs) if inputs else ())
+                if by_states is not None:
+                    by_states[rows] = next(found)
+                if by_weight is not None:
+                    by_weight += next(found)
+        ctx.save_for_backward(by_states, by_weight)
+        ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(noted)
         return minimised, noted
 
     @staticmethod
     def backward(
         ctx, grad_minimised: Tensor, grad_noted: Tensor
-    ) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_minimised, None, None, None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        by_states, by_weight = ctx.saved_tensors
+        return (
+            None if by_states is None else by_states * grad_minimised,
+            None if by_weight is None else (by_weight * grad_minimised).to(ctx.dtype),
+            None,
+            None,
+            None,
+        )

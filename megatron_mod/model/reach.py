@@ -28,10 +28,15 @@ class Reach:
     parts: Sequence[str] = ("routers",)
     recompute: str = "none"
 
+    @property
+    def trains_base(self) -> bool:
+        """Whether weights train, embeddings too: the pass then goes below the first layer."""
+        return "base" in self.parts
+
     @cached_property
     def first(self) -> int:
-        """The first layer with something that trains."""
-        return min((*self._routed, *self._adapted))
+        """The first layer with something that trains, or one below all of them that does."""
+        return -1 if self.trains_base else min((*self._routed, *self._adapted))
 
     def adapts(self, layer: int) -> bool:
         """Whether a layer has adapters that train."""

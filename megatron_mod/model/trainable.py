@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
 from torch import Tensor
 
 from megatron_mod.parallel import device
@@ -46,6 +46,16 @@ def parts_of(model: torch.nn.Module) -> Callable[[str], str]:
     return part
 
 
+def described(
+    like: ShardedTensor | ShardedTensorFactory, data: Tensor, *, prefix: str = ""
+) -> ShardedTensor | ShardedTensorFactory:
+    """Another tensor of a parameter's shape, described for checkpoints as that is, with ``prefix``
+    before its key."""
+    if isinstance(like, ShardedTensor):
+        return replace(like, key=prefix + like.key, data=data, dtype=data.dtype)
+    return replace(like, key=prefix + like.key, data=data)
+
+
 def open_parts(model: torch.nn.Module, names: Iterable[str]) -> None:
     """Let the named parts train and freeze everything else; call before wrapping the model in DDP.
 
@@ -57,7 +67,7 @@ def open_parts(model: torch.nn.Module, names: Iterable[str]) -> None:
 
 
 class Trainable:
-    """What a model has beside its base, or trains of it, as far as this rank holds it.
+    """What a model has beside its base, or trains of all of it, as far as this rank holds it.
 
     Both by the key in a checkpoint, which is the same at every topology: ``parameters`` train,
     ``fixed`` are what was added and stays as it is.
@@ -81,14 +91,14 @@ class Trainable:
 
     def sharded(
         self, data: Mapping[str, Tensor] | None = None, *, prefix: str = ""
-    ) -> dict[str, ShardedTensor]:
+    ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
         """For ``save_state`` and ``load_state``, by key, with ``prefix`` before it.
 
         ``data``: tensors in the place of what is kept; what has none is left out.
         """
         data = self.kept if data is None else data
         return {
-            prefix + entry.key: replace(entry, key=prefix + entry.key, data=data[entry.key])
+            prefix + entry.key: described(entry, data[entry.key], prefix=prefix)
             for entry in self.model.sharded_state_dict().values()
             if entry.key in data
         }

@@ -70,7 +70,7 @@ def render(run: Run, measured: Measured | None, images: dict[str, str]) -> str:
         run=run,
         measured=measured,
         images=images,
-        model=run.config.model.checkpoint or run.config.model.hf_path,
+        model=run.config.model.checkpoint or run.config.model.hf_path or "trained from scratch",
         when=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
 

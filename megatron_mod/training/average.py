@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class ParameterAverage:
-    """Running mean of parameters (Polyak and Juditsky, 1992), by their keys.
+    """Running mean of parameters (Polyak and Juditsky, 1992), by their keys, in fp32 whatever
+    theirs is.
 
     A penalty that switches on and off makes capacity swing about its target; the mean over
     the swings lies closer to it than the step at which training happens to end.
@@ -26,7 +27,7 @@ class ParameterAverage:
         """Take the parameters as they are now into the mean."""
         self.count += 1
         for key, parameter in self.parameters.items():
-            mean = self.mean.setdefault(key, parameter.detach().clone())
+            mean = self.mean.setdefault(key, parameter.detach().to(torch.float32, copy=True))
             mean += (parameter - mean) / self.count
 
     def forget(self) -> None:

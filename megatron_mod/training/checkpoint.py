@@ -1,8 +1,11 @@
-"""Saves what training changes (what trains, optimizer, run state) and reads it back."""
+"""Saves what training changes (what trains, optimizer, run state) and reads it back. Of a training
+of the whole model that is all of it: a step then has config and tokenizer too, and needs no base.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +17,10 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megatron_mod.checkpoint.companions import write_companions
 from megatron_mod.checkpoint.distributed import load_state, save_state
 from megatron_mod.checkpoint.folders import write_durably
-from megatron_mod.checkpoint.manifest import STATE, read_manifest, write_manifest
+from megatron_mod.checkpoint.manifest import HUGGINGFACE, STATE, read_manifest, write_manifest
 from megatron_mod.model.trainable import AVERAGE, Trainable
 from megatron_mod.parallel import device
 from megatron_mod.parallel.agree import on_first_rank
@@ -43,8 +47,18 @@ class RunState:
     faults: FaultCounter
 
 
-def save_step(folder: Path, state: RunState, *, step: int, manifest: dict) -> None:
-    """Fill a step's folder, which exists and is empty; called by all ranks."""
+def save_step(
+    folder: Path,
+    state: RunState,
+    *,
+    step: int,
+    manifest: dict,
+    companions: Mapping[str, bytes] | None = None,
+) -> None:
+    """Fill a step's folder, which exists and is empty; called by all ranks.
+
+    ``companions``: config, tokenizer and so on of a model that is saved whole.
+    """
     trainable = state.trainable
     require_finite(step, trainable.kept.values())
     optimizer = OptimizerState(state.optimizer, trainable.model, loading=False)
@@ -57,6 +71,8 @@ def save_step(folder: Path, state: RunState, *, step: int, manifest: dict) -> No
     }
     target = folder / STATE
     on_first_rank(target.mkdir)
+    if companions is not None:
+        on_first_rank(lambda: write_companions(companions, folder / HUGGINGFACE))
     save_state(content, target)
     averaged = manifest["averaged"] and state.average.count > 0
     progress = {
@@ -83,7 +99,9 @@ def load_step(folder: Path, state: RunState, *, same_topology: bool) -> int:
     optimizer = OptimizerState(state.optimizer, trainable.model, loading=True)
     wanted = {"model": trainable.sharded()}
     if progress["averaged_steps"]:
-        empty = {key: torch.empty_like(p) for key, p in trainable.parameters.items()}
+        empty = {
+            key: torch.empty_like(p, dtype=torch.float32) for key, p in trainable.parameters.items()
+        }
         wanted["average"] = trainable.sharded(empty, prefix=AVERAGE)
     if progress["optimizer_steps"]:
         wanted["optimizer"] = optimizer.tensors()
@@ -96,6 +114,8 @@ def load_step(folder: Path, state: RunState, *, same_topology: bool) -> int:
         weights = {k: t for k, t in loaded.get("model", {}).items() if k in trainable.parameters}
         tensors = {**loaded.get("optimizer", {}), **weights}
         optimizer.load(tensors, steps=progress["optimizer_steps"])
+    else:
+        state.optimizer.reload_model_params()  # its copies, where it steps some
     state.scheduler.step(increment=progress["scheduler_steps"] - state.scheduler.num_steps)
     state.average.count = progress["averaged_steps"]
     averages = loaded.get("average", {})

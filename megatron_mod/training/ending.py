@@ -47,7 +47,7 @@ def next_steps(config: Config, *, steps: int) -> str:
     text = data if isinstance(data, str) and data.endswith(".jsonl") else "FILE"
     return "\n".join(
         (
-            f"Done: {steps} steps; the {_what(config)} are in {run}. Next:",
+            f"Done: {steps} steps; the {_what(config)} in {run}. Next:",
             command("tools/convert_megatron_to_hf.py", "--load", run, "--save", export),
             command("tools/evaluate.py", "--load", export, "--perplexity", text),
         )
@@ -55,10 +55,12 @@ def next_steps(config: Config, *, steps: int) -> str:
 
 
 def _what(config: Config) -> str:
-    """What has been trained, in words."""
+    """What has been trained, in words, and is or are there."""
+    if config.train.trainable == "all":
+        return "whole model is"
     words = {"stand_ins": "stand-ins", "lora": "adapters"}
     *others, last = (words.get(part, part) for part in config.train.parts)
-    return f"{', '.join(others)} and {last}" if others else last
+    return f"{', '.join(others)} and {last} are" if others else f"{last} are"
 
 
 def command(script: str, *options: object) -> str:

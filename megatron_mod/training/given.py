@@ -7,7 +7,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import cast
 
-from megatron_mod.checkpoint.manifest import ROUTERS, read_manifest, step_folders
+from megatron_mod.checkpoint.manifest import (
+    ROUTERS,
+    is_whole,
+    read_manifest,
+    resolve_step,
+    step_folders,
+)
 from megatron_mod.config.lora import LoraSettings, lora_of
 from megatron_mod.config.schema import Config, RouterConfig
 from megatron_mod.conversion.adapters import read_settings
@@ -25,9 +31,22 @@ _HOW_TO_TRAIN = {
 
 def router_folder(config: Config, base: Path) -> Path | None:
     """The folder with the routers that a training of a ``base`` starts from; ``None``: there are
-    none."""
+    none.
+
+    Raises:
+        ValueError: they were trained with another model's weights.
+    """
     if config.model.routers is not None:
-        return Path(config.model.routers)
+        folder = Path(config.model.routers)
+        if is_whole(folder) and resolve_step(folder).resolve() != base.resolve():
+            raise ValueError(
+                f"model.routers = {folder}: these routers were trained with all of their model, "
+                "which they would be without; set model.checkpoint to that, and leave "
+                "model.routers out."
+            )
+        return folder
+    if is_whole(base) and read_manifest(base)["routing"]["layers"]:
+        return base
     beside = base / ROUTERS
     return beside if beside.is_dir() else None
 

@@ -1,4 +1,4 @@
-"""Trains what was added to a frozen model."""
+"""Trains what was added to a frozen model, or all of a model."""
 
 from __future__ import annotations
 
@@ -87,6 +87,7 @@ class Training:
             computed=plan.computed,
             recompute=config.train.recompute,
             lora=plan.lora,
+            filled=plan.goes_on is None,  # otherwise the checkpoint holds it all
         )
         trainable = Trainable(self.model)
         text = description(config, plan, parameters=trainable.count())

@@ -12,6 +12,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import (
     ParamGroupOverride,
     ParamKey,
+    ParamPredicate,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
@@ -62,8 +63,10 @@ def build_optimizer(
     chunks: list[DistributedDataParallel], config: Config, *, steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Adam over what trains and a cosine schedule with warm-up, down to zero after ``steps``;
-    adapters may have a peak of their own."""
-    o = config.optimizer
+    adapters may have a peak of their own. What the model has in bfloat16 is stepped in fp32
+    (Megatron's main parameters); norms and biases do not decay."""
+    o, trained = config.optimizer, [p for c in chunks for p in c.parameters() if p.requires_grad]
+    in_bfloat16 = any(parameter.dtype == torch.bfloat16 for parameter in trained)
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=o.lr,
@@ -72,10 +75,16 @@ def build_optimizer(
         clip_grad=o.clip_grad,
         adam_beta1=0.9,
         adam_beta2=0.999,
-        params_dtype=torch.float32,
+        params_dtype=torch.bfloat16 if in_bfloat16 else torch.float32,
+        bf16=in_bfloat16,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
     groups = get_standard_config_overrides(settings)
+    if in_bfloat16:
+        # A group of their own, with what all have: Megatron's distributed optimizer confuses the
+        # parameters of a group of two dtypes as it saves it.
+        wide = ParamPredicate(name="float32", fn=lambda param: param.dtype == torch.float32)
+        groups[ParamKey(predicate=wide)] = ParamGroupOverride(max_lr=o.lr)  # type: ignore[typeddict-item]
     if config.lora.lr is not None:
         own = ParamGroupOverride(max_lr=config.lora.lr)  # type: ignore[typeddict-item]  # the rest
         groups[ParamKey(name="*.lora.*")] = own

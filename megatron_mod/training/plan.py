@@ -10,13 +10,14 @@ import torch
 
 from megatron_mod.config.lora import LoraSettings
 from megatron_mod.config.schema import Config
-from megatron_mod.conversion.source import Base, open_base
+from megatron_mod.conversion.source import Base, open_model
 from megatron_mod.data.dataset import Samples, load_data
 from megatron_mod.data.loader import Loader
 from megatron_mod.data.order import epoch_length, steps_of
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.cost import workload
 from megatron_mod.model.specs import choose_implementation
+from megatron_mod.model.trainable import BASE
 from megatron_mod.monitoring.weights_and_biases import check_installed
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.config import RoutingConfig
@@ -61,6 +62,10 @@ class Plan:
     cut: Cut | None = None
     dense_passes: int = 0
     """Forward passes of the dense model beside each step's, for the loss."""
+    is_whole: bool = False
+    """Whether all of the model trains, and its steps hold all of it."""
+    goes_on: dict | None = None
+    """The manifest of a step of this run that holds the whole model, which is then the base."""
 
 
 def prepare(config: Config) -> Plan:
@@ -72,7 +77,7 @@ def prepare(config: Config) -> Plan:
     check_installed(config.logging)
     wanted, dtype = config.model.transformer_impl, DTYPES[config.model.dtype]
     implementation = choose_implementation(wanted, dtype=dtype)
-    base = open_base(config.model.checkpoint or config.model.hf_path, hf_path=config.model.hf_path)
+    base, goes_on = open_model(config)
     arch = base.arch
     check_settings(config)
     job = arrange(
@@ -126,6 +131,8 @@ def prepare(config: Config) -> Plan:
         cut=pipeline,
         dense_passes=job.dense_passes,
         workload=counted,
+        is_whole=BASE in config.train.parts,
+        goes_on=goes_on,
     )
 
 
@@ -202,12 +209,16 @@ def description(config: Config, plan: Plan, *, parameters: int) -> str:
     """What is about to run: ranks, model, and what of it trains, so many ``parameters``."""
     t, arch, kept = plan.topology, plan.base.arch, plan.computed.start
     share = 100 * parameters / arch.num_parameters
+    state = f"frozen in {config.model.dtype}"
+    numbers = f"float32; {share:.2g} % of the model's {arch.num_parameters}"
+    if plan.is_whole:
+        state, numbers = f"in {config.model.dtype}", "stepped in float32"
     return (
         f"{t.world_size} rank(s) on {device.describe()}: tensor {t.tensor} x pipeline {t.pipeline}"
         f"{f' x context {t.context}' if t.context > 1 else ''} x data {t.data}\n"
-        f"{arch.num_layers} layers ({plan.implementation}) frozen in {config.model.dtype};"
-        f" training {_what_trains(config, plan)} ({parameters} parameters, float32; {share:.2g} %"
-        f" of the model's {arch.num_parameters}){_what_else(config, plan)}\n"
+        f"{arch.num_layers} layers ({plan.implementation}) {state};"
+        f" training {_what_trains(config, plan)} ({parameters} parameters, {numbers})"
+        f"{_what_else(config, plan)}\n"
         f"{', '.join(f'{part}: {code}' for part, code in kernels(plan.implementation).items())}\n"
         + (f"{plan.cut}\n" if plan.cut else "")
         + (f"what enters layer {kept}{_why(plan)} is read from the prefix cache\n" if kept else "")
@@ -220,7 +231,10 @@ def description(config: Config, plan: Plan, *, parameters: int) -> str:
 
 def _what_trains(config: Config, plan: Plan) -> str:
     """Its parts; of routers how many."""
-    of = {"routers": f"{len(plan.routing.places)} routers", "stand_ins": "stand-ins"}
+    routers = f"{len(plan.routing.places)} routers"
+    if plan.is_whole:
+        return f"all of it{f' with {routers}' if plan.routing.places else ''}"
+    of = {"routers": routers, "stand_ins": "stand-ins"}
     return "+".join(of.get(part, part) for part in config.train.parts)
 
 

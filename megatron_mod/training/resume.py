@@ -14,10 +14,11 @@ from megatron_mod.checkpoint.folders import require_writable
 from megatron_mod.checkpoint.manifest import read_manifest, step_folders
 from megatron_mod.config.cli import to_yaml
 from megatron_mod.config.schema import Config
-from megatron_mod.conversion.source import check_base
+from megatron_mod.conversion.source import REFERENCE, check_base
 from megatron_mod.parallel.topology import print_once
 from megatron_mod.training import checkpoint
 from megatron_mod.training.checkpoint import RunState
+from megatron_mod.training.companions import companions_of
 from megatron_mod.training.restarts import this_start
 from megatron_mod.training.run_folder import SUMMARY, RunFolder, holds_run, is_new
 
@@ -71,6 +72,8 @@ def _check_same(config: Config, manifest: dict, run: Path) -> None:
     before, now = {**_BEFORE, **_flat(manifest["settings"])}, _flat(_settings(config))
     for name in sorted(before.keys() & now.keys()):
         free = name in _MAY_CHANGE or name.split(".")[0] in _SECTIONS_THAT_MAY_CHANGE
+        if name == "model.config":  # a file may have moved; fields are what they are
+            free = isinstance(before[name], str) and isinstance(now[name], str)
         if before[name] != now[name] and not free:
             raise ValueError(
                 f"{name} = {now[name]!r}: the run in {run} was started with {before[name]!r}; "
@@ -94,11 +97,13 @@ class RunCheckpoints:
         self.config = config
         self.folder = folder
         self.base, self.steps = plan.base, plan.steps
-        reference = plan.base.reference()
+        self._companions = companions_of(config, plan)
+        reference = plan.goes_on or plan.base.reference()
         self.base_fingerprint = reference["base_fingerprint"]
         self._manifest = {
             "run": folder.identity(),
-            **reference,
+            **{name: reference[name] for name in REFERENCE},
+            "whole": plan.is_whole,
             "routing": plan.routing.to_dict(),
             "lora": plan.lora.to_dict() if plan.lora else None,
             "implementation": plan.implementation,
@@ -122,7 +127,7 @@ class RunCheckpoints:
             step or 0, found and found[1]["progress"]["metrics"], run=self._manifest["run"]
         )
         if step is None or step < self.steps:
-            self.folder.require_room(_size(state))
+            self.folder.require_room(self._size(state))
         self.folder.write_settings(self._manifest["run"], to_yaml(self.config))
         return step
 
@@ -187,17 +192,21 @@ class RunCheckpoints:
         manifest = {**self._manifest, "averaged": last, "routing": routing}
         self.folder.save(
             step,
-            lambda folder: checkpoint.save_step(folder, state, step=step, manifest=manifest),
-            size=_size(state),
+            lambda folder: checkpoint.save_step(
+                folder, state, step=step, manifest=manifest, companions=self._companions
+            ),
+            size=self._size(state),
             last=last or leaving,
         )
 
-
-def _size(state: RunState) -> int:
-    """Bytes of a checkpoint, at most: what trains, its average and Adam's two moments, each rank's
-    random states, and as much again to spare; called by all ranks."""
-    random = dist.get_world_size() * sum(checkpoint.random_sizes().values())
-    return 2**20 + 2 * (4 * state.trainable.nbytes() + random)
+    def _size(self, state: RunState) -> int:
+        """Bytes of a checkpoint, at most: what is kept; of what trains an average, Adam's two
+        moments and, where it is no fp32 itself, an fp32 parameter; each rank's random states, a
+        folder's other files, and something to spare; called by all ranks."""
+        tensors = state.trainable.nbytes() + 4 * 4 * state.trainable.count()
+        random = dist.get_world_size() * sum(checkpoint.random_sizes().values())
+        beside = sum(map(len, (self._companions or {}).values()))
+        return 2**20 + beside + 2 * random + tensors * 9 // 8
 
 
 def _topology(config: Config, plan: Plan) -> dict:

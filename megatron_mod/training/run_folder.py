@@ -216,8 +216,7 @@ class RunFolder:
         partial.mkdir()
         probe = partial / "probe"
         with probe.open("wb") as file:
-            file.write(bytes(size))
-            file.flush()
+            os.posix_fallocate(file.fileno(), 0, size)
             os.fsync(file.fileno())
         probe.unlink()
 

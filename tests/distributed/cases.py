@@ -356,6 +356,11 @@ def _loader(samples: list[Sample], ranks, sequence_parallel: bool, *, rows: int 
     )
 
 
+def batch_of(samples: list[Sample], ranks, sequence_parallel: bool) -> StepBatch:
+    """This rank's part of the global batch."""
+    return _loader(samples, ranks, sequence_parallel).step(0)
+
+
 def both_cuts(settings: dict) -> dict:
     """What the benchmark of pipeline cuts finds on two ranks."""
     from megatron_mod.benchmark.pipeline import compare

@@ -133,7 +133,8 @@ def expected_of(
     hf, _, samples, tensors = case
     training = asked(training)
     routing, loss_name, price, own = training[:4]
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype).requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype)
+    model.requires_grad_("base" in training.trained)
     added = copied(cases.only(own or tensors, routing), dtype)
     teacher, adapters = None, {}
     is_fixed = "routers" not in training.trained
@@ -185,6 +186,7 @@ def expected_of(
             for k, own in all_own.items()
             for name, t in own.items()
         },
+        "base": {name: parameter.grad for name, parameter in model.named_parameters()},
     }
 
 

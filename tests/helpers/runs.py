@@ -6,6 +6,8 @@ import json
 import random
 from pathlib import Path
 
+import torch
+
 from megatron_mod.checkpoint.distributed import load_tensors
 from megatron_mod.config import cli
 from megatron_mod.config.recipes import PUBLISHED
@@ -95,4 +97,7 @@ def metrics(run: Path) -> list[dict]:
 def saved(run: Path) -> dict[str, bytes]:
     """All tensors of a run's newest step, to the bit: routers, their average, the optimizer's."""
     state = run / (run / "latest").read_text().strip() / "state"
-    return {name: tensor.numpy().tobytes() for name, tensor in load_tensors(state).items()}
+    return {
+        name: tensor.flatten().view(torch.uint8).numpy().tobytes()
+        for name, tensor in load_tensors(state).items()
+    }

@@ -95,6 +95,34 @@ def test_texts_and_conversations_are_samples_of_one_run(load, tmp_path, tokenize
     assert not load(_saved(tmp_path / "only.jsonl", GOOD)).has_texts
 
 
+def test_a_format_that_is_asked_for_is_that_of_every_record(tmp_path, tokenizer):
+    """What is tokenised for one format is no other's: texts that are conversations too are both."""
+    both = {**GOOD, "text": "A text of many tokens. " * 9}
+    path = _saved(tmp_path / "both.jsonl", both)
+
+    def load(source, records):
+        config = DataConfig(
+            train=str(source), max_length=64, format=records, cache=str(tmp_path / "cache")
+        )
+        return load_data(config, tokenizer, seed=0)[0]
+
+    pieces = load(path, "text")
+    assert pieces.has_texts
+    assert all(all(sample.labelled[1:]) for sample in pieces)
+    assert {len(sample.ids) for sample in list(pieces)[:-1]} == {64}
+    assert not load(path, "conversations").has_texts
+    assert not load(path, "auto").has_texts
+    (tmp_path / "some.txt").write_text("Some words.")
+    assert load(tmp_path / "some.txt", "text").has_texts
+    for source, records, reason in (
+        (_saved(tmp_path / "talk.jsonl", GOOD), "text", "talk.jsonl:1: needs a 'text'"),
+        (tmp_path / "some.txt", "conversations", "some.txt:1: needs 'messages', or"),
+    ):
+        with pytest.raises(ValueError, match=reason) as refusal:
+            load(source, records)
+        assert f"because data.format = {records}" in str(refusal.value)
+
+
 def test_a_folders_texts_are_read_where_it_holds_nothing_else(load, tmp_path, tokenizer):
     folder = tmp_path / "data"
     folder.mkdir()

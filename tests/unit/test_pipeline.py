@@ -248,6 +248,41 @@ def test_adapters_cost_what_torch_counts(
     assert counted - router <= sum(costs.layers) + scores <= counted + router + last
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("granularity", [None, "attn_token", "block_token"])
+def test_a_whole_model_costs_what_torch_counts(single_process, granularity, recompute):
+    added = {"stand_in_rank": 5, "bias": True}
+    routing = RoutingConfig(granularity, (1, 3), (0.5, 0.5), **added) if granularity else NO_ROUTERS
+    parts = ("base", "routers", "stand_ins")
+    counted = count(routing, recompute, trained=parts)
+    costs = training_costs(ARCH, routing, [LENGTH], labels=0, parts=parts, recompute=recompute)
+    unseen = LENGTH * LENGTH - LENGTH * (LENGTH + 1) // 2
+    scores = 4 * 32 * unseen * ARCH.num_layers * (4 if recompute == "full" else 3)
+    router = 3 * 2 * LENGTH * 32 * len(routing.layers)
+    assert counted - router <= sum(costs.layers) + scores <= counted + router
+
+
+@pytest.mark.parametrize("parts", [("routers",), ("base", "routers")])
+def test_a_head_costs_what_torch_counts(single_process, parts):
+    from megatron_mod.model.builder import build_model, transformer_config
+    from megatron_mod.model.head import CHUNK, add_up
+    from megatron_mod.training.losses import cross_entropy
+
+    routing, labels = RoutingConfig("attn_token", (1,), (0.5,)), CHUNK + 7
+    config = transformer_config(ARCH, dtype=torch.float32)
+    model = build_model(ARCH, config, routing, trained=parts).last
+    targets = torch.arange(labels) % ARCH.vocab_size
+
+    def measure(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return (found := cross_entropy(logits, targets[rows])), found
+
+    states = torch.randn(labels, 32, requires_grad=True)
+    with FlopCounterMode(display=False) as seen:
+        add_up(model, states, measure)[0].backward()
+    costs = training_costs(ARCH, routing, [LENGTH], labels=labels, parts=parts)
+    assert seen.get_total_flops() == costs.head
+
+
 @pytest.mark.parametrize("granularity", ["attn_token+mlp_token", "mlp_token", "block_sequence"])
 def test_so_does_computing_again(single_process, granularity):
     """Of each kind what ``train.recompute`` adds, scores by the pairs that torch computes."""

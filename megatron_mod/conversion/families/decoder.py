@@ -50,6 +50,11 @@ def _require_whole_heads(*, heads: int, groups: int, hidden: int, head_dim: int 
             f"config.json: num_attention_heads = {heads}: does not divide hidden_size = {hidden}, "
             "and there is no head_dim."
         )
+    if (head_dim or hidden // heads) % 2:
+        raise ValueError(
+            f"config.json: head_dim = {head_dim or hidden // heads}: must be even, because rotary "
+            "positions turn pairs."
+        )
 
 
 def require_full_attention(hf_config: dict) -> None:
