@@ -45,6 +45,16 @@ SUMMARY = "summary.json"
 _WRITTEN_ANEW = (CONFIG, ENVIRONMENT, LATEST, LOG, SUMMARY)
 
 
+def _reserve(file: int, size: int) -> None:
+    """Have the disk give an open file so many bytes."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+        return
+    chunk = bytes(min(size, 2**20))  # macOS, which would give a longer file nothing
+    while size > 0:
+        size -= os.write(file, chunk[:size])
+
+
 def is_new(folder: Path) -> bool:
     """Whether a run can start in a folder: it is not there, or holds no more than what a job that
     was killed as it began left half written."""
@@ -216,7 +226,7 @@ class RunFolder:
         partial.mkdir()
         probe = partial / "probe"
         with probe.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+            _reserve(file.fileno(), size)
             os.fsync(file.fileno())
         probe.unlink()
 
