@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -156,6 +157,11 @@ def test_a_run_goes_on_at_another_topology(trainer, tmp_path):
     ]
     run_ranks(resume_cases.trainings, jobs, world=2, folder=tmp_path / "ranks", seconds=500)
     final = load_tensors(alone / "step_00000004" / "state")
+    counts = set()
+    for run in (alone, tensor, in_bfloat16):
+        summary = json.loads((run / "summary.json").read_text())
+        counts.add(summary["train"]["trainable_parameters"])
+    assert len(counts) == 1, "padding of the vocabulary counts nothing"
     for name in ("tensor", "stages"):
         for line, wanted in zip(metrics(tmp_path / name), metrics(alone), strict=True):
             for key in ("loss", "task_loss", "grad_norm", "capacity"):
