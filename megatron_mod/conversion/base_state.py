@@ -1,5 +1,4 @@
-"""A base's parameters in a distributed checkpoint, whoever wrote it, under the names of our tables.
-"""
+"""A base's parameters in a distributed checkpoint, by the names that our tables use."""
 
 from __future__ import annotations
 

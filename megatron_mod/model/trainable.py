@@ -124,7 +124,7 @@ class Trainable:
         apply_factories(mine)
         sizes = {
             entry.key: (
-                math.prod(entry.global_shape),
+                math.prod(self._unpadded(entry)),
                 entry.dtype.itemsize,
                 entry.key in self.parameters,
             )
@@ -133,6 +133,12 @@ class Trainable:
         everybody: list = [None] * dist.get_world_size()
         dist.all_gather_object(everybody, sizes)
         return {key: size for found in everybody for key, size in found.items()}
+
+    def _unpadded(self, entry: ShardedTensor) -> tuple[int, ...]:
+        """The shape of the whole, without what pads a vocabulary for tensor-parallel ranks."""
+        if not entry.allow_shape_mismatch:
+            return tuple(entry.global_shape)
+        return (self.model.unpadded_vocab_size, *entry.global_shape[1:])
 
 
 def frozen_digests(model: torch.nn.Module) -> dict[str, Tensor]:

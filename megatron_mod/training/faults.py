@@ -23,7 +23,7 @@ class FaultCounter:
     def skips(
         self, step: int, *, finite: bool, loss: Tensor, samples: Callable[[], Sequence[str]]
     ) -> bool:
-        """Whether this step must not reach the routers; called by all ranks, before the optimizer.
+        """Whether this step must not reach what trains; called by all ranks, before the optimizer.
 
         Args:
             finite: whether loss and gradients are, on every rank (``not_finite``).
@@ -76,6 +76,6 @@ def require_finite(step: int, weights: Iterable[torch.Tensor]) -> None:
     (wrong,) = largest(~finite)
     if wrong:
         raise ValueError(
-            f"step {step}: a router is no longer finite: training has diverged; lower "
+            f"step {step}: what trains is no longer finite: training has diverged; lower "
             "optimizer.lr. The checkpoints saved are from before."
         )

@@ -100,11 +100,24 @@ def test_nor_where_texts_are_scored(case, monkeypatch):
     assert seen.tokens == head_cases.CHUNK
 
 
-def test_a_head_that_trains_is_not_taken_for_a_frozen_one(case):
+@pytest.mark.parametrize("of_states", [True, False])
+def test_a_head_that_trains_gets_its_gradient_from_every_chunk(case, of_states, monkeypatch):
     from megatron_mod.model.head import add_up
+    from megatron_mod.training.losses import cross_entropy
 
+    monkeypatch.setattr("megatron_mod.model.head.CHUNK", 2)
     model = cases.build(case[1], meet()).last
-    states = torch.randn(3, 32, requires_grad=True)
-    model.head_weight.requires_grad_()
-    with pytest.raises(AssertionError, match="a head that trains"):
-        add_up(model, states, lambda logits, rows: (logits.sum(), logits.sum()))
+    weight, labels = model.head_weight.requires_grad_(), torch.tensor([5, 130, 7, 0, 9])
+    states = torch.randn(5, 32, requires_grad=of_states)
+    logits = states @ weight[: model.unpadded_vocab_size].t()
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / 5
+    wanted = torch.autograd.grad(expected, [weight, states][: 1 + of_states])
+
+    def measure(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return (found := cross_entropy(logits, labels[rows])), found
+
+    loss = add_up(model, states, measure)[0] / 5
+    torch.testing.assert_close(loss, expected)
+    gradients = torch.autograd.grad(loss, [weight, states][: 1 + of_states])
+    for found, exact in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(found, exact)
