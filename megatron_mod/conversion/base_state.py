@@ -1,5 +1,4 @@
-"""A base's parameters in a distributed checkpoint, whoever wrote it, under the names of our tables.
-"""
+"""A base's parameters in a distributed checkpoint of ours or Megatron-LM's, by our tables' names."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Derived from the modules that a training builds (``model/layer.py``, ``local``): every tensor that
 autograd saves, but for numbers of single tokens. A product with a frozen weight keeps no input, one
-with a weight that trains does. Transformer Engine's norms keep theirs in the model's dtype, so that with it this is the
-most there can be.
+with a weight that trains does. Transformer Engine's norms keep theirs in the model's dtype, so that
+with it this is the most there can be.
 """
 
 from __future__ import annotations

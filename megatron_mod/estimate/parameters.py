@@ -10,7 +10,8 @@ from megatron_mod.config.lora import TARGETS
 from megatron_mod.estimate.placed import Placed
 from megatron_mod.model.architecture import Architecture, padded_vocab_size
 
-PARTS = {"router": "routers", "predictor": "routers", "stand_in": "stand_ins"}  # by an added tensor's first word
+# By an added tensor's first word.
+PARTS = {"router": "routers", "predictor": "routers", "stand_in": "stand_ins"}
 
 
 class Parameters(NamedTuple):

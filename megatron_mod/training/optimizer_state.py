@@ -8,7 +8,7 @@ moments go by their keys and the number by itself, so that a rank may own any pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TypeAlias
 
@@ -25,11 +25,10 @@ from megatron_mod.model.builder import ModelChunks
 from megatron_mod.model.trainable import described
 from megatron_mod.parallel import device
 
-# By parameter, as a plain optimizer has it, and gathered by the group that computes.
-_FORMAT = {"distrib_optim_fully_reshardable_mem_efficient": False}
 _PREFIX = "optimizer.state."
 _MAIN = "param"  # the fp32 parameter that is stepped, whose copy the model's may be
 _MAIN_PARAMETER = f"{_PREFIX}{_MAIN}."
+_NAMES = (_MAIN, "exp_avg", "exp_avg_sq")
 
 Described: TypeAlias = ShardedTensor | ShardedTensorFactory
 
@@ -57,7 +56,7 @@ class OptimizerState:
 
     def load(self, loaded: Mapping[str, Tensor], *, steps: int) -> None:
         """Put into the optimizer what was read: its ``tensors`` and the model's, by key."""
-        for part, described in zip(self._parts, self._described, strict=True):
+        for part, of_part in zip(self._parts, self._described, strict=True):
             read = {
                 index: {
                     name: loaded[
@@ -67,7 +66,7 @@ class OptimizerState:
                     ]
                     for name, entry in entries.items()
                 }
-                for index, entries in described.items()
+                for index, entries in of_part.items()
             }
             if isinstance(part, DistributedOptimizer):
                 part.load_parameter_state_from_fully_reshardable(read)
@@ -99,26 +98,49 @@ class OptimizerState:
         if self._loading:
             for part in self._parts:
                 part.init_state_fn(part.optimizer, part.config)
+        like = {id(entry.data): entry for entry in self._of_model.values()}
         return [
-            part.sharded_param_state_fully_reshardable(dict(self._of_model), self._loading, _FORMAT)
-            if isinstance(part, DistributedOptimizer)
-            else dict(enumerate(_describe(part, self._of_model.values())))
+            {
+                index: {
+                    name: described(like[id(parameter)], tensor, prefix=f"{_PREFIX}{name}.")
+                    for name, tensor in state.items()
+                }
+                for index, (parameter, state) in enumerate(self._whole(part))
+            }
             for part in self._parts
         ]
 
+    def _whole(self, part: MegatronOptimizer) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Each of the model's parameters, in the optimizer's order, with its whole state."""
+        if isinstance(part, DistributedOptimizer):
+            for buffer in part.buffers:
+                for parameter in buffer.param_index_map:
+                    yield parameter, self._gathered(part, parameter)
+            return
+        of_model = [entry.data for entry in self._of_model.values()]
+        by_main = {id(getattr(own, "main_param", own)): own for own in of_model}
+        for main in part.get_parameters():
+            state = {_MAIN: main, **part.optimizer.state[main]}
+            yield by_main[id(main)], {name: state[name] for name in _NAMES}
 
-def _describe(
-    part: MegatronOptimizer, parameters: Iterable[Described]
-) -> Iterator[dict[str, Described]]:
-    """What ``sharded_param_state_fully_reshardable`` makes of an optimizer that is distributed."""
-    by_main = {id(getattr(t.data, "main_param", t.data)): t for t in parameters}
-    for main in part.get_parameters():
-        state = {_MAIN: main, **part.optimizer.state[main]}
-        yield {
-            name: described(by_main[id(main)], tensor, prefix=f"{_PREFIX}{name}.")
-            for name, tensor in state.items()
-            if name != "step"
-        }
+    def _gathered(self, part: DistributedOptimizer, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of which ranks have a part each, or none, in main memory. Megatron's own gives
+        parameters of a buffer of several buckets, as a shared embedding makes them, each other's.
+        """
+        if self._loading:
+            return {name: torch.zeros(parameter.shape) for name in _NAMES}
+        own: dict[str, Tensor] = {}
+        if parameter in part.model_param_gbuf_map:
+            own = part._get_main_param_and_optimizer_states(parameter)
+            here = part._get_model_param_range_map(parameter)["param"]
+        found = {}
+        for name in _NAMES:
+            whole = torch.zeros(parameter.numel(), device=parameter.device)
+            if own:
+                whole[here.start : here.end] = own[name].detach()
+            dist.all_reduce(whole, group=part.data_parallel_group)
+            found[name] = whole.view(parameter.shape).cpu()
+        return found
 
 
 def _counters(part: MegatronOptimizer) -> list[dict]:

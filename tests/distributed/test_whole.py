@@ -103,12 +103,13 @@ def check(models: list[tuple], trainings, world: int, topologies: list[dict], fo
 
 
 def test_one_rank(models, tmp_path):
-    check(models, TRAININGS, 1, [{}], tmp_path)
+    check(models[2:], TRAININGS, 1, [{}], tmp_path / "every")
+    check(models[:2], TRAININGS[::2], 1, [{}], tmp_path / "others")
 
 
 def test_what_is_computed_again(models, tmp_path):
     recomputing = [{"recompute": recompute} for recompute in ("selective", "full")]
-    check(models[2:], TRAININGS, 1, recomputing, tmp_path)
+    check(models[2:], TRAININGS[1:3], 1, recomputing, tmp_path)
 
 
 def test_two_ranks(models, tmp_path):
@@ -119,7 +120,8 @@ def test_two_ranks(models, tmp_path):
         {"context": 2},
         DISTRIBUTED,
     ]
-    check(models[1:], TRAININGS[1:3], 2, topologies, tmp_path)
+    check(models[2:], TRAININGS[2:3], 2, topologies, tmp_path / "tied")
+    check(models[1:2], TRAININGS[1:2], 2, [TENSOR, PIPELINE], tmp_path / "untied")
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +151,12 @@ def test_a_run_goes_on_at_another_topology(trainer, tmp_path):
             tensor=2,
         ),
         job(trainer, tmp_path / "stages", SETTINGS, after=tensor, pipeline=2),
-        job(trainer, tmp_path / "shares", {**SETTINGS, **DISTRIBUTED_RUN}, after=tensor),
         job(trainer, in_bfloat16, narrow, pipeline=2),
         job(trainer, tmp_path / "again", narrow, after=in_bfloat16, pipeline=2),
-        job(trainer, tmp_path / "narrow", narrow, after=in_bfloat16, tensor=2),
     ]
     run_ranks(resume_cases.trainings, jobs, world=2, folder=tmp_path / "ranks", seconds=500)
     final = load_tensors(alone / "step_00000004" / "state")
-    for name in ("tensor", "stages", "shares"):
+    for name in ("tensor", "stages"):
         for line, wanted in zip(metrics(tmp_path / name), metrics(alone), strict=True):
             for key in ("loss", "task_loss", "grad_norm", "capacity"):
                 assert line[key] == pytest.approx(wanted[key], rel=1e-3), (name, key)
@@ -168,5 +168,3 @@ def test_a_run_goes_on_at_another_topology(trainer, tmp_path):
             )
     assert metrics(tmp_path / "again") == metrics(in_bfloat16)
     assert saved(tmp_path / "again") == saved(in_bfloat16)
-    for line, wanted in zip(metrics(tmp_path / "narrow"), metrics(in_bfloat16), strict=True):
-        assert line["task_loss"] == pytest.approx(wanted["task_loss"], rel=0.02)

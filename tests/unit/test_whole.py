@@ -88,7 +88,8 @@ def test_an_export_needs_nothing_else_and_has_the_logits_of_the_trained_model(
     tensors = load_tensors(run / "step_00000004" / "state")
     key = "decoder.final_layernorm.weight"
     mean = tensors[f"average.{key}"]
-    assert mean.dtype == torch.float32 and not torch.equal(mean, tensors[key].float())
+    assert mean.dtype == torch.float32
+    assert not torch.equal(mean, tensors[key].float())
     assert torch.equal(model.model.norm.weight, mean.to(model.dtype))
 
 
@@ -174,6 +175,33 @@ def test_routers_do_not_leave_the_model_they_were_trained_with(runs, trainer, tm
         export_routers(run, tmp_path / "routers")
     with pytest.raises(ValueError, match="--routers .*: these routers were trained with all"):
         hf_to_megatron(trainer.hf, tmp_path / "base", routers_path=run)
+
+
+def test_given_routers_train_on_with_the_model(trainer, tmp_path):
+    routers, whole = tmp_path / "routers", tmp_path / "whole"
+    settings = {**ROUTED, "optimizer__average_fraction": 0}
+    trainer.train(routers, **{**settings, "train__trainable": "routers"})
+    trainer.train(whole, **{**settings, "train__steps": 1}, model__routers=routers)
+    given = load_tensors(routers / "step_00000004" / "state", ".router.")
+    first = load_tensors(whole / "step_00000001" / "state", "decoder.")
+    for key in (key for key in given if key.startswith("decoder.")):
+        apart = (given[key] - first[key]).abs().max()
+        assert 0 < apart < 0.02, key  # one step away
+
+
+def test_a_dry_run_of_a_run_that_goes_on_needs_no_base(runs, trainer, monkeypatch, capsys):
+    from tests.helpers.tools import run_tool
+
+    monkeypatch.setattr("megatron_mod.commands.train.catch_signals", lambda: None)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    run, settings = runs["dense_bfloat16"]
+    arguments = trainer.arguments(run, **settings)
+    assert run_tool(monkeypatch, "train", "--dry-run", *arguments) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"unused +model\.checkpoint", said)
+    number = r"([\d,]+)"
+    total, trained = re.search(rf"parameters +{number}, of which {number} train", said).groups()
+    assert total == trained
 
 
 def test_a_base_elsewhere_would_be_ignored(runs):
