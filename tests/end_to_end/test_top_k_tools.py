@@ -252,7 +252,7 @@ def test_a_run_with_adapters_is_exported_and_reported(models, tool, tmp_path):
     assert found.trained["static_perplexity"] is None
     page = write_page(run, found).read_text()
     assert "<td>all kept</td>" in page
-    assert "static" not in page
+    assert "static removal" not in page
 
 
 @pytest.mark.parametrize("change", [{"causal": None}, {"predictor_size": None}])
