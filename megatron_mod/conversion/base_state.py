@@ -1,4 +1,4 @@
-"""A base's parameters in a distributed checkpoint of ours or Megatron-LM's, by our tables' names."""
+"""A base's parameters in a distributed checkpoint, by the names that our tables use."""
 
 from __future__ import annotations
 
