@@ -42,6 +42,7 @@ class Knob:
         return f"  {self.name:<19} {self.what}{default}"
 
 
+MODEL = ("model.checkpoint", "model.hf_path", "model.config")  # settings, one of which names it
 KNOBS = (
     Knob("MODEL_NAME_OR_PATH", "local Hugging Face folder; must be set"),
     Knob("DATA_TYPE", "what tools/reformat_datasets.py wrote to data/reformatted, or `mixed`,\n"
@@ -63,7 +64,7 @@ KNOBS = (
     Knob("OUTPUT_DIR", "of the run; unset: runs/MODEL/DATA_SAMPLES_GRANULARITY_...",
          fields=("checkpoint.save",)),
     Knob("MEGATRON_PATH", "the converted model, made if it is missing; unset: runs/MODEL/megatron",
-         fields=("model.checkpoint", "model.hf_path")),
+         fields=MODEL),
 )  # fmt: skip
 DESCRIPTION = """Train routers on this machine, with Router-Tuning's knobs as environment variables.
 
@@ -128,18 +129,20 @@ def read_knobs(environment: Mapping[str, str], words: Sequence[str]) -> dict[str
                 f"{knob.name} = {value} and {given} say the same; leave one of them out."
             )
         found[knob.name] = None if given is not None else value or knob.default
-    is_elsewhere = any(_sets(word, ("model.checkpoint", "model.hf_path")) for word in words)
+    is_elsewhere = any(_sets(word, MODEL) for word in words)
     if found["MODEL_NAME_OR_PATH"] is None and not is_elsewhere:
         raise ValueError("MODEL_NAME_OR_PATH: must be set, to a local Hugging Face folder.")
     if is_elsewhere and environment.get("MODEL_NAME_OR_PATH"):
         raise ValueError(
             f"MODEL_NAME_OR_PATH = {environment['MODEL_NAME_OR_PATH']}: would be ignored beside "
-            "--model.checkpoint or --model.hf_path; leave one of them out."
+            "--model.checkpoint, --model.hf_path or --model.config; leave one of them out."
         )
     if not is_elsewhere:
         _name_places(found, words)
     elif found["OUTPUT_DIR"] is None and not any(_sets(w, ("checkpoint.save",)) for w in words):
-        raise ValueError("OUTPUT_DIR: must be set beside --model.checkpoint or --model.hf_path.")
+        raise ValueError(
+            "OUTPUT_DIR: must be set beside --model.checkpoint, --model.hf_path or --model.config."
+        )
     return found
 
 

@@ -23,13 +23,21 @@ def draw(found: dict) -> Figure:
         rows = sorted(rows, key=lambda row: row["forward_flops"])
         flops = [row["forward_flops"] for row in rows]
         name = f"{kind} {capacity:g}" if 0 < capacity < 1 else kind
-        style = {"color": COLORS[kind], "marker": MARKERS.get(capacity, "D")}
+        color, marker = COLORS[kind], MARKERS.get(capacity, "D")
         errors = [row["standard_error"] or 0.0 for row in rows]
         losses = [row["loss_top_k"] for row in rows]
-        axes.errorbar(flops, losses, yerr=errors, label=name, **style)
+        axes.errorbar(flops, losses, yerr=errors, label=name, color=color, marker=marker)
         causal = [row["loss_causal"] for row in rows]
         if kind == "mod" and None not in causal:
-            axes.plot(flops, causal, "--", markerfacecolor="none", label=f"{name}, causal", **style)
+            axes.plot(
+                flops,
+                causal,
+                "--",
+                label=f"{name}, causal",
+                color=color,
+                marker=marker,
+                markerfacecolor="none",
+            )
     settings = found["settings"]
     axes.set(
         title=f"{settings['budget']:.3g} training FLOPs each",

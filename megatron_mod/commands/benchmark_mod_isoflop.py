@@ -42,7 +42,7 @@ class IsoflopBenchmark(Options):
 
     out: str = setting(OutputFolder())
     text: str | None = setting(InputFile(), default=None)
-    sizes: tuple[str, ...] = ("64x4", "96x6", "128x8")
+    sizes: tuple[str, ...] = ("32x4", "64x4", "96x6")
     budget: float = setting(Range(above=0, most=1e22), default=2e12)
     seeds: tuple[int, ...] = setting(SEED, default=(0, 1))
     steps: int | None = setting(COUNT, default=None)

@@ -62,7 +62,8 @@ class InitialWeights:
         blocks = range(start // BLOCK, -(-stop // BLOCK))
         first = blocks.start * BLOCK
         drawn = torch.cat([self._block(name, number) for number in blocks])
-        return drawn[(slice(start - first, stop - first), *columns)]
+        asked = (slice(start - first, stop - first), *columns)
+        return drawn[asked]
 
     def _draw(self, name: str, number: int) -> Tensor:
         rows, *width = self._likes[name].shape

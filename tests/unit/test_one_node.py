@@ -110,6 +110,7 @@ def test_knobs_become_settings_and_the_model_is_converted_once(one_node, place):
         ({"MODEL_NAME_OR_PATH": "a/b"}, [], "MODEL_NAME_OR_PATH = a/b: no such folder"),
         ({"NUM_EPOCHS": "2"}, ["--train.steps=9"], "NUM_EPOCHS = 2 and --train.steps=9 say the"),
         ({}, ["--model.hf_path=hf"], "MODEL_NAME_OR_PATH = hf: would be ignored beside"),
+        ({}, ["--model.config=hf"], "MODEL_NAME_OR_PATH = hf: would be ignored beside"),
         ({}, ["--config", "a.yaml"], "--config: this script has knobs in its place"),
         ({}, ["--trian.steps=9"], "unknown key 'trian.steps'; did you mean 'train.steps'"),
     ],
