@@ -269,7 +269,7 @@ class RoutedTransformerLayer(TransformerLayer):
                 kept[target] = allowed
             else:
                 kept[target] = chosen
-                if self.routing.causal and causal.requires_grad:
+                if self._learns_choice(place) and causal.requires_grad:
                     loss = choice_loss(causal, chosen, layout.valid)
                     router.causal_loss += loss.detach()
                     auxiliary.append(loss * layout.step.causal_loss_share)
@@ -322,6 +322,13 @@ class RoutedTransformerLayer(TransformerLayer):
         if self.predictor is None:
             return logits
         return self._own(self.predictor, place.target)(normed)
+
+    def _learns_choice(self, place: Place) -> bool:
+        """Whether what the causal rule decides by is trained on what is chosen."""
+        if self.routing.causal is None:
+            return False
+        teachable = self.router if self.predictor is None else self.predictor
+        return any(p.requires_grad for p in self._own(teachable, place.target).parameters())
 
     def _causal_border(self, place: Place, layout: TokenLayout) -> float:
         """From which on the causal rule keeps a token."""

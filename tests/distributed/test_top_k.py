@@ -10,8 +10,10 @@ import torch
 from megatron_mod.routing.config import RoutingConfig
 from tests.distributed import cases
 from tests.distributed.test_granularities import DISTRIBUTED, PIPELINE, TENSOR, copied, make_case
+from tests.distributed.test_lora import ALL, made
 from tests.helpers import exact_formula, tiny
 from tests.helpers.ranks import run_ranks
+from tests.helpers.training_formula import adapt
 
 EXACT = 1e-4  # relative difference of losses and gradients
 APART = 1e-4  # scores that decide lie at least so far from each other
@@ -63,13 +65,17 @@ def with_predictors(case: tuple) -> tuple:
     return hf, base, samples, added
 
 
-def expected_of(case, routing: RoutingConfig, *, causal: bool = False, ties: bool = False) -> dict:
+def expected_of(
+    case, routing: RoutingConfig, *, causal: bool = False, ties: bool = False, adapters=None
+) -> dict:
     from transformers import AutoModelForCausalLM
 
     hf, _, samples, tensors = case
     model = AutoModelForCausalLM.from_pretrained(hf, attn_implementation="eager")
     model.requires_grad_(False)
     added = copied(cases.only(tensors, routing), torch.float32)
+    if adapters is not None:
+        adapt(model, adapters, ALL.scale)
     found = exact_formula.batch_loss(
         model,
         samples,
@@ -80,7 +86,7 @@ def expected_of(case, routing: RoutingConfig, *, causal: bool = False, ties: boo
     )
     assert ties or found.margin > APART, "a decision too close to another to compare"
     if not causal:
-        weight = routing.causal_loss_weight or 1.0
+        weight = 0.0 if adapters else (routing.causal_loss_weight or 1.0)
         (found.task_loss + weight * sum(found.causal_loss)).backward()
     return {
         "task_loss": float(found.task_loss.detach()),
@@ -180,3 +186,21 @@ def test_a_tie_goes_to_the_lower_position(case, tmp_path):
     )  # fmt: skip
     (result,) = found.values()
     assert result["step_task_loss"] == pytest.approx(wanted["task_loss"], rel=EXACT)
+
+
+@pytest.mark.parametrize("rule", ["predictor", "auxiliary_loss"])
+def test_adapters_hear_of_scores_that_stay_as_they_are(case, rule, tmp_path):
+    """A score is a part of what is computed: adapters below have its gradient, too."""
+    _, base, samples, added = case
+    routing, adapters = scheme("block_token", causal=rule), copied(made(ALL), torch.float32)
+    expected_of(case, routing, adapters=adapters)
+    asked = cases.Asked(routing, lora=ALL, adapters=made(ALL), trained=("lora",))
+    (found,) = run_ranks(
+        cases.gradients, base, samples, added, [{}], [asked], world=1, folder=tmp_path
+    )
+    (result,) = found.values()
+    for layer, own in adapters.items():
+        for name, tensor in own.items():
+            gradient = result["gradients"][layer, f"lora.{name}"]
+            difference, size = (gradient - tensor.grad).abs().max(), tensor.grad.abs().max()
+            assert difference <= EXACT * size + 1e-7, (layer, name)
