@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ BLOCK = 256  # rows that are drawn together
 _INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
 
 
-class InitialWeights:
+class InitialWeights(AbstractContextManager):
     """The tensors by Hugging Face's names, in float32; read as those of an ``HFReader``."""
 
     def __init__(
@@ -77,13 +77,5 @@ class InitialWeights:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
         return torch.randn(shape, generator=generator) * (self._range / scaled)
 
-    def __enter__(self) -> InitialWeights:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._block.cache_clear()

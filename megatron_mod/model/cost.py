@@ -17,7 +17,7 @@ from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.reach import FC1, FC2, PLACES, PROJ, QKV, Reach
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.costs import UnitCosts, Workload
-from megatron_mod.routing.scheme import Place
+from megatron_mod.routing.scheme import Place, Scheme
 
 LENGTH = 512  # tokens of a sequence where nothing is known of them; only attention depends on it
 
@@ -223,7 +223,8 @@ def _shares(
     if routing.training_compute == "dense":
         return _Shares()
     if routing.is_exact:
-        return _exact_shares(arch, routing, layer, capacity, lengths)
+        (place,) = routing.scheme.places(layer)
+        return _exact_shares(arch, routing.scheme, capacity[place], lengths)
     scheme = routing.scheme
     queries, mlp = (
         1.0 if target is None else capacity[Place(layer, target)]
@@ -236,19 +237,14 @@ def _shares(
 
 
 def _exact_shares(
-    arch: Architecture,
-    routing: RoutingConfig,
-    layer: int,
-    capacity: Mapping[Place, float],
-    lengths: Sequence[int],
+    arch: Architecture, scheme: Scheme, capacity: float, lengths: Sequence[int]
 ) -> _Shares:
     """As ``_shares``, of the tokens that every document keeps, which attend to each other; a window
     is one of the kept tokens', which is at least what they see."""
-    (place,) = routing.scheme.places(layer)
     whole = _Text.of(arch, lengths)
-    kept = _Text.of(arch, [math.floor(capacity[place] * n + 0.5) for n in lengths])
+    kept = _Text.of(arch, [math.floor(capacity * n + 0.5) for n in lengths])
     tokens, pairs = kept.tokens / max(whole.tokens, 1), kept.pairs / max(whole.pairs, 1)
-    attends, feeds = routing.scheme.covers_attention, routing.scheme.covers_mlp
+    attends, feeds = scheme.covers_attention, scheme.covers_mlp
     queries = tokens if attends else 1.0
     return _Shares(queries, queries, pairs if attends else 1.0, tokens if feeds else 1.0)
 

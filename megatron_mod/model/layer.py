@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -19,14 +18,14 @@ from torch import Tensor
 
 from megatron_mod.config.lora import LoraSettings
 from megatron_mod.model import recompute
+from megatron_mod.model.exact_choice import ExactChoice
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
 from megatron_mod.model.lora import LayerAdapters
 from megatron_mod.model.trainable import LORA, ROUTERS, STAND_INS
 from megatron_mod.parallel import device
-from megatron_mod.routing.auxiliary import beside, choice_loss
+from megatron_mod.routing.auxiliary import beside
 from megatron_mod.routing.config import AUTO, RoutingConfig
 from megatron_mod.routing.decision import Decisions, keep_mask
-from megatron_mod.routing.exact import draw_lots, top_k
 from megatron_mod.routing.predictor import Predictor
 from megatron_mod.routing.router import Router
 from megatron_mod.routing.scheme import Place
@@ -42,7 +41,7 @@ from megatron_mod.routing.stand_in import StandIn
 _NO_GRAPH = "what a routed layer computes depends on its router's decisions, which no graph repeats"
 
 
-class RoutedTransformerLayer(TransformerLayer):
+class RoutedTransformerLayer(ExactChoice, TransformerLayer):
     """``y = x + m * F(x) + (1 - m) * S(x)`` with ``F`` attention, MLP or both, ``m`` its router's
     decision, and ``S`` its stand-in, or nothing; or so for the attention and then for the MLP, each
     with a router and a stand-in of its own, which decide when the layer is entered.
@@ -253,89 +252,6 @@ class RoutedTransformerLayer(TransformerLayer):
             return {target: Everything(mask) for target, mask in masks.items()}
         return self._select(kept, masks if self.training else {}, layout)
 
-    def _choose_exactly(
-        self, normed: Tensor, layout: TokenLayout, auxiliary: list[Tensor]
-    ) -> dict[str, Selection | Everything]:
-        """As ``_choose``, of a share of each document's tokens, or by the causal rule; a choice
-        multiplies its update by the routers' logits."""
-        kept, factors = {}, {}
-        for target in self.routing.scheme.targets:
-            place, router = Place(self.index, target), self._own(self.router, target)
-            factors[target] = router(normed)
-            chosen = self._exact_choice(place, factors[target], layout)
-            causal = self._causal_logits(place, normed, factors[target], layout)
-            allowed = (causal >= self._causal_border(place, layout)) & layout.valid
-            if layout.step.causal:
-                kept[target] = allowed
-            else:
-                kept[target] = chosen
-                if self._learns_choice(place) and causal.requires_grad:
-                    loss = choice_loss(causal, chosen, layout.valid)
-                    router.causal_loss += loss.detach()
-                    auxiliary.append(loss * layout.step.causal_loss_share)
-            router.agreed += ((allowed == chosen) & layout.valid).sum()
-            made = Decisions(causal.detach(), kept[target].float(), layout.valid)
-            layout.decisions[place] = made
-            router.note(made, layout.sizes(self._window))
-            if layout.step.check_decisions:
-                self._require_equal_decisions(kept[target])
-        return self._select(kept, factors, layout, known=self._exact_counts(layout))
-
-    def _exact_counts(self, layout: TokenLayout) -> list[list[int]] | None:
-        """How many tokens of each document every target keeps, ``[targets][documents]``; ``None``:
-        the host does not know."""
-        if layout.step.causal or self.pg_collection.cp.size() > 1:
-            return None
-        return [
-            [math.floor(self._share(place, layout) * length + 0.5) for length in layout.lengths]
-            for place in self.routing.scheme.places(self.index)
-        ]
-
-    def _share(self, place: Place, layout: TokenLayout) -> float:
-        """Of a document's tokens, kept by an exact selection."""
-        return layout.step.capacities.get(place, self.routing.capacity_of(place))
-
-    def _exact_choice(self, place: Place, logits: Tensor, layout: TokenLayout) -> Tensor:
-        """bool ``[S, B]``: the share of each document's tokens with the largest logits, or by
-        lot."""
-        positions, valid, cp = layout.position_ids.t(), layout.valid, self.pg_collection.cp
-        if self.routing.selection == "random":
-            scores = draw_lots(positions, lot=layout.step.lot, layer=self.index)
-        else:
-            scores = logits.detach()
-        parts = scores, layout.document, positions, valid
-        if cp.size() > 1:  # documents are whole on all ranks together
-            parts = tuple(_gathered(part.contiguous(), cp) for part in parts)
-        chosen = top_k(
-            *parts,
-            num_documents=layout.num_documents,
-            capacity=self._share(place, layout),
-        )
-        return chosen.chunk(cp.size())[cp.rank()]
-
-    def _causal_logits(
-        self, place: Place, normed: Tensor, logits: Tensor, layout: TokenLayout
-    ) -> Tensor:
-        """What the causal rule decides by, fp32 ``[S, B]``."""
-        if self.routing.selection == "random":
-            return draw_lots(layout.position_ids.t(), lot=layout.step.lot, layer=self.index)
-        if self.predictor is None:
-            return logits
-        return self._own(self.predictor, place.target)(normed)
-
-    def _learns_choice(self, place: Place) -> bool:
-        """Whether what the causal rule decides by is trained on what is chosen."""
-        if self.routing.causal is None:
-            return False
-        teachable = self.router if self.predictor is None else self.predictor
-        return any(p.requires_grad for p in self._own(teachable, place.target).parameters())
-
-    def _causal_border(self, place: Place, layout: TokenLayout) -> float:
-        """From which on the causal rule keeps a token."""
-        if self.routing.selection == "random":
-            return 1.0 - self.routing.capacity_of(place)
-        return self.logit_border(place, layout)
-
     def _select(
         self,
         choices: dict[str, Tensor],
@@ -368,7 +284,7 @@ class RoutedTransformerLayer(TransformerLayer):
             found[target] = select(
                 chosen,
                 layout.document,
-                layout.position_ids.t(),
+                layout.positions,
                 counts[..., number],
                 host_counts,
                 rank=cp.rank(),
@@ -506,13 +422,6 @@ class RoutedTransformerLayer(TransformerLayer):
                 f"ranks decided differently on {int((theirs != ours).any(0).sum())} of "
                 f"{ours.numel()} tokens; what follows would be wrong or never end."
             )
-
-
-def _gathered(part: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """Context-parallel ranks' parts ``[S, B]``, one after another."""
-    if part.dtype == torch.bool:
-        return gather_from_sequence_parallel_region(part.byte(), group=group).bool()
-    return gather_from_sequence_parallel_region(part, group=group)
 
 
 def _for_each(targets: tuple[str, ...], make: Callable[[], torch.nn.Module]) -> torch.nn.Module:

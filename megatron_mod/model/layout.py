@@ -194,6 +194,11 @@ class TokenLayout(PackedSeqParams):
             self._pooled[pooling] = pooled_tokens(self.roles, pooling=pooling).t()
         return self._pooled[pooling]
 
+    @property
+    def positions(self) -> Tensor:
+        """int64 ``[S, B]``: of each token in its document."""
+        return self.position_ids.t()
+
     @cached_property
     def document(self) -> Tensor:
         """int64 ``[S, B]``: which document a token belongs to, counted row by row."""
