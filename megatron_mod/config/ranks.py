@@ -15,8 +15,9 @@ SETTINGS = {
     "tensor": "parallel.tensor_model_parallel_size",
     "pipeline": "parallel.pipeline_model_parallel_size",
     "context": "parallel.context_parallel_size",
+    "expert": "parallel.expert_model_parallel_size",
 }
-OPTIONS = {"tensor": option("tensor"), "pipeline": option("pipeline")}
+OPTIONS = {name: option(name) for name in ("tensor", "pipeline", "expert")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -293,6 +293,8 @@ class ParallelConfig:
         virtual_pipeline_model_parallel_size: parts of the model each pipeline rank holds, at least
             2, for smaller pipeline bubbles; unset: one.
         context_parallel_size: ranks that share each sequence, from the embedding to the loss.
+        expert_model_parallel_size: ranks that share each layer's experts, of those that are data or
+            context parallel; divides both these and the number of experts.
         num_layers_in_first_pipeline_stage: layers of the first stage, the others sharing the rest
             evenly, in place of a pipeline_layout that says the same; unset: as that says.
         sequence_parallel: tensor-parallel ranks also split the sequence between layers; needs
@@ -305,6 +307,7 @@ class ParallelConfig:
     pipeline_layout: Literal["auto", "even"] | list[int] = setting(AT_LEAST_0, default="auto")
     virtual_pipeline_model_parallel_size: int | None = setting(Range(least=2), default=None)
     context_parallel_size: int = setting(COUNT, default=1)
+    expert_model_parallel_size: int = setting(COUNT, default=1)
     num_layers_in_first_pipeline_stage: int | None = setting(COUNT, default=None)
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False

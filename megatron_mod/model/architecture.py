@@ -9,8 +9,34 @@ from megatron_mod.config.ranks import SETTINGS, degree
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The experts that stand in each layer where other models have one MLP.
+
+    ``y = sum over the chosen experts e of g_e * F_e(x)``: a gate, a linear map ``H ->
+    num_experts``, chooses ``top_k`` experts for each token by its softmax.
+
+    Args:
+        num_experts: of a layer.
+        top_k: experts a token is sent to.
+        ffn_hidden_size: channels of one expert's gated MLP.
+        normalizes_weights: whether the chosen experts' ``g`` are divided by their sum, or are what
+            the softmax over all experts gave them.
+        auxiliary_loss_weight: of the load-balancing loss, where the whole model trains.
+    """
+
+    num_experts: int
+    top_k: int
+    ffn_hidden_size: int
+    normalizes_weights: bool = True
+    auxiliary_loss_weight: float = 0.0
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """What Megatron must build to hold a checkpoint of one of the families."""
+    """What Megatron must build to hold a checkpoint of one of the families.
+
+    ``ffn_hidden_size`` is an expert's where the layers are mixtures.
+    """
 
     num_layers: int
     hidden_size: int
@@ -27,6 +53,8 @@ class Architecture:
     window_size: int | None = None  # tokens a query attends to, its own included; None: all before
     qkv_bias: bool = False
     qk_norm: bool = False  # an RMSNorm on each head's query and key
+    qk_norm_across_heads: bool = False  # on a token's whole query and key (OLMoE)
+    mixture: Mixture | None = None  # None: one MLP a layer
 
     @property
     def query_channels(self) -> int:

@@ -35,6 +35,8 @@ _heartbeat: Heartbeat | None = None
 class Topology:
     """How a job's ranks are laid out: ``world_size = tensor * pipeline * context * data``.
 
+    Each layer's experts are shared by ``expert`` of the ranks that are data or context parallel.
+
     Args:
         virtual_pipeline: model chunks each pipeline rank holds (``None``: one stage).
         pipeline_layout: layers of each stage in the model's order, with a virtual pipeline of each
@@ -49,6 +51,7 @@ class Topology:
     virtual_pipeline: int | None = None
     sequence_parallel: bool = False
     pipeline_layout: tuple[int, ...] | None = None
+    expert: int = 1
 
     @property
     def world_size(self) -> int:
@@ -75,6 +78,7 @@ def plan(
     context: int = 1,
     virtual_pipeline: int | None = None,
     sequence_parallel: bool = False,
+    expert: int = 1,
 ) -> Topology:
     """The layout of ``world_size`` ranks; what the degrees leave over is data parallel.
 
@@ -84,7 +88,9 @@ def plan(
     degrees = {"tensor": tensor, "pipeline": pipeline, "context": context}
     check_ranks(degrees, world_size=world_size)
     data = world_size // math.prod(degrees.values())
-    return Topology(tensor, pipeline, data, context, virtual_pipeline, sequence_parallel)
+    return Topology(
+        tensor, pipeline, data, context, virtual_pipeline, sequence_parallel, expert=expert
+    )
 
 
 def environment_world_size() -> int:
@@ -195,6 +201,7 @@ def initialize(
         pipeline_model_parallel_size=topology.pipeline,
         virtual_pipeline_model_parallel_size=topology.virtual_pipeline,
         context_parallel_size=topology.context,
+        expert_model_parallel_size=topology.expert,
         distributed_timeout_minutes=minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
