@@ -37,7 +37,8 @@ class Setup:
         samples: of each text, at most.
         max_length: tokens a sample is cut to.
         recipe: settings of every training.
-        settings: further ones, as on a training's command line; what is compared wins.
+        settings: further ones, as on a training's command line; what is compared wins, and those of
+            adapters go to the trainings that have some.
         lora: rank of the adapters in the routed layers, where some are compared.
     """
 
@@ -75,7 +76,9 @@ class Setup:
                 "checkpoint.save": folder,
                 **self.recipe,
             }
-            config = cli.parse([*as_options(options), *self.settings, *as_options(changes)])
+            of_adapters, others = cli.split_section(self.settings, "lora")
+            settings = [*others, *of_adapters] if "lora.rank" in changes else others
+            config = cli.parse([*as_options(options), *settings, *as_options(changes)])
             plan = prepare(config)
             with topology.joined(plan.topology, seed=config.train.seed):
                 train(config, plan)

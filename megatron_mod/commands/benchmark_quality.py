@@ -85,6 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings, own = cli.split(arguments)
     with command(QualityBenchmark, own) as options:
         cli.check_names(settings)
+        if options.lora is None and (of_adapters := cli.split_section(settings, "lora")[0]):
+            raise ValueError(
+                f"{of_adapters[0]}: would be ignored, because --lora is unset and nothing has "
+                "adapters; set that, or leave it out."
+            )
         from megatron_mod.benchmark.quality import compare
         from megatron_mod.benchmark.quality_models import Setup
 

@@ -65,6 +65,11 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return _divide(arguments, lambda name: "." in name)
 
 
+def split_section(arguments: Sequence[str], section: str) -> tuple[list[str], list[str]]:
+    """The settings of a section, and all other arguments."""
+    return _divide(arguments, lambda name: name.startswith(f"{section}."))
+
+
 def split_off(arguments: Sequence[str], options: Iterable[str]) -> tuple[list[str], list[str]]:
     """The arguments of these options (``--batch-size`` or ``--batch_size``), and all others."""
     names = set(options)

@@ -15,6 +15,14 @@ from tests.helpers.tools import run_tool
 LORA = ("dense+lora", "removed+lora", "ours+lora")
 
 
+def test_settings_of_adapters_nobody_has(tmp_path, single_process, monkeypatch, capsys):
+    trainer = Trainer(tmp_path)
+    words = ["--load", trainer.base, "--train", trainer.text, "--texts", trainer.text]
+    words += ["--out", tmp_path / "out", "--lora.lr", 0.002]
+    assert run_tool(monkeypatch, "benchmark_quality", *words) != 0
+    assert "--lora.lr: would be ignored, because --lora is unset" in capsys.readouterr().err
+
+
 def test_trains_measures_and_goes_on(tmp_path, single_process, monkeypatch):
     trainer = Trainer(tmp_path)
     text = tmp_path / "other.txt"
@@ -24,7 +32,7 @@ def test_trains_measures_and_goes_on(tmp_path, single_process, monkeypatch):
         "--budgets", "attn_token:0.5", "attn_token+mlp_token:work=0.9",
         "--out", tmp_path / "out", "--seeds", 0, "--layers", 2,
         "--samples", 8, "--max_length", 32, "--steps", 2,
-        "--router.stand_in_tokens", 64, "--lora", 2,
+        "--router.stand_in_tokens", 64, "--lora", 2, "--lora.lr", 0.002,
     ]  # fmt: skip
     assert run_tool(monkeypatch, "benchmark_quality", *words) == 0
     first = (tmp_path / "out" / "quality.json").read_text()
