@@ -253,12 +253,13 @@ def _products(arch: Architecture, text: _Text, shares: _Shares) -> _Products:
     """Of a layer over documents."""
     width = 2 * text.tokens
     queries = shares.queries * arch.query_weights / 2  # of the query's projection, or the output's
+    experts = arch.mlp_weights - arch.gate_weights
     return _Products(
         width * (queries + shares.keys * arch.key_weights),
         4 * arch.query_channels * text.pairs * shares.pairs,
         width * queries,
-        width * shares.mlp * arch.mlp_weights * 2 / 3,
-        width * shares.mlp * arch.mlp_weights / 3,
+        width * shares.mlp * (arch.gate_weights + experts * 2 / 3),
+        width * shares.mlp * experts / 3,
     )
 
 
