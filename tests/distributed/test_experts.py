@@ -93,3 +93,37 @@ def test_the_batch_skips_some_pairs(any_case):
 )
 def test_one_rank_equals_the_formula(any_case, trainings, world, topologies, tmp_path):
     check(any_case, trainings, world, topologies, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("trainings", "world", "topologies"),
+    [
+        (
+            DEEP,
+            2,
+            [
+                {"expert": 2},
+                {"expert": 2, "rows": 1, "use_distributed_optimizer": True},
+                SEQUENCE_PARALLEL,
+                {"tensor": 2},
+                {"pipeline": 2},
+                {"pipeline": 2, "virtual_pipeline": 2},
+                {},
+                {"context": 2},
+                {"context": 2, "expert": 2},
+            ],
+        ),
+        (
+            [DEEP[1], TRAININGS[5]],
+            4,
+            [
+                {"expert": 2, "pipeline": 2},
+                {"expert": 2, **SEQUENCE_PARALLEL},
+                {"expert": 4},
+            ],
+        ),
+    ],
+    ids=["two_ranks", "four_ranks"],
+)
+def test_ranks_equal_the_formula(case, trainings, world, topologies, tmp_path):
+    check(case, trainings, world, topologies, tmp_path)
