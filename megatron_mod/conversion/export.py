@@ -18,18 +18,19 @@ from megatron_mod.conversion.config_types import (
     is_share,
     is_whole,
 )
+from megatron_mod.conversion.families.base import rope_theta_of
 from megatron_mod.hf import FILES, MODULE
 from megatron_mod.routing.config import AUTO, RoutingConfig
 from megatron_mod.routing.scheme import Causal
 
 
 def portable_config(hf_config: dict) -> dict:
-    """``config.json`` with rotary settings and dtype under both releases' names, and without the
-    code of the folder it came from, which stays there."""
+    """``config.json`` with rotary settings, dtype and number of experts under both releases' names,
+    and without the code of the folder it came from, which stays there."""
     config = {name: value for name, value in hf_config.items() if name != "auto_map"}
     rope = config.get("rope_parameters")
     scaling = config.get("rope_scaling")
-    base = (rope or {}).get("rope_theta") or config.get("rope_theta") or 10000.0
+    base = rope_theta_of(config)
     if rope is None:
         rope = {**(scaling or {"rope_type": "default"}), "rope_theta": base}
     if scaling is None and rope.get("rope_type", "default") != "default":
@@ -38,6 +39,8 @@ def portable_config(hf_config: dict) -> dict:
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype:
         config.update(dtype=dtype, torch_dtype=dtype)
+    if experts := config.get("num_experts") or config.get("num_local_experts"):
+        config.update(num_experts=experts, num_local_experts=experts)
     return config
 
 

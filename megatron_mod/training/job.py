@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from megatron_mod.config.lora import LoraSettings
+from megatron_mod.config.experts import check_mixture
+from megatron_mod.config.lora import LoraSettings, require_projections
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
 from megatron_mod.model.architecture import Architecture, check_parallel
@@ -65,9 +66,18 @@ def arrange(
     p = config.parallel
     shape = {"num_layers": arch.num_layers, "hidden_size": arch.hidden_size}
     routing = routing or config.router.resolve(**shape)
+    check_mixture(routing.granularity, arch)
     if routing.work is not None and "routers" in config.train.parts:
         routing = evenly(routing, workload(arch, routing, [LENGTH]))
+    if arch.mixture is not None and "base" in config.train.parts:
+        raise ValueError(
+            f"train.trainable = {config.train.trainable}: this model's layers are mixtures of "
+            "experts, which do not train with it; set it to routers, or to lora with adapters on "
+            "the attention."
+        )
     lora = lora or config.lora.resolve(num_layers=arch.num_layers)
+    if lora is not None:
+        require_projections(lora.targets, list(arch.projections))
     computed = _computed(config, routing, lora, num_layers=arch.num_layers)
     ranks = topology.plan(
         tensor=p.tensor_model_parallel_size,
@@ -76,12 +86,14 @@ def arrange(
         virtual_pipeline=p.virtual_pipeline_model_parallel_size,
         world_size=world_size,
         sequence_parallel=p.sequence_parallel,
+        expert=p.expert_model_parallel_size,
     )
     check_parallel(
         arch,
         tensor=ranks.tensor,
         pipeline=ranks.pipeline,
         virtual_pipeline=ranks.virtual_pipeline,
+        expert=ranks.expert,
     )
     layout = asked_layout(p, arch)
     check_batches(

@@ -11,7 +11,7 @@ import torch
 
 from megatron_mod.data.chat import Sample
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.routing.scheme import GRANULARITIES
+from megatron_mod.routing.scheme import OF_ANY_MODEL
 from tests.distributed import cases
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
@@ -52,7 +52,7 @@ def scheme(granularity: str, **changes: object) -> RoutingConfig:
     return cases.routing_config(granularity=granularity, **changes)
 
 
-EVERY = [scheme(name) for name in GRANULARITIES]
+EVERY = [scheme(name) for name in OF_ANY_MODEL]
 SELECTED = [
     scheme(name, keys_values="selected")
     for name in ("attn_token", "block_token", "attn_token+mlp_token")
@@ -160,9 +160,9 @@ def expected_of(
             bias = added[place.layer][routing.name_of("router", place.target) + ".bias"]
             (slope,) = torch.autograd.grad(capacity[place], bias, retain_graph=True)
             (pull,) = torch.autograd.grad(loss + cost, bias, retain_graph=True)
-            slopes.append(slope)
-            pulls.append(pull - own * slope)
-        pulls, slopes = torch.cat(pulls), torch.cat(slopes)
+            slopes.append(slope.sum())
+            pulls.append((pull - own * slope).sum())
+        pulls, slopes = torch.stack(pulls), torch.stack(slopes)
         if routing.scope == "model":
             pulls, slopes = (t.sum().expand(len(t)) for t in (pulls, slopes))
         found_price = (-pulls / slopes).tolist()

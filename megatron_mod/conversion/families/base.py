@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_mod.conversion.mappings import Mapping
+from megatron_mod.conversion.mappings import Mapping, Part
 from megatron_mod.model.architecture import Architecture
 
 # What Megatron's Llama-3 RoPE scaling fixes; only the factor can be set.
@@ -14,6 +14,10 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+# Transformers' default of rope_theta, where it is not 10000.
+_THETAS = {"mixtral": 1e6}
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class Family:
     table: Callable[[Architecture], list[Mapping]]
     # Tensors a file may hold that carry no information of their own.
     ignored: Callable[[Architecture, str], bool]
+    # Where the table's tensors are in files that keep a layer's experts in one tensor, of a family
+    # whose files may; tensors that are the same in both are not named.
+    fused: Callable[[Architecture], dict[str, Part]] = lambda arch: {}
 
 
 def value_of(hf_config: dict, field: str):
@@ -50,6 +57,13 @@ def require(hf_config: dict, field: str, allowed: tuple, *, default: object) -> 
         )
 
 
+def rope_theta_of(hf_config: dict) -> float:
+    """The base of a ``config.json``'s rotary positions, in either Transformers release's place."""
+    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    default = _THETAS.get(hf_config.get("model_type", ""), 10000.0)
+    return rope.get("rope_theta") or hf_config.get("rope_theta") or default
+
+
 def read_rope(hf_config: dict) -> tuple[float, float | None]:
     """``(base, llama-3 factor or None)`` from either Transformers release's way of writing it.
 
@@ -57,7 +71,7 @@ def read_rope(hf_config: dict) -> tuple[float, float | None]:
         ValueError: a rotary embedding that is not built, named by its field.
     """
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    base = float(rope.get("rope_theta") or hf_config.get("rope_theta") or 10000.0)
+    base = float(rope_theta_of(hf_config))
     require({**hf_config, **rope}, "partial_rotary_factor", (1, 1.0), default=1.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
