@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar, TypeAlias
 
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.backends import LocalSpecProvider
@@ -172,6 +173,15 @@ class MixtureOfExperts(MoELayer):
             gather = partial(gather_from_sequence_parallel_region, group=group)
             whole = self._mix(gather(tokens), gather(weights), gather(chosen.byte()).bool())
             return reduce_scatter_to_sequence_parallel_region(whole, group=group)
-        copied = partial(copy_to_tensor_model_parallel_region, group=group)
-        whole = self._mix(copied(tokens), copied(weights), chosen)
+        whole = self._mix(_copied(tokens, group), _copied(weights, group), chosen)
         return reduce_from_tensor_model_parallel_region(whole, group=group)
+
+
+def _copied(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """What all tensor-parallel ranks hold, and the sum of their gradients to it. Megatron adds these
+    up in place, but for one that is not contiguous: of that it would add up a copy, and go on with
+    what it was."""
+    copied = copy_to_tensor_model_parallel_region(tensor, group=group)
+    if copied.requires_grad:
+        copied.register_hook(lambda gradient: gradient.contiguous())
+    return copied
