@@ -238,6 +238,9 @@ def test_a_step_waits_as_long_as_an_even_pipeline_does(estimated):
         ("llama3-405b", 405_853_388_800),
         ("mistral-7b", 7_248_023_552),
         ("qwen2.5-7b", 7_615_616_512),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("olmoe-1b-7b", 6_919_161_856),
         ("smollm2-135m", 134_515_008),
     ],
 )
