@@ -107,7 +107,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
 
 
 class _LaidOut(torch.autograd.Function):
-    """Forward: the tensor. Backward: its gradient, contiguous, which Megatron's sum over ranks takes
+    """Forward: the tensor. Backward: its gradient, contiguous, as Megatron's sum over ranks takes
     for granted: of another it sums a copy."""
 
     @staticmethod
