@@ -147,3 +147,16 @@ def test_a_run_goes_on_with_its_experts_elsewhere(tmp_path, single_process):
         for line, wanted in zip(metrics(tmp_path / name), expected, strict=True):
             for key in ("loss", "grad_norm", "capacity"):
                 assert line[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-3), (name, key)
+
+
+def test_experts_that_compute_nothing_are_waited_for_by_nobody(case, tmp_path):
+    """The first half of the experts, all of one rank's, are sent tokens and compute none."""
+    half = torch.where(torch.arange(8) < 4, -50.0, 0.0)
+    added = {
+        layer: {**own, "router.bias": own["router.bias"] + half} for layer, own in case[3].items()
+    }
+    trainings = [
+        cases.Asked(routing(bias=True, training_compute="sparse"), added=added),
+        cases.Asked(routing(bias=True, renormalize=True), added=added),
+    ]
+    check(case, trainings, 2, [{"expert": 2}], tmp_path)

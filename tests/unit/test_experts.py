@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mod.config import cli
 from megatron_mod.config.stand_ins import StandInRequest
+from megatron_mod.conversion.routers import write_published
 from megatron_mod.evaluation.work import Work
 from megatron_mod.model.cost import workload
 from megatron_mod.routing.config import RoutingConfig
@@ -189,6 +190,13 @@ def test_settings_that_experts_do_not_have_are_refused(settings, message):
 def test_so_are_they_where_they_come_from_elsewhere(name, value):
     with pytest.raises(ValueError, match="expert_token|experts' routers"):
         RoutingConfig("expert_token", (1,), (0.5,), **{name: value})
+
+
+def test_the_published_format_has_none(tmp_path):
+    routing = RoutingConfig("expert_token", (1,), (0.5,))
+    added = {1: {"router.weight": torch.zeros(4, 8)}}
+    with pytest.raises(ValueError, match="--routers-only: router.granularity = expert_token"):
+        write_published(tmp_path, routing, added, {"num_hidden_layers": 2})
 
 
 def test_a_model_without_experts_is_refused(tmp_path, single_process):
