@@ -66,7 +66,7 @@ def add_routing(folder: Path, routing: RoutingConfig) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     family = config["model_type"]
-    name = f"MoD{family.capitalize()}"
+    name = "MoD" + "".join(part.capitalize() for part in family.split("_"))
     config.update(
         model_type=f"mod_{family}",
         architectures=[f"{name}ForCausalLM"],
