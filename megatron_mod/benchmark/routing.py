@@ -17,7 +17,7 @@ from megatron_mod.model.builder import build_model, transformer_config
 from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.routing.scheme import GRANULARITIES, Scheme
+from megatron_mod.routing.scheme import OF_ANY_MODEL, Scheme
 
 # hidden size, MLP channels, heads, query groups, channels a head; SmolLM2's, Llama-3-8B's and less
 SIZES = {
@@ -27,7 +27,7 @@ SIZES = {
     "large": (4096, 14336, 32, 8, 128),
 }
 CAPACITIES = (0.25, 0.5, 0.75, 0.95)
-SCHEMES = [(name, None) for name in GRANULARITIES]
+SCHEMES = [(name, None) for name in OF_ANY_MODEL]
 SCHEMES += [("attn_token", "selected"), ("block_token", "selected")]
 
 

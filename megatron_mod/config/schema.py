@@ -86,7 +86,8 @@ class RouterConfig:
     Args:
         granularity: what one decision covers: a layer's attention, its MLP or the whole block, for
             one sequence or one token (the units of this section); or attention and MLP apart, each
-            with a router and a stand-in of its own (`attn_token+mlp_token`).
+            with a router and a stand-in of its own (`attn_token+mlp_token`); or, in a model of
+            experts, one expert for one token that the gate sends to it (`expert_token`).
         layers: routed layers: `all`; `{deepest: n}`, the n deepest but the last; `{every: n,
             offset: k}`, every n-th from index k on (offset defaults to n - 1); or a list of
             zero-based indices; `[]`: none, where adapters train alone (train.trainable: lora).
@@ -123,8 +124,8 @@ class RouterConfig:
         init: where routers start that are not given (model.routers): at the `importance` of their
             layers, the cost of leaving each out, measured on the first samples (the default); or at
             `zeros`. With `top_k` and `random` they start at small random numbers.
-        stand_in: what a skipped unit adds: `none`, nothing; `linear` (the default with
-            `threshold`), a small affine map of what the router reads, solved in closed form on the
+        stand_in: what a skipped unit adds: `none`, nothing, as with experts; `linear` (else the
+            default with `threshold`), a small affine map of what the router reads, solved in closed form on the
             first samples, unless the routers that training starts from have them.
         stand_in_rank: rank of that map, at least 1; unset: 32 for attention alone, 64 for MLPs
             and blocks, or half the hidden size where that is less.
@@ -138,6 +139,9 @@ class RouterConfig:
             full straight-through gradient; `sparse` skips them in training as well, and their
             routers hear from the capacity penalty only; with `top_k` and `random`, where scores are
             part of the output, there is nothing else to hear.
+        renormalize: with expert_token, give the experts that are left to a token the weight of
+            those that are skipped, in proportion to their own; else what a skipped expert would
+            have added is dropped, as published.
         check_decisions_interval: steps between checks that all tensor-parallel ranks decide alike
             (a debugging aid, one host synchronisation per routed layer); 0: never.
     """
@@ -170,6 +174,7 @@ class RouterConfig:
     pooling: Literal["all", "prompt"] | None = None
     keys_values: Literal["all", "selected"] | None = None
     training_compute: Literal["dense", "sparse"] | None = None
+    renormalize: bool = False
     check_decisions_interval: int = setting(AT_LEAST_0, default=0)
 
     def __post_init__(self) -> None:
@@ -177,6 +182,8 @@ class RouterConfig:
             self.capacity = DEFAULT_CAPACITY
         by_threshold = self.selection == "threshold"
         defaults: dict[str, object] = _THRESHOLD if by_threshold else _EXACT
+        if Scheme.parse(self.granularity).per_expert:
+            defaults = {**defaults, "stand_in": "none"}
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -219,6 +226,7 @@ class RouterConfig:
             training_compute=self.training_compute or "dense",
             bias=bool(self.bias),
             stand_in_rank=self._stand_in_rank(hidden_size),
+            renormalize=self.renormalize,
         )
 
     def _stand_in_rank(self, hidden_size: int) -> int | None:

@@ -14,7 +14,7 @@ from megatron_mod.config.ranks import Degrees
 from megatron_mod.config.rules import COUNT, InputFile, InputFolder, NewFolder, Range, setting
 from megatron_mod.config.schema import RouterConfig
 from megatron_mod.routing.config import Layers
-from megatron_mod.routing.scheme import Granularity
+from megatron_mod.routing.scheme import Granularity, Scheme
 
 _LAYERS = typing.get_type_hints(RouterConfig)["layers"]
 
@@ -89,6 +89,11 @@ class StandInRequest(Degrees):
             raise ValueError(
                 f"--load {self.load}: is a training run; stand-ins are solved before routers are "
                 "trained: give its base."
+            )
+        if Scheme.parse(self.granularity).per_expert:
+            raise ValueError(
+                f"--granularity {self.granularity}: nothing stands in for one of a token's "
+                "experts; give another granularity, or train without (router.stand_in: none)."
             )
 
     def router(self) -> RouterConfig:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron_mod.config import rules
+from megatron_mod.config.experts import check_experts
 from megatron_mod.config.selection import check_selection, check_whole_model
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
     r, d, p, t = config.router, config.data, config.parallel, config.train
     _check_length(t, place)
     check_selection(r, place)
+    check_experts(r, place)
     check_whole_model(config, place)
     _check_work(r, place)
     if r.check_decisions_interval and p.tensor_model_parallel_size == 1:

@@ -114,10 +114,14 @@ def expected_shape(arch: Architecture, megatron: str) -> tuple[int, ...]:
     """The shape a Megatron parameter must have, vocabulary unpadded."""
     qkv = (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.kv_channels
     hidden, ffn = arch.hidden_size, arch.ffn_hidden_size
+    heads, groups = arch.num_attention_heads, arch.num_query_groups
+    if not arch.qk_norm_across_heads:
+        heads = groups = 1
     shapes = {  # the first part that is in the name counts
-        "q_layernorm": (arch.kv_channels,),
-        "k_layernorm": (arch.kv_channels,),
+        "q_layernorm": (heads * arch.kv_channels,),
+        "k_layernorm": (groups * arch.kv_channels,),
         "norm": (hidden,),
+        "mlp.router": (arch.mixture.num_experts if arch.mixture else 0, hidden),
         "word_embeddings": (arch.vocab_size, hidden),
         "output_layer": (arch.vocab_size, hidden),
         "linear_qkv.weight": (qkv, hidden),

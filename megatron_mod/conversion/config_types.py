@@ -88,6 +88,19 @@ DECODER = {
     "pad_token_id": TOKENS,
     "dtype": DTYPE,
     "torch_dtype": DTYPE,
+    # of mixtures
+    "num_experts": COUNT,
+    "num_local_experts": COUNT,
+    "num_experts_per_tok": COUNT,
+    "moe_intermediate_size": COUNT,
+    "shared_expert_intermediate_size": NUMBER,
+    "decoder_sparse_step": COUNT,
+    "mlp_only_layers": Kind("a list of layers' indices", lambda value: is_list(value, is_whole)),
+    "norm_topk_prob": BOOLEAN,
+    "output_router_logits": BOOLEAN,
+    "router_aux_loss_coef": NUMBER,
+    "router_jitter_noise": NUMBER,
+    "clip_qkv": NUMBER,
 }
 ROPE = {
     "rope_type": TEXT,

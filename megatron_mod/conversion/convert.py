@@ -34,7 +34,8 @@ from megatron_mod.conversion.check import check_hf_names, check_tied, megatron_s
 from megatron_mod.conversion.export import add_routing, make_portable
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.finite import cast
-from megatron_mod.conversion.hf_reader import HFReader, read_config
+from megatron_mod.conversion.fused_experts import open_weights
+from megatron_mod.conversion.hf_reader import TensorReader, read_config
 from megatron_mod.conversion.hf_writer import MAX_SHARD_BYTES, HFWriter
 from megatron_mod.conversion.lora import read_step_adapters
 from megatron_mod.conversion.merging import merged
@@ -79,7 +80,7 @@ def _fill_base(
     arch = family.architecture_of(hf_config)
     beside = check_companions(hf_path)
     found = _read_routers(routers_path, arch) if routers_path else None
-    with HFReader(hf_path) as reader:
+    with open_weights(hf_path, family, arch) as reader:
         check_hf_names(family, arch, reader.names(), hf_path)
         check_tied(reader, tied=arch.tied_embeddings)
         table = family.table(arch)
@@ -123,7 +124,7 @@ def _plain_errors() -> Iterator[None]:
 
 
 def _merge(
-    row: mappings.Mapping, reader: HFReader, like: Tensor, advance: Callable[[int], None]
+    row: mappings.Mapping, reader: TensorReader, like: Tensor, advance: Callable[[int], None]
 ) -> Tensor:
     tensor = mappings.to_megatron(row, reader.rows, len(like), 0, len(like))
     advance(like.nbytes)

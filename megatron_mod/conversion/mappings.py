@@ -23,6 +23,16 @@ class RowRange(NamedTuple):
     stop: int
 
 
+class Part(NamedTuple):
+    """Rows ``start .. stop - 1`` of one expert's in a tensor ``[experts, rows, columns]``, or,
+    without an expert, of a tensor ``[rows, columns]``."""
+
+    name: str
+    expert: int | None
+    start: int
+    stop: int
+
+
 class Mapping(Protocol):
     """One row of a family's table."""
 

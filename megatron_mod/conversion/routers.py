@@ -39,7 +39,7 @@ from megatron_mod.conversion.step_tensors import read_layers, require_shapes
 from megatron_mod.hf.thresholds_mod import threshold_at
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import AUTO, RoutingConfig, logit_border
-from megatron_mod.routing.scheme import GRANULARITIES, Scheme
+from megatron_mod.routing.scheme import OF_ANY_MODEL, Scheme
 
 Added: TypeAlias = dict[int, dict[str, Tensor]]
 """What routed layers have beside dense ones: tensors by layer and by their names in it, which are
@@ -48,7 +48,7 @@ the same in Megatron's layer and in Hugging Face's (``RoutingConfig.added_shapes
 KEY = "decoder.layers.{}.{}"
 HF_KEY = "model.layers.{}.{}"
 ROUTER, BIAS = "router.weight", "router.bias"
-PUBLISHED = tuple(name for name in GRANULARITIES if "+" not in name)  # with one router a layer
+PUBLISHED = tuple(name for name in OF_ANY_MODEL if "+" not in name)  # with one router a layer
 ROUTERS, PREDICTORS = "router.", "predictor."  # what their names begin with, which stay fp32
 OURS = "megatron_mod"  # the published config's field for settings it has none for
 
@@ -161,6 +161,11 @@ def write_published(folder: Path, routing: RoutingConfig, added: Added, hf_confi
         raise ValueError(
             f"--routers-only: router.selection = {routing.selection}: the published format has "
             "routers that decide by a threshold and multiply nothing; export the whole model."
+        )
+    if routing.scheme.per_expert:
+        raise ValueError(
+            f"--routers-only: router.granularity = {routing.granularity}: the published format has "
+            "no routers on experts; export the whole model."
         )
     if routing.stand_in_rank:
         raise ValueError(
@@ -309,6 +314,6 @@ def _check_fit(folder: Path, routing: RoutingConfig, added: Added, arch: Archite
     require_shapes(
         folder,
         added,
-        routing.added_shapes(arch.hidden_size),
+        routing.added_shapes(arch.hidden_size, num_experts=arch.num_experts),
         call=lambda name: f"the {'router' if name == ROUTER else name}",
     )

@@ -24,7 +24,8 @@ from megatron_mod.config.lora import LoraSettings, lora_of
 from megatron_mod.conversion import megatron_lm
 from megatron_mod.conversion.families import family_of
 from megatron_mod.conversion.families.base import Family
-from megatron_mod.conversion.hf_reader import HFReader, TensorReader, read_config
+from megatron_mod.conversion.fused_experts import open_weights
+from megatron_mod.conversion.hf_reader import TensorReader, read_config
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
 
@@ -63,7 +64,7 @@ class Base:
 
     def weights(self) -> TensorReader:
         """The tensors by Hugging Face's names."""
-        return HFReader(self.path)
+        return open_weights(self.path, self.family, self.arch)
 
     def companions(self, *, dtype: str | None = None) -> dict[str, bytes]:
         """Config, tokenizer and generation settings, by file, as ``read_companions``."""

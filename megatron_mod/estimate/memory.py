@@ -108,8 +108,9 @@ def _noted(placed: Placed, rank: int) -> int:
     if not job.routing.bias or "routers" not in job.config.train.parts:
         return 0
     sequences = job.config.train.global_batch_size
-    units = sequences * (1 if job.routing.scheme.per_sequence else placed.length)
-    noted = units // -(-units // NOTED) // job.topology.data
+    inputs = sequences * (1 if job.routing.scheme.per_sequence else placed.length)
+    units = inputs * (job.arch.top_k if job.routing.scheme.per_expert else 1)
+    noted = inputs // -(-units // NOTED) // job.topology.data
     noted //= 1 if job.routing.scheme.per_sequence else job.topology.context
     element = 4 if job.routing.scheme.per_sequence else placed.element
     return len(placed.routed_of(rank)) * noted * job.arch.hidden_size * element

@@ -57,6 +57,16 @@ class Architecture:
     mixture: Mixture | None = None  # None: one MLP a layer
 
     @property
+    def num_experts(self) -> int:
+        """MLPs of a layer."""
+        return 1 if self.mixture is None else self.mixture.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """Of them, those that compute a token."""
+        return 1 if self.mixture is None else self.mixture.top_k
+
+    @property
     def query_channels(self) -> int:
         return self.num_attention_heads * self.kv_channels
 

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mod.config.lora import LoraSettings
-from megatron_mod.model.architecture import Architecture, padded_vocab_size
+from megatron_mod.model.architecture import Architecture, Mixture, padded_vocab_size
 from megatron_mod.model.cost import forward_costs
 from megatron_mod.model.layer import RoutedTransformerLayer
 from megatron_mod.model.lora import LayerAdapters
@@ -227,7 +227,7 @@ def transformer_config(
         gated_linear_unit=True,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
-        qk_layernorm=arch.qk_norm,
+        qk_layernorm=arch.qk_norm or arch.qk_norm_across_heads,
         window_size=None if arch.window_size is None else (arch.window_size - 1, 0),
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -249,6 +249,8 @@ def transformer_config(
         # Micro-batches are padded to their own longest row, but for the virtual pipeline.
         variable_seq_lengths=virtual_pipeline is None,
         moe_token_dispatcher_type="alltoall",  # asked for with variable lengths, experts or not
+        expert_model_parallel_size=ranks.expert,
+        **_mixture_settings(arch.mixture),
         # The loss function and the routers each add their exact share of the global
         # batch's gradient, so nothing may divide by micro-batches or ranks.
         calculate_per_token_loss=True,
@@ -260,6 +262,20 @@ def transformer_config(
         persist_layer_norm=False,
         **SETTINGS[recompute],
     )
+
+
+def _mixture_settings(mixture: Mixture | None) -> dict[str, object]:
+    """Megatron's, of a gate whose load-balancing loss is left out."""
+    if mixture is None:
+        return {}
+    return {
+        "num_moe_experts": mixture.num_experts,
+        "moe_ffn_hidden_size": mixture.ffn_hidden_size,
+        "moe_router_topk": mixture.top_k,
+        "moe_router_pre_softmax": not mixture.normalizes_weights,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+    }
 
 
 def build_model(
@@ -331,6 +347,7 @@ def _build_chunk(
             implementation=implementation,
             computed=computed,
             lora=lora,
+            qk_norm_across_heads=arch.qk_norm_across_heads,
         ),
         vocab_size=padded_vocab_size(arch.vocab_size, tensor=config.tensor_model_parallel_size),
         unpadded_vocab_size=arch.vocab_size,

@@ -111,7 +111,7 @@ def workload(arch: Architecture, routing: RoutingConfig, lengths: Sequence[int])
         if place.target != "attn":
             token += 2 * arch.mlp_weights
         table.append((0, token - stand_in, 4 * arch.query_channels * attends))
-    units = len(lengths) if scheme.per_sequence else text.tokens
+    units = scheme.units(sequences=len(lengths), tokens=text.tokens, top_k=arch.top_k)
     sizes = (units, text.tokens, text.pairs)
     costs = UnitCosts(tuple(table), among_kept=routing.keys_values == "selected")
     layer = _products(arch, text, _Shares()).forward

@@ -26,3 +26,33 @@ class RMSNorm(nn.Module):
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
+
+
+class _NormAcrossHeads(RMSNorm):
+    """On all heads of a token at once, ``[..., heads, channels]``."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
+        super().__init__(config, self.heads(config) * hidden_size, eps)
+
+    @staticmethod
+    def heads(config) -> int:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(-2)).view_as(x)
+
+
+class QueryNorm(_NormAcrossHeads):
+    """Of queries, which one rank holds whole."""
+
+    @staticmethod
+    def heads(config) -> int:
+        return config.num_attention_heads
+
+
+class KeyNorm(_NormAcrossHeads):
+    """Of keys, which one rank holds whole."""
+
+    @staticmethod
+    def heads(config) -> int:
+        return config.num_query_groups

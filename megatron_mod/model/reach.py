@@ -56,7 +56,7 @@ class Reach:
             return BELOW  # Megatron's own checkpoint of an MLP asks for it
         found = []
         if self.routes(layer):
-            found.append(MASK if "attn" in self.routing.scheme.targets else END)
+            found.append(self._mask)
         if self.adapts(layer) and self.lora is not None:
             found += [PLACES[TARGETS[target]] for target in self.lora.targets]
         return min(found)
@@ -67,6 +67,14 @@ class Reach:
         if self.recompute != "selective" or down_to is None:
             return False
         return down_to < FC1 or self.adapts(layer)
+
+    @property
+    def _mask(self) -> int:
+        """Where a router's mask enters; an expert's weighs what its second linear reads."""
+        scheme = self.routing.scheme
+        if scheme.per_expert:
+            return FC1
+        return MASK if "attn" in scheme.targets else END
 
     @property
     def _routed(self) -> tuple[int, ...]:

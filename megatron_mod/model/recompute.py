@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -105,6 +106,8 @@ class DenseTransformerLayer(TransformerLayer):
         super().__init__(config, *args, **kwargs)
         self.recomputes = whole_layers(config)
         self.recomputes_mlp = feed_forwards(config)
+        if isinstance(self.mlp, MoELayer):  # of which Megatron would recompute nothing
+            self.mlp.recomputes = self.recomputes_mlp
         self.lora = None if lora is None else LayerAdapters(self, lora)
 
     def forward(

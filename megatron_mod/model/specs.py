@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_mod.config.lora import LoraSettings
 from megatron_mod.model.attention import RoutedSelfAttention, TorchCoreAttention
 from megatron_mod.model.layer import RoutedTransformerLayer
-from megatron_mod.model.norm import RMSNorm
+from megatron_mod.model.mixture import MixtureOfExperts
+from megatron_mod.model.norm import KeyNorm, QueryNorm, RMSNorm
 from megatron_mod.model.passing import PassingLayer
 from megatron_mod.model.projection import PartColumnParallelLinear
 from megatron_mod.model.recompute import DenseTransformerLayer
@@ -64,10 +65,15 @@ def why_not_transformer_engine() -> str | None:
 
 
 def dense_layer_spec(
-    config: TransformerConfig, implementation: str = "local", lora: LoraSettings | None = None
+    config: TransformerConfig,
+    implementation: str = "local",
+    lora: LoraSettings | None = None,
+    *,
+    qk_norm_across_heads: bool = False,
 ) -> ModuleSpec:
     """An ordinary layer: Megatron's parallel linears, torch's attention and our norm (``local``),
-    or Transformer Engine's modules; with adapters, which read what linears do, unfused norms."""
+    or Transformer Engine's modules; with adapters, which read what linears do, unfused norms. Its
+    MLP is a mixture of experts if the configuration has any."""
     if implementation == "transformer_engine":
         from megatron_mod.model.transformer_engine import TECoreAttention
 
@@ -80,6 +86,8 @@ def dense_layer_spec(
         attention, core = spec.submodules.self_attention.submodules, TorchCoreAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if qk_norm_across_heads:
+        attention.q_layernorm, attention.k_layernorm = QueryNorm, KeyNorm
     spec.module = DenseTransformerLayer
     spec.submodules.self_attention.module = RoutedSelfAttention
     attention.core_attention = core
@@ -87,6 +95,8 @@ def dense_layer_spec(
         spec.params = {**spec.params, "lora": lora}
         if implementation == "transformer_engine":
             _unfuse_norms(spec)
+    if config.num_moe_experts:
+        _set_mixture(spec, implementation)
     return spec
 
 
@@ -95,14 +105,18 @@ def routed_layer_spec(
     routing: RoutingConfig,
     implementation: str = "local",
     lora: LoraSettings | None = None,
+    *,
+    qk_norm_across_heads: bool = False,
 ) -> ModuleSpec:
     """The ordinary layer, its norms unfused and its queries apart from its keys if need be, with a
     router that chooses what ``routing.granularity`` names."""
-    spec = dense_layer_spec(config, implementation, lora)
+    spec = dense_layer_spec(config, implementation, lora, qk_norm_across_heads=qk_norm_across_heads)
     if implementation == "transformer_engine":
         _unfuse_norms(spec)
     else:
         spec.submodules.self_attention.submodules.linear_qkv = PartColumnParallelLinear
+    if config.num_moe_experts:
+        _set_mixture(spec, implementation)
     spec.module = RoutedTransformerLayer
     spec.params = {**spec.params, "routing": routing}
     return spec
@@ -124,6 +138,22 @@ def _unfuse_norms(spec: ModuleSpec) -> None:
     layer.sharded_state_dict_keys_map = local.submodules.sharded_state_dict_keys_map
 
 
+def _set_mixture(spec: ModuleSpec, implementation: str) -> None:
+    """Put a mixture in the place of the MLP, with a norm of its own before it."""
+    layer = spec.submodules
+    if implementation == "transformer_engine":
+        from megatron_mod.model.transformer_engine import TEMixtureOfExperts, UnfusedSpecProvider
+
+        layer.mlp, layer.pre_mlp_layernorm = TEMixtureOfExperts, UnfusedSpecProvider().layer_norm()
+    else:
+        layer.mlp = MixtureOfExperts
+    layer.sharded_state_dict_keys_map = {
+        name: key
+        for name, key in layer.sharded_state_dict_keys_map.items()
+        if not name.startswith("pre_mlp_layernorm")
+    }
+
+
 def get_routed_layer_specs(
     config: TransformerConfig,
     routing: RoutingConfig | None,
@@ -133,6 +163,7 @@ def get_routed_layer_specs(
     implementation: str = "local",
     computed: range | None = None,
     lora: LoraSettings | None = None,
+    qk_norm_across_heads: bool = False,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, routed where ``routing`` says; ``None``: all dense.
 
@@ -150,6 +181,8 @@ def get_routed_layer_specs(
         computed: the layers that do something; the others hold their places (``PassingLayer``).
             ``None``: all.
         lora: the adapters, and which layers have them; ``None``: none have.
+        qk_norm_across_heads: of a ``qk_layernorm``, whether it is one on a token's whole query and
+            one on its whole key, in the place of one on each head.
 
     Raises:
         ValueError: a layer index the model does not have, or another normalization.
@@ -174,9 +207,10 @@ def get_routed_layer_specs(
         if index not in computed:
             return ModuleSpec(PassingLayer)
         own = lora if index in adapted else None
+        across = {"qk_norm_across_heads": qk_norm_across_heads}
         if index in routed:
-            return routed_layer_spec(config, routing, implementation, own)
-        return dense_layer_spec(config, implementation, own)
+            return routed_layer_spec(config, routing, implementation, own, **across)
+        return dense_layer_spec(config, implementation, own, **across)
 
     layers = [spec(index) for index in range(offset, offset + count)]
     norm = RMSNorm

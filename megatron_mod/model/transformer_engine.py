@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_mod.model.attention import TorchCoreAttention
 from megatron_mod.model.layout import AttentionPlan, GridSegments, TokenLayout
+from megatron_mod.model.mixture import Experts, MixtureOfExperts
 from megatron_mod.model.projection import PartLinear
 from megatron_mod.routing.selection import Rows, Segments
 
@@ -31,6 +32,18 @@ class UnfusedSpecProvider(TESpecProvider):
 
 class TEPartColumnParallelLinear(PartLinear, TEColumnParallelLinear):
     """Transformer Engine's, its parts computed by torch."""
+
+
+class TEExperts(Experts):
+    """Of Transformer Engine's linears."""
+
+    linears = UnfusedSpecProvider()
+
+
+class TEMixtureOfExperts(MixtureOfExperts):
+    """Its experts are Transformer Engine's."""
+
+    experts_type = TEExperts
 
 
 class TECoreAttention(TEDotProductAttention):

@@ -38,6 +38,9 @@ class RoutingConfig:
     known, by ``threshold``: a ``predictor`` of hidden size ``predictor_size``, or the router, whose
     logits an ``auxiliary_loss`` of weight ``causal_loss_weight`` draws there.
 
+    ``renormalize``, of experts' routers: the weights that the gate gave the experts that compute a
+    token are scaled to the sum of what it gave all of the token's.
+
     Raises:
         ValueError: an unknown granularity, or a setting that this granularity would ignore.
     """
@@ -60,6 +63,7 @@ class RoutingConfig:
     causal: str | None = None
     causal_loss_weight: float | None = None
     predictor_size: int | None = None
+    renormalize: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.work, tuple) and self.budget is None:
@@ -68,8 +72,15 @@ class RoutingConfig:
         self._own("pooling", scheme.per_sequence, "prompt", "a sequence granularity")
         where = "attn_token, attn_token+mlp_token or block_token"
         self._own("keys_values", scheme.chooses_keys, "selected" if self.is_exact else "all", where)
+        if self.renormalize:
+            self._own("renormalize", scheme.per_expert, True, "expert_token")
+        if scheme.per_expert and (self.is_exact or self.stand_in_rank or self.budgets):
+            raise ValueError(
+                f"router.granularity = {self.granularity}: experts' routers decide by thresholds "
+                "for one budget, and have no stand-ins."
+            )
 
-    def _own(self, name: str, belongs: bool, default: str, where: str) -> None:
+    def _own(self, name: str, belongs: bool, default: object, where: str) -> None:
         """Give a setting its default where it belongs and refuse it elsewhere."""
         value = getattr(self, name)
         if belongs:
@@ -131,14 +142,20 @@ class RoutingConfig:
             return self.threshold
         return (self.threshold,) * len(self.places)
 
-    def added_shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """What a routed layer has beside a dense one: shapes of tensors, by their names in it."""
+    def added_shapes(
+        self, hidden_size: int, *, num_experts: int = 1
+    ) -> dict[str, tuple[int, ...]]:
+        """What a routed layer has beside a dense one: shapes of tensors, by their names in it.
+
+        ``num_experts``: of a layer, on each of which there may be a router.
+        """
         shapes: dict[str, tuple[int, ...]] = {}
+        rows = num_experts if self.scheme.per_expert else 1
         for target in self.scheme.targets:
             router, stand_in = self.name_of(ROUTER, target), self.name_of(STAND_IN, target)
-            shapes[f"{router}.weight"] = (1, hidden_size)
+            shapes[f"{router}.weight"] = (rows, hidden_size)
             if self.bias:
-                shapes[f"{router}.bias"] = (1,)
+                shapes[f"{router}.bias"] = (rows,)
             if self.budgets:
                 shapes[f"{router}.work_weight"] = (1, hidden_size)
                 shapes[f"{router}.borders"] = (KNOTS,)

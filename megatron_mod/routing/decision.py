@@ -10,7 +10,7 @@ from torch import Tensor
 
 class Decisions(NamedTuple):
     """What a routed layer decided in a micro-batch: three tensors of one shape, ``[S, B]`` of
-    tokens or ``[D]`` of documents.
+    tokens, ``[D]`` of documents or ``[S, B, E]`` of tokens and experts.
 
     ``logits``: fp32; ``mask``: fp32 zeros and ones with the straight-through gradient; ``valid``:
     bool, whether there is a unit to decide on.

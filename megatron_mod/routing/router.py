@@ -39,18 +39,20 @@ class Router(nn.Module):
         bias: bool = False,
         is_factor: bool = False,
         position: float | None = None,
+        rows: int = 1,
         device: torch.device | None = None,
     ) -> None:
         """``is_factor``: its logits are part of what the model computes, whatever trains.
-        ``position``: of the budget to begin with; ``None``: there is no range of them."""
+        ``position``: of the budget to begin with; ``None``: there is no range of them. ``rows``:
+        of the weight."""
         super().__init__()
         settings = {"dtype": torch.float32, "device": device}
-        self.weight = nn.Parameter(torch.zeros(1, hidden_size, **settings))
-        self.bias = nn.Parameter(torch.zeros(1, **settings)) if bias else None
+        self.weight = nn.Parameter(torch.zeros(rows, hidden_size, **settings))
+        self.bias = nn.Parameter(torch.zeros(rows, **settings)) if bias else None
         self.is_factor = is_factor
         self.position = position
         if position is not None:
-            self.work_weight = nn.Parameter(torch.zeros(1, hidden_size, **settings))
+            self.work_weight = nn.Parameter(torch.zeros(rows, hidden_size, **settings))
             self.borders = nn.Parameter(torch.zeros(KNOTS, **settings))
         for name, size in _SUMS.items():
             self.register_buffer(name, torch.zeros(size, **settings), persistent=False)
@@ -58,11 +60,15 @@ class Router(nn.Module):
         self.register_buffer("sizes", exact, persistent=False)
         self.notes_every = 0
         # Inputs [N, H], which of them are units, and tokens and pairs of each [2, N].
-        self.noted: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.noted: list[tuple[Tensor, ...]] = []
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits ``[...]`` in fp32 of hidden states ``[..., H]``; of a router that does not train a
         constant, which nothing below it hears of, unless it is a factor."""
+        return self._logits(hidden_states).squeeze(-1)
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        """``[..., rows]``."""
         if not self.weight.requires_grad and not self.is_factor:
             hidden_states = hidden_states.detach()
         weight, bias = self.weight, self.bias
@@ -72,14 +78,14 @@ class Router(nn.Module):
             weight = torch.lerp(weight, weight + self.work_weight, self.position)
             borders = self.borders.detach()  # set, not trained
             bias = bias + torch.lerp(borders[first], borders[first + 1], at - first)
-        return nn.functional.linear(hidden_states.float(), weight, bias).squeeze(-1)
+        return nn.functional.linear(hidden_states.float(), weight, bias)
 
     def note(self, made: Decisions, sizes: Tensor) -> None:
         """Take note of a micro-batch's decisions; ``sizes``: tokens and pairs of its units,
         ``[2, ...]``."""
         kept = made.mask.detach().bool() & made.valid
-        self.kept += kept.sum()
-        self.valid += made.valid.sum()
+        self.kept += kept.long().sum_to_size(self.kept.shape)
+        self.valid += made.valid.long().sum_to_size(self.valid.shape)
         for which, sums in zip((kept, made.valid), self.sizes, strict=True):
             sums += (sizes * which).flatten(1).sum(1)
 
@@ -93,12 +99,22 @@ class Router(nn.Module):
     def scores(self) -> Tensor:
         """Logits ``[N]`` that the units whose inputs are noted would have now, NaN where there is
         no unit."""
-        found = [self(inputs).masked_fill(~valid, torch.nan) for inputs, valid, _ in self.noted]
+        found = [
+            self._again(inputs, *more).masked_fill(~valid, torch.nan).flatten()
+            for inputs, valid, _, *more in self.noted
+        ]
         return torch.cat(found) if found else self.weight.new_empty(0)
+
+    def _again(self, inputs: Tensor, *more: Tensor) -> Tensor:
+        """Logits, of the shape of what is noted of the units."""
+        return self(inputs)
 
     def noted_sizes(self) -> Tensor:
         """Units, tokens and pairs of what is noted (``costs.SIZES``), fp64 ``[N, 3]``."""
-        found = [torch.cat((valid[None], sizes)).double() for _, valid, sizes in self.noted]
+        found = [
+            torch.cat((valid[None], sizes)).double().flatten(1)
+            for _, valid, sizes, *_ in self.noted
+        ]
         return torch.cat(found, 1).t() if found else self.sizes.new_empty(0, 3)
 
     def reset(self, *, notes_every: int = 0) -> None:

@@ -7,16 +7,19 @@ from typing import Literal, NamedTuple, get_args
 
 Granularity = Literal[
     "attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token",
-    "attn_sequence+mlp_sequence", "attn_token+mlp_token",
+    "attn_sequence+mlp_sequence", "attn_token+mlp_token", "expert_token",
 ]  # fmt: skip
 Selection = Literal["threshold", "top_k", "random"]
 Causal = Literal["auxiliary_loss", "predictor"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+EXPERT = "expert"  # a target: each of the experts of a layer that is a mixture of them
+# Those that any model can have.
+OF_ANY_MODEL = tuple(name for name in GRANULARITIES if not name.startswith(EXPERT))
 
 
 class Place(NamedTuple):
     """Where a router sits: a layer, by its global index, and what of it the router decides about,
-    its ``attn``, its ``mlp`` or the ``block``."""
+    its ``attn``, its ``mlp``, the ``block``, or each ``expert``."""
 
     layer: int
     target: str
@@ -26,7 +29,8 @@ class Place(NamedTuple):
 class Scheme:
     """``targets`` are what is computed or skipped, each by a router of its own: a layer's ``attn``,
     its ``mlp``, both of these, or the whole ``block`` as one; ``unit`` is who decides, a whole
-    ``sequence`` or each ``token``.
+    ``sequence`` or each ``token``. Of a mixture of experts it may be each ``expert``: a unit is
+    then a token with one of the experts that the model's gate sends it to.
 
     Its name, in settings and on disk, is a ``Granularity``.
     """
@@ -66,6 +70,18 @@ class Scheme:
         return self.unit == "sequence"
 
     @property
+    def per_expert(self) -> bool:
+        """A decision for each pair of a token and an expert that it is sent to."""
+        return EXPERT in self.targets
+
+    def units(self, *, sequences: int, tokens: int, top_k: int) -> int:
+        """How many decisions each router makes on so many sequences and tokens, each of which is
+        sent to ``top_k`` experts."""
+        if self.per_expert:
+            return tokens * top_k
+        return sequences if self.per_sequence else tokens
+
+    @property
     def covers_attention(self) -> bool:
         return self.attention_target is not None
 
@@ -76,12 +92,12 @@ class Scheme:
     @property
     def attention_target(self) -> str | None:
         """The target whose router decides about a layer's attention, if one does."""
-        return next((target for target in self.targets if target != "mlp"), None)
+        return next((target for target in self.targets if target in ("attn", "block")), None)
 
     @property
     def mlp_target(self) -> str | None:
         """The target whose router decides about a layer's MLP, if one does."""
-        return next((target for target in self.targets if target != "attn"), None)
+        return next((target for target in self.targets if target in ("mlp", "block")), None)
 
     @property
     def chooses_keys(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from megatron_mod.config.experts import check_mixture
 from megatron_mod.config.lora import LoraSettings
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
@@ -65,6 +66,7 @@ def arrange(
     p = config.parallel
     shape = {"num_layers": arch.num_layers, "hidden_size": arch.hidden_size}
     routing = routing or config.router.resolve(**shape)
+    check_mixture(routing.granularity, arch)
     if routing.work is not None and "routers" in config.train.parts:
         routing = evenly(routing, workload(arch, routing, [LENGTH]))
     lora = lora or config.lora.resolve(num_layers=arch.num_layers)

@@ -71,7 +71,9 @@ def run_schedule(
     """
     loss = loss or CrossEntropy()
     penalty, training = {}, controller is not None
-    num_units = batch.num_sequences if routing.scheme.per_sequence else batch.num_tokens
+    num_units = routing.scheme.units(
+        sequences=batch.num_sequences, tokens=batch.num_tokens, top_k=model.config.moe_router_topk
+    )
     capacities = {} if controller is None else controller.capacities
     if controller is not None:
         penalty = dict(zip(routing.places, controller.penalty_per_unit(num_units), strict=True))
@@ -117,7 +119,7 @@ def _reduce(
         routers = model.routers()
         for number, place in enumerate(routing.places):
             if router := routers.get(place):
-                units = torch.stack((router.kept, router.valid))[:, None]
+                units = torch.stack((router.kept.sum(), router.valid.sum()))[:, None]
                 sizes = torch.cat((units, router.sizes), 1)
                 causal = torch.stack((router.agreed, router.causal_loss))
                 noted[number] = torch.cat((sizes.flatten(), router.pull, causal))

@@ -11,7 +11,7 @@ import torch
 
 from megatron_mod.data.chat import Sample
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.routing.scheme import GRANULARITIES
+from megatron_mod.routing.scheme import OF_ANY_MODEL
 from tests.distributed import cases
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
@@ -52,7 +52,7 @@ def scheme(granularity: str, **changes: object) -> RoutingConfig:
     return cases.routing_config(granularity=granularity, **changes)
 
 
-EVERY = [scheme(name) for name in GRANULARITIES]
+EVERY = [scheme(name) for name in OF_ANY_MODEL]
 SELECTED = [
     scheme(name, keys_values="selected")
     for name in ("attn_token", "block_token", "attn_token+mlp_token")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_mod.config.lora import TARGETS, LoraSettings
 from megatron_mod.conversion.routers import Added
-from megatron_mod.routing.scheme import GRANULARITIES
+from megatron_mod.routing.scheme import OF_ANY_MODEL
 from tests.distributed import cases
 from tests.distributed.test_granularities import expected_of, make_case
 from tests.gpu.parted import parted
@@ -34,7 +34,7 @@ SHAPE = {
     "dtype": torch.bfloat16,
 }  # fmt: skip
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": 5}, "qwen2": {}, "qwen3": {}}
-SCHEMES = [(name, None) for name in GRANULARITIES]
+SCHEMES = [(name, None) for name in OF_ANY_MODEL]
 SCHEMES += [(name, "selected") for name in ("attn_token", "block_token", "attn_token+mlp_token")]
 LORA = LoraSettings(8, 2.0, 0.0, tuple(TARGETS), (0, 1, 3))
 PROJECTIONS = {

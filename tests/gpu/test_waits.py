@@ -12,7 +12,7 @@ import torch
 
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.routing.scheme import GRANULARITIES, Scheme
+from megatron_mod.routing.scheme import OF_ANY_MODEL, Scheme
 from tests.distributed import cases
 from tests.distributed.test_granularities import make_case
 from tests.gpu.where import HAS_GPU, layers_of, long_on_cpu
@@ -21,7 +21,7 @@ from tests.helpers.runs import DEFAULT, Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("single_process"), long_on_cpu]
 
-SCHEMES = [(name, None) for name in GRANULARITIES]
+SCHEMES = [(name, None) for name in OF_ANY_MODEL]
 SCHEMES += [(name, "selected") for name in ("attn_token", "block_token", "attn_token+mlp_token")]
 AT_ITS_END = 2  # waits of a step: whether it is finite, and Megatron's norm of the gradient
 

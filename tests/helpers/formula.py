@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from tests.helpers import experts
+
 Routers: TypeAlias = dict[tuple[int, str], Tensor]
 STAND_IN = ("stand_in.down.weight", "stand_in.up.weight", "stand_in.up.bias")
 # A granularity with each treatment of keys and values it can have.
@@ -60,12 +62,14 @@ def forward(
     masks: Routers | None = None,
     borders: dict[tuple[int, str], float] | None = None,
     more: dict[int, dict[str, Tensor]] | None = None,
+    renormalize: bool = False,
 ) -> tuple[Tensor, Routers, Routers]:
-    """One sequence through a dense model (``eager`` attention) with routers ``[1, H]``, by place,
-    or by layer where it has one router; so is what is returned.
+    """One sequence through a dense model (``eager`` attention) with routers ``[1, H]`` (of experts
+    ``[E, H]``), by place, or by layer where it has one router; so is what is returned.
 
     Returns logits ``[T, vocab]``, each router's mask (``[T]``; of a sequence, all alike)
-    and its logits (``[T]``; of a sequence ``[1]``). ``masks`` fixes decisions; ``borders`` are
+    and its logits (``[T]``; of a sequence ``[1]``); of experts both are ``[T * k]``, of the pairs
+    that the gate makes, token by token. ``masks`` fixes decisions; ``borders`` are
     the logits from which on a unit is kept (0 without). ``more``: routed layers' other tensors
     by their names in an export: a bias of the router, and what ``S`` is made of (nothing without).
     """
@@ -85,8 +89,12 @@ def forward(
             place = index, target
             if place not in routers:
                 continue
-            found = (normed[0].double() @ routers[place].double().squeeze(0)).float()
+            found = (normed[0].double() @ routers[place].double().t()).float()
             found = found + added.get(name_of("router.bias", target, granularity), 0.0)
+            if target == "expert":
+                asked = found
+                continue
+            found = found.squeeze(-1)
             logits[place] = found.mean(0, keepdim=True) if unit == "sequence" else found
             border = borders[place] if borders else 0.0
             kept[target] = made[place] = (
@@ -119,14 +127,28 @@ def forward(
         else:
             hidden = hidden + choose("attn", attended, normed)
             read = layer.post_attention_layernorm(hidden)
-            hidden = hidden + choose("mlp", layer.mlp(read), read)
+            if (place := (index, "expert")) in routers:
+                block = experts.block_of(layer)
+                assigned = experts.gate(block, read[0])[1]
+                logits[place] = asked[assigned]
+                border = borders[place] if borders else 0.0
+                made[place] = masks[place] if masks else (logits[place] >= border).float()
+                mask = torch.zeros_like(asked).masked_scatter(assigned, made[place])
+                hidden = hidden + experts.mixture(block, read[0], mask, renormalize=renormalize)
+                continue
+            hidden = hidden + choose("mlp", _feed_forward(layer, read), read)
     if by_layer:
         made, logits = ({k: v for (k, _), v in found.items()} for found in (made, logits))
     return model.lm_head(model.model.norm(hidden))[0], made, logits
 
 
 def _mlp(layer, hidden: Tensor) -> Tensor:
-    return layer.mlp(layer.post_attention_layernorm(hidden))
+    return _feed_forward(layer, layer.post_attention_layernorm(hidden))
+
+
+def _feed_forward(layer, read: Tensor) -> Tensor:
+    found = experts.block_of(layer)(read)
+    return found[0] if isinstance(found, tuple) else found
 
 
 def stand_in(added: dict[str, Tensor], read: Tensor) -> Tensor | float:
@@ -168,7 +190,8 @@ def mixed_routers(
     routers: Routers = {}
     for place in places(layers, scheme["granularity"]):
         while place not in routers:
-            weight = torch.randn(1, dense.config.hidden_size, generator=generator)
+            rows = experts.count(dense) if place[1] == "expert" else 1
+            weight = torch.randn(rows, dense.config.hidden_size, generator=generator)
             trial = {**routers, place: weight}
             decided = [forward(dense, p, trial, **scheme) for p in prompts]
             kept = torch.cat([masks[place] for _, masks, _ in decided]).mean()

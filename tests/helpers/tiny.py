@@ -24,6 +24,17 @@ LLAMAS = {
     },
 }  # fmt: skip
 
+EXPERTS = 4  # of each layer of the mixtures below, two of them for each token
+_MIXTURES = {
+    "mixtral": {"num_local_experts": EXPERTS, "num_key_value_heads": 2, "intermediate_size": 24},
+    "qwen3_moe": {
+        "num_experts": EXPERTS, "norm_topk_prob": True, "moe_intermediate_size": 24,
+        "num_key_value_heads": 2, "head_dim": 16,
+    },
+    "olmoe": {"num_experts": EXPERTS, "num_key_value_heads": 2, "intermediate_size": 24},
+}  # fmt: skip
+MIXTURES = {n: (n, {"num_experts_per_tok": 2, **c}) for n, c in _MIXTURES.items()}
+
 # Each family's own features: (model type, changes to the settings below).
 FAMILIES = {
     "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": 5}),
@@ -31,6 +42,12 @@ FAMILIES = {
     "qwen2": ("qwen2", {"num_key_value_heads": 2}),
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "vocab_size": 131}),
     "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
+    **MIXTURES,
+    "mixtral_window": ("mixtral", {**MIXTURES["mixtral"][1], "sliding_window": 5}),
+    "qwen3_moe_not_normalized": (
+        "qwen3_moe",
+        {**MIXTURES["qwen3_moe"][1], "norm_topk_prob": False},
+    ),
 }
 
 

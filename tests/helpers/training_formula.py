@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from tests.helpers import experts
+
 
 @dataclass
 class Scheme:
@@ -29,6 +31,7 @@ class Scheme:
     threshold: float = 0.5
     priced: bool = False
     fixed: bool = False
+    renormalize: bool = False
     loss: str = "task"
 
     @property
@@ -58,11 +61,14 @@ def straight_through(logit: Tensor, threshold: float) -> Tensor:
 def attention(module, normed: Tensor, rotary: tuple, seen: Tensor) -> Tensor:
     """Softmax attention of one document ``[T, H]``; ``seen`` bool ``[T, T]``: key by query."""
     length, dim = normed.shape[0], module.head_dim
-    q, k, v = (
-        p(normed).view(1, length, -1, dim) for p in (module.q_proj, module.k_proj, module.v_proj)
-    )
-    if hasattr(module, "q_norm"):
-        q, k = module.q_norm(q), module.k_norm(k)
+    q, k, v = (p(normed) for p in (module.q_proj, module.k_proj, module.v_proj))
+    norms = hasattr(module, "q_norm") and (module.q_norm, module.k_norm)
+    across_heads = norms and len(norms[0].weight) == q.shape[-1] != dim  # OLMoE
+    if across_heads:
+        q, k = norms[0](q), norms[1](k)
+    q, k, v = (t.view(1, length, -1, dim) for t in (q, k, v))
+    if norms and not across_heads:
+        q, k = norms[0](q), norms[1](k)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     q, k = apply_rotary_pos_emb(q, k, *rotary)
     k, v = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (k, v))
@@ -84,16 +90,24 @@ def stand_in(own: dict[str, Tensor], read: Tensor) -> Tensor:
     return inner @ own["stand_in.up.weight"].t() + own["stand_in.up.bias"]
 
 
+def feed_forward(layer, read: Tensor, *mask: Tensor, **how: bool) -> Tensor:
+    """The update ``[T, H]`` of a layer's MLP, or of its mixture (see ``experts.mixture``)."""
+    block = experts.block_of(layer)
+    return experts.mixture(block, read, *mask, **how) if hasattr(block, "gate") else block(read)
+
+
 def forward(
     model, ids: Sequence[int], prompt: int, added: Added, scheme: Scheme
 ) -> tuple[Tensor, dict[tuple[int, str], Tensor], float]:
-    """One document: logits ``[T, vocab]``, each router's mask (a scalar or ``[T]``) by place, and
-    the smallest distance of a logit from the border."""
+    """One document: logits ``[T, vocab]``, each router's mask (a scalar or ``[T]``; of experts one
+    number for each pair that the gate makes) by place, and the smallest distance of a logit from
+    the border."""
     ids = torch.tensor([list(ids)])
     x = model.model.embed_tokens(ids)
     rotary = model.model.rotary_emb(x, torch.arange(ids.shape[1])[None])
     x, made, margin = x[0], {}, math.inf
     causal = torch.ones(len(x), len(x)).tril().bool()
+    by_expert = scheme.granularity == "expert_token"
     if window := getattr(model.config, "sliding_window", None):
         causal = causal.triu(1 - window)
     border = math.log(scheme.threshold / (1 - scheme.threshold))
@@ -102,8 +116,11 @@ def forward(
         masks, owns, seen = {}, {}, causal
         for target in scheme.targets if index in scheme.layers else ():
             own = owns[target] = scheme.own(added[index], target)
-            logit = (normed.double() @ own["router.weight"].double().squeeze(0)).float()
+            logit = (normed.double() @ own["router.weight"].double().t()).float()
             logit = logit + own.get("router.bias", torch.zeros(1))
+            if by_expert:  # of pairs that the gate makes
+                continue
+            logit = logit.squeeze(-1)
             if scheme.granularity.endswith("sequence"):
                 pooled = logit[:prompt] if scheme.pooling == "prompt" else logit
                 logit = pooled.mean()
@@ -128,12 +145,21 @@ def forward(
 
         update = attention(layer.self_attn, normed, rotary, seen)
         if "block" in masks:
-            update = update + layer.mlp(layer.post_attention_layernorm(x + update))
+            update = update + feed_forward(layer, layer.post_attention_layernorm(x + update))
             x = x + choose("block", update, normed)
             continue
         x = x + choose("attn", update, normed)
         read = layer.post_attention_layernorm(x)
-        x = x + choose("mlp", layer.mlp(read), read)
+        if by_expert and index in scheme.layers:
+            assigned = experts.gate(experts.block_of(layer), read)[1]
+            margin = min(margin, float((logit.detach() - border)[assigned].abs().min()))
+            m = straight_through(logit, scheme.threshold) * assigned
+            own_mask, m = m, m * m.detach() if scheme.training_compute == "sparse" else m
+            made[index, "expert"] = (m if scheme.priced else own_mask)[assigned]
+            m = m.detach() if scheme.fixed else m
+            x = x + feed_forward(layer, read, m, renormalize=scheme.renormalize)
+            continue
+        x = x + choose("mlp", feed_forward(layer, read), read)
     return model.lm_head(model.model.norm(x)), made, margin
 
 

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mod.model.layout import StepContext, TokenLayout
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.routing.scheme import GRANULARITIES, Scheme
+from megatron_mod.routing.scheme import OF_ANY_MODEL, Scheme
 
 HIDDEN, FFN, HEADS, LENGTH, ROWS, RANK = 32, 48, 4, 16, 3, 5
-CASES = [(name, None) for name in GRANULARITIES]
+CASES = [(name, None) for name in OF_ANY_MODEL]
 CASES += [(name, "selected") for name in ("attn_token", "block_token", "attn_token+mlp_token")]
 
 

@@ -18,7 +18,7 @@ from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.cost import Costs, forward_costs, training_costs
 from megatron_mod.model.pipeline import cheapest_layout, even_layout, megatron_layout, step_cost
 from megatron_mod.routing.config import NO_ROUTERS, RoutingConfig
-from megatron_mod.routing.scheme import GRANULARITIES, Scheme
+from megatron_mod.routing.scheme import OF_ANY_MODEL, Scheme
 
 ARCH = Architecture(
     num_layers=5, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
@@ -196,7 +196,7 @@ def test_what_is_not_run_is_on_the_first_stage_where_it_can_be(trainer, tmp_path
     assert sum(cut(*given, four, plan.train, num_free_layers=4).layout) == 6
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", OF_ANY_MODEL)
 @pytest.mark.parametrize("layers", [(0, 2), (2, 3), (4,)], ids=str)
 def test_training_costs_what_torch_counts(single_process, granularity, layers):
     """But for pairs of tokens that do not see each other, which torch computes and hides, and the
@@ -300,7 +300,7 @@ def test_so_does_computing_again(single_process, granularity):
     assert more == sum(costs["full"]) - sum(costs["none"]) + unseen * (ARCH.num_layers - 1)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", OF_ANY_MODEL)
 def test_sparse_training_costs_what_is_kept(single_process, granularity):
     """All that a fully skipped layer computes is what its scheme does not cover."""
     routers = len(Scheme.parse(granularity).targets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_mod.conversion.mappings import Mapping
+from megatron_mod.conversion.mappings import Mapping, Part
 from megatron_mod.model.architecture import Architecture
 
 # What Megatron's Llama-3 RoPE scaling fixes; only the factor can be set.
@@ -26,6 +26,9 @@ class Family:
     table: Callable[[Architecture], list[Mapping]]
     # Tensors a file may hold that carry no information of their own.
     ignored: Callable[[Architecture, str], bool]
+    # Where the table's tensors are in files that keep a layer's experts in one tensor, of a family
+    # whose files may; tensors that are the same in both are not named.
+    fused: Callable[[Architecture], dict[str, Part]] = lambda arch: {}
 
 
 def value_of(hf_config: dict, field: str):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron_mod.conversion.families.base import read_rope, require, value_of
 from megatron_mod.conversion.mappings import QKV, Direct, GatedMLP, Mapping
 from megatron_mod.model.architecture import Architecture
@@ -72,14 +74,35 @@ def require_full_attention(hf_config: dict) -> None:
         )
 
 
-def table(arch: Architecture) -> list[Mapping]:
-    """Every parameter of the model, once."""
+def _mlp(arch: Architecture, mcore: str, hf: str) -> list[Mapping]:
+    return [
+        Direct(
+            f"{mcore}.mlp.linear_fc1.layer_norm_weight", f"{hf}.post_attention_layernorm.weight"
+        ),
+        GatedMLP(
+            f"{mcore}.mlp.linear_fc1.weight",
+            gate=f"{hf}.mlp.gate_proj.weight",
+            up=f"{hf}.mlp.up_proj.weight",
+        ),
+        Direct(f"{mcore}.mlp.linear_fc2.weight", f"{hf}.mlp.down_proj.weight"),
+    ]
+
+
+def table(
+    arch: Architecture, *, mlp: Callable[[Architecture, str, str], list[Mapping]] = _mlp
+) -> list[Mapping]:
+    """Every parameter of the model, once.
+
+    Args:
+        mlp: the rows of what follows a layer's attention, its norm included, from what the layer's
+            names begin with in Megatron and in Hugging Face's model.
+    """
     rows: list[Mapping] = [
         Direct("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
     ]
     for index in range(arch.num_layers):
         mcore, hf = f"decoder.layers.{index}", f"model.layers.{index}"
-        rows += _attention(arch, f"{mcore}.self_attention", hf) + _mlp(f"{mcore}.mlp", hf)
+        rows += _attention(arch, f"{mcore}.self_attention", hf) + mlp(arch, mcore, hf)
     rows.append(Direct("decoder.final_layernorm.weight", "model.norm.weight"))
     if not arch.tied_embeddings:
         rows.append(Direct("output_layer.weight", "lm_head.weight"))
@@ -103,23 +126,11 @@ def _attention(arch: Architecture, mcore: str, hf: str) -> list[Mapping]:
                 queries_per_group=arch.num_attention_heads // arch.num_query_groups,
             )
         )
-    if arch.qk_norm:
+    if arch.qk_norm or arch.qk_norm_across_heads:
         rows += [
             Direct(f"{mcore}.{x}_layernorm.weight", f"{hf}.self_attn.{x}_norm.weight") for x in "qk"
         ]
     return [*rows, Direct(f"{mcore}.linear_proj.weight", f"{hf}.self_attn.o_proj.weight")]
-
-
-def _mlp(mcore: str, hf: str) -> list[Mapping]:
-    return [
-        Direct(f"{mcore}.linear_fc1.layer_norm_weight", f"{hf}.post_attention_layernorm.weight"),
-        GatedMLP(
-            f"{mcore}.linear_fc1.weight",
-            gate=f"{hf}.mlp.gate_proj.weight",
-            up=f"{hf}.mlp.up_proj.weight",
-        ),
-        Direct(f"{mcore}.linear_fc2.weight", f"{hf}.mlp.down_proj.weight"),
-    ]
 
 
 def ignored(arch: Architecture, name: str) -> bool:

@@ -1,0 +1,169 @@
+"""The mixture of experts that stands in a layer where other models have one MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, TypeAlias
+
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_mod.model import recompute
+from megatron_mod.parallel.topology import process_groups
+
+# Of tokens and experts ``[..., experts]``, which pairs count, and how much: from the gate's weights and
+# its choice, a bool, to others.
+Pairs: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Gate(TopKRouter):
+    """The model's own choice of experts for each token, which Megatron calls a router: it belongs
+    to the base, as the experts do, and has nothing to do with the routers that this package adds.
+
+    Its logits are in the model's dtype and all that follows on them in float32, as Hugging Face's
+    models have it.
+    """
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits ``[..., experts]`` of ``[..., H]``."""
+        return F.linear(input, self.weight).float()
+
+
+class Experts(SequentialMLP):
+    """This rank's experts, one after the other; in checkpoints each has keys of its own."""
+
+    linears: ClassVar = LocalSpecProvider()
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        **unused: object,
+    ) -> None:
+        expert = MLPSubmodules(
+            linear_fc1=self.linears.column_parallel_linear(),
+            linear_fc2=self.linears.row_parallel_linear(),
+        )
+        super().__init__(num_local_experts, config, expert, pg_collection=pg_collection)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """As Megatron's, of whole experts by their numbers among those of all ranks: no tensor
+        holds all of them."""
+        state, first = {}, self.ep_group.rank() * self.num_local_experts
+        for number, expert in enumerate(self.local_experts):
+            local, name = f"{prefix}local_experts.{number}.", f"{prefix}experts.{first + number}."
+            entries = expert.sharded_state_dict(local, sharded_offsets, metadata)
+            replace_prefix_for_sharding(entries, local, name)
+            for entry in entries.values():
+                entry.replica_id = (*entry.replica_id[:2], self.dp_group.rank())
+            state.update(entries)
+        return state
+
+
+class Dispatcher(MoEAlltoAllTokenDispatcher):
+    """Megatron's, which on a CPU finds its numbers where it looks for them."""
+
+    def preprocess(self, routing_map: Tensor) -> Tensor:
+        """As Megatron's, which makes arrays of what it brings from a GPU to the host, and of
+        nothing that is there already."""
+        counts = super().preprocess(routing_map)
+        if not routing_map.is_cuda:
+            for name in ("input_splits", "output_splits", "output_splits_tp"):
+                value = getattr(self, name)
+                if isinstance(value, Tensor):
+                    setattr(self, name, value.numpy())
+        return counts
+
+
+class MixtureOfExperts(MoELayer):
+    """``y = sum over the chosen experts e of g_e * F_e(x)``, ``g`` and the choice its gate's.
+
+    Every rank that shares the experts must enter it, with no tokens too, and its backward pass: the
+    others wait in it. Tensor-parallel ranks that hold the same tokens send each a part of them.
+    """
+
+    experts_type: ClassVar[type[Experts]] = Experts
+    recomputes = False  # a layer that does not see to it sets it: its input is all that is kept
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused: object,
+    ) -> None:
+        groups = pg_collection or process_groups()
+        submodules = MoESubmodules(experts=self.experts_type, router=Gate)
+        super().__init__(config=config, submodules=submodules, pg_collection=groups)
+        self.token_dispatcher = Dispatcher(
+            self.num_local_experts, self.local_expert_indices, config=config, pg_collection=groups
+        )
+        self.shares_tokens = groups.tp.size() > 1 and not config.sequence_parallel
+
+    def forward(
+        self, hidden_states: Tensor, *, pairs: Pairs | None = None, **unused: object
+    ) -> tuple[Tensor, None]:
+        """What the experts make of ``[S, B, H]``.
+
+        Args:
+            pairs: is shown the gate's weights ``[S, B, experts]`` and its choice, and says which
+                count instead: what is not chosen is neither sent nor computed. Backward asks again
+                where activations are computed again.
+        """
+        if self.recomputes and hidden_states.requires_grad:
+            return recompute.again(self._output, hidden_states, pairs), None
+        return self._output(hidden_states, pairs), None
+
+    def _output(self, hidden_states: Tensor, pairs: Pairs | None) -> Tensor:
+        tokens = hidden_states.flatten(0, -2)
+        weights, chosen = self.router(tokens)
+        if pairs is not None:
+            shape = (*hidden_states.shape[:-1], -1)
+            weights, chosen = pairs(weights.view(shape), chosen.view(shape))
+            weights, chosen = weights.flatten(0, -2), chosen.flatten(0, -2)
+        if self.shares_tokens:
+            output = self._gather(self._mix(*map(self._share, (tokens, weights, chosen))))
+            output = output[: len(tokens)]
+        else:
+            output = self._mix(tokens, weights, chosen)
+        return output.view_as(hidden_states)
+
+    def _mix(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """``[N, H]`` of tokens ``[N, H]`` and of weights and a choice ``[N, experts]``."""
+        dispatcher = self.token_dispatcher
+        sent, weights = dispatcher.dispatch_preprocess(tokens, chosen, weights)
+        received, weights = dispatcher.token_dispatch(sent, weights)
+        received, counts, weights = dispatcher.dispatch_postprocess(received, weights)
+        output, bias = self.experts(received, counts, weights)
+        assert bias is None, bias
+        output = dispatcher.token_combine(dispatcher.combine_preprocess(output))
+        return dispatcher.combine_postprocess(output)
+
+    def _share(self, rows: Tensor) -> Tensor:
+        """This tensor-parallel rank's part of rows that all of them hold; zeros fill the last's."""
+        short = -len(rows) % self.tp_group.size()
+        return scatter_to_sequence_parallel_region(
+            F.pad(rows, (0, 0, 0, short)), group=self.tp_group
+        )
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        return gather_from_sequence_parallel_region(
+            rows, tensor_parallel_output_grad=False, group=self.tp_group
+        )

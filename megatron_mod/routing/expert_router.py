@@ -1,0 +1,50 @@
+"""A router for each of a layer's experts: one affine map from a hidden state to all their logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_mod.routing.router import Router
+
+
+class ExpertRouter(Router):
+    """``H -> num_experts``: each logit is about one expert, for tokens that the model's gate sends
+    to it.
+
+    A unit is such a pair of token and expert. The experts' biases are their own, so that one can be
+    worth more than another, and all of a layer's have the one border, which moves them together:
+    a batch sends some experts too few tokens to find a quantile in. ``kept`` and ``valid`` count
+    each expert's pairs, and of every ``notes_every``-th token all pairs are noted.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        bias: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        """``top_k``: experts that a token is sent to."""
+        super().__init__(hidden_size, bias=bias, rows=num_experts, device=device)
+        self.top_k = top_k
+        for name in ("kept", "valid"):
+            setattr(self, name, torch.zeros(num_experts, dtype=torch.float32, device=device))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Logits ``[..., num_experts]`` in fp32 of hidden states ``[..., H]``; of a router that
+        does not train a constant."""
+        return self._logits(hidden_states)
+
+    def note_inputs(self, inputs: Tensor, valid: Tensor, sizes: Tensor) -> None:
+        """Keep what pairs were decided on: tokens ``[N, H]``, and which experts they are sent to,
+        bool ``[N, num_experts]``; ``sizes``: tokens and pairs of each token, ``[2, N]``."""
+        sent, experts = valid.int().topk(self.top_k)
+        sizes = sizes[..., None].expand(-1, -1, self.top_k)
+        self.noted.append((inputs.detach().contiguous(), sent.bool(), sizes, experts))
+
+    def _again(self, inputs: Tensor, *more: Tensor) -> Tensor:
+        (experts,) = more
+        return self(inputs).gather(-1, experts)
