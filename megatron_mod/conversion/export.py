@@ -24,8 +24,8 @@ from megatron_mod.routing.scheme import Causal
 
 
 def portable_config(hf_config: dict) -> dict:
-    """``config.json`` with rotary settings and dtype under both releases' names, and without the
-    code of the folder it came from, which stays there."""
+    """``config.json`` with rotary settings, dtype and number of experts under both releases' names,
+    and without the code of the folder it came from, which stays there."""
     config = {name: value for name, value in hf_config.items() if name != "auto_map"}
     rope = config.get("rope_parameters")
     scaling = config.get("rope_scaling")
@@ -38,6 +38,8 @@ def portable_config(hf_config: dict) -> dict:
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype:
         config.update(dtype=dtype, torch_dtype=dtype)
+    if experts := config.get("num_experts") or config.get("num_local_experts"):
+        config.update(num_experts=experts, num_local_experts=experts)
     return config
 
 

@@ -62,7 +62,9 @@ class FusedExperts:
         know the parts' shapes."""
         sizes: dict[str, tuple[int, ...]] = {}
         for part in self._parts.values():
-            size = (part.stop,) if part.expert is None else (part.expert + 1, part.stop)
+            size: tuple[int, ...] = (part.stop,)
+            if part.expert is not None:
+                size = (part.expert + 1, part.stop)
             sizes[part.name] = max(size, sizes.get(part.name, size))
         for name, size in sizes.items():
             shape = tuple(self._reader.like(name).shape)
