@@ -124,9 +124,10 @@ class RouterConfig:
         init: where routers start that are not given (model.routers): at the `importance` of their
             layers, the cost of leaving each out, measured on the first samples (the default); or at
             `zeros`. With `top_k` and `random` they start at small random numbers.
-        stand_in: what a skipped unit adds: `none`, nothing, as with experts; `linear` (else the
-            default with `threshold`), a small affine map of what the router reads, solved in closed form on the
-            first samples, unless the routers that training starts from have them.
+        stand_in: what a skipped unit adds: `none`, nothing; `linear` (the default with `threshold`,
+            but for experts, which have none), a small affine map of what the router reads, solved
+            in closed form on the first samples, unless the routers that training starts from have
+            them.
         stand_in_rank: rank of that map, at least 1; unset: 32 for attention alone, 64 for MLPs
             and blocks, or half the hidden size where that is less.
         stand_in_tokens: tokens it is solved on, at least 1; unset: 16384.
@@ -424,7 +425,7 @@ class LoraConfig:
         targets: the projections that have one: `all-linear` (unset), all of a layer's; or some, by
             Hugging Face's names (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj) or
             Megatron's, each for all projections in it (linear_qkv, linear_proj, linear_fc1,
-            linear_fc2).
+            linear_fc2); of a mixture of experts the attention's only.
         layers: the layers that have them: `all` (unset), or as router.layers.
         lr: peak learning rate of the adapters, above 0; unset: optimizer.lr.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,13 +20,16 @@ from torch import Tensor
 from megatron_mod.config.lora import LoraSettings
 from megatron_mod.model import recompute
 from megatron_mod.model.exact_choice import ExactChoice
+from megatron_mod.model.expert_choice import ExpertChoice
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
 from megatron_mod.model.lora import LayerAdapters
+from megatron_mod.model.mixture import Pairs
 from megatron_mod.model.trainable import LORA, ROUTERS, STAND_INS
 from megatron_mod.parallel import device
 from megatron_mod.routing.auxiliary import beside
 from megatron_mod.routing.config import AUTO, RoutingConfig
 from megatron_mod.routing.decision import Decisions, keep_mask
+from megatron_mod.routing.expert_router import ExpertRouter
 from megatron_mod.routing.predictor import Predictor
 from megatron_mod.routing.router import Router
 from megatron_mod.routing.scheme import Place
@@ -41,7 +45,7 @@ from megatron_mod.routing.stand_in import StandIn
 _NO_GRAPH = "what a routed layer computes depends on its router's decisions, which no graph repeats"
 
 
-class RoutedTransformerLayer(ExactChoice, TransformerLayer):
+class RoutedTransformerLayer(ExactChoice, ExpertChoice, TransformerLayer):
     """``y = x + m * F(x) + (1 - m) * S(x)`` with ``F`` attention, MLP or both, ``m`` its router's
     decision, and ``S`` its stand-in, or nothing; or so for the attention and then for the MLP, each
     with a router and a stand-in of its own, which decide when the layer is entered.
@@ -54,6 +58,9 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
     With an exact selection (``router.selection: top_k``) it is ``y = x + r * F(x)`` at the chosen
     tokens of each document, ``r`` the router's logit, and ``y = x`` at the others; a predictor or
     the router itself learns beside it which these are (``_choose_exactly``).
+
+    Of a mixture of experts the router may decide about each expert: ``y = x + sum of g_e m_e
+    F_e(x)`` over those that the model's own gate sends a token to (``_choose_experts``).
 
     With sequence parallelism the layer gathers its rows, works as if there were none, and
     scatters them again: its tensor-parallel ranks then decide on the same numbers, and
@@ -86,16 +93,7 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
         self.routing = routing
         place = None if config.use_cpu_initialization else torch.cuda.current_device()
         targets = routing.scheme.targets
-        self.router = _for_each(
-            targets,
-            lambda: Router(
-                config.hidden_size,
-                bias=routing.bias,
-                is_factor=routing.is_exact,
-                position=routing.budgets and routing.position(routing.budget),
-                device=place,
-            ),
-        )
+        self.router = _for_each(targets, partial(self._make_router, device=place))
         self.predictor = None
         if size := routing.predictor_size:
             self.predictor = _for_each(
@@ -107,6 +105,24 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
                 targets, lambda: StandIn(config.hidden_size, rank, device=place)
             )
         self.lora = None if lora is None else LayerAdapters(self, lora)
+
+    def _make_router(self, *, device: int | None) -> Router:
+        config, routing = self.config, self.routing
+        if routing.scheme.per_expert:
+            return ExpertRouter(
+                config.hidden_size,
+                config.num_moe_experts,
+                config.moe_router_topk,
+                bias=routing.bias,
+                device=device,
+            )
+        return Router(
+            config.hidden_size,
+            bias=routing.bias,
+            is_factor=routing.is_exact,
+            position=routing.budgets and routing.position(routing.budget),
+            device=device,
+        )
 
     def forward(
         self,
@@ -144,8 +160,11 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
         normed = self.input_layernorm(x)
         auxiliary: list[Tensor] = []
         chosen = self._choose(normed, layout, auxiliary)
-        rest = x, normed, chosen, layout, rotary_pos_emb
+        about_experts = self._ask_experts(normed, layout)
+        rest = x, normed, chosen, about_experts, layout, rotary_pos_emb
         x = recompute.again(self._compute, *rest) if self.recomputes else self._compute(*rest)
+        if about_experts is not None:
+            self._note_experts(normed, layout)
         for loss in auxiliary:
             x = beside(x, loss)
         if self.gathers_rows:
@@ -157,10 +176,12 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
         x: Tensor,
         normed: Tensor,
         chosen: dict[str, Selection | Everything],
+        about_experts: Tensor | None,
         layout: TokenLayout,
         rotary_pos_emb: Tensor | None,
     ) -> Tensor:
-        """All that follows on the choices, by target, of rows ``[S, B, H]``."""
+        """All that follows on the choices, by target, and on logits about experts, of rows
+        ``[S, B, H]``."""
         if block := chosen.get("block"):
             update = self._attend(normed, block, layout, rotary_pos_emb)
             update = update + self._feed_forward(block.take(x) + update)
@@ -170,7 +191,10 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
         update = self._attend(normed, attending, layout, rotary_pos_emb)
         self._show("attn", layout, x, normed, update)
         x = attending.add(x, update, self._instead("attn", normed))
-        update = self._feed_forward(feeding.take(x))
+        pairs = {}
+        if about_experts is not None:
+            pairs = {"pairs": partial(self._choose_experts, about_experts, layout)}
+        update = self._feed_forward(feeding.take(x), **pairs)
         if layout.step.watch_units and "mlp" in self.routing.scheme.targets:
             self._show("mlp", layout, x, self.pre_mlp_layernorm(x), update)
         return feeding.add(x, update, self._instead("mlp", x, self.pre_mlp_layernorm))
@@ -238,6 +262,8 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
         targets = self.routing.scheme.targets
         if layout.step.dense:
             return dict.fromkeys(targets, Everything())
+        if self.routing.scheme.per_expert:
+            return {}  # what they are sent is known when the mixture is entered
         if self.routing.is_exact:
             return self._choose_exactly(normed, layout, auxiliary)
         decide = self._decide_tokens
@@ -337,8 +363,13 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
     def _decide(
         self, place: Place, logits: Tensor, valid: Tensor, sizes: Tensor, layout: TokenLayout
     ) -> Tensor:
-        """The mask of units with these logits, zero where there is none; noted in the layout, and
-        with their ``sizes`` in the router."""
+        """``_mask``, noted with the units' ``sizes`` in the router."""
+        mask = self._mask(place, logits, valid, layout)
+        self._own(self.router, place.target).note(layout.decisions[place], sizes)
+        return mask
+
+    def _mask(self, place: Place, logits: Tensor, valid: Tensor, layout: TokenLayout) -> Tensor:
+        """The mask of units with these logits, zero where there is none; noted in the layout."""
         router = self._own(self.router, place.target)
         penalty = layout.step.penalty_per_unit.get(place)
         finds_price = self.routing.capacity_loss_weight == AUTO
@@ -351,8 +382,7 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
             # No price is known for what was not computed.
             only_kept=finds_price and self.routing.training_compute == "sparse",
         )
-        layout.decisions[place] = made = Decisions(logits, mask, valid)
-        router.note(made, sizes)
+        layout.decisions[place] = Decisions(logits, mask, valid)
         return mask
 
     def _attend(
@@ -394,20 +424,21 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
             return AttentionPlan(queries=layout.tokens, keys=layout.tokens, kept_keys=kept)
         return layout.attention
 
-    def _feed_forward(self, hidden_states: Tensor) -> Tensor:
-        """The MLP's update of a grid ``[S, B, H]`` or a stream ``[N, 1, H]``.
+    def _feed_forward(self, hidden_states: Tensor, **pairs: Pairs) -> Tensor:
+        """The MLP's update of a grid ``[S, B, H]`` or a stream ``[N, 1, H]``; of a mixture, of the
+        ``pairs`` of tokens and experts that are chosen.
 
         It is entered with no tokens too, because other ranks may wait in it.
         """
         trains = hidden_states.requires_grad or (self.lora is not None and self.lora.trains)
-        if self.recomputes_mlp and trains:
-            return recompute.again(self._mlp, hidden_states)
-        return self._mlp(hidden_states)
+        if self.recomputes_mlp and (trains or pairs):
+            return recompute.again(self._mlp, hidden_states, **pairs)
+        return self._mlp(hidden_states, **pairs)
 
-    def _mlp(self, hidden_states: Tensor) -> Tensor:
+    def _mlp(self, hidden_states: Tensor, **pairs: Pairs) -> Tensor:
         if len(hidden_states):
             hidden_states = self.pre_mlp_layernorm(hidden_states)
-        output, bias = self.mlp(hidden_states)
+        output, bias = self.mlp(hidden_states, **pairs)
         return output if bias is None else output + bias
 
     def _require_equal_decisions(self, kept: Tensor) -> None:
