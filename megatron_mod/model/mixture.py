@@ -107,8 +107,8 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
 
 
 class _LaidOut(torch.autograd.Function):
-    """Forward: the tensor. Backward: its gradient, contiguous, which Megatron's sum over ranks takes
-    for granted: of another it sums a copy."""
+    """Forward: the tensor. Backward: its gradient, contiguous, which Megatron's sum over ranks
+    takes for granted: of another it sums a copy."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:

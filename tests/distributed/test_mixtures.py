@@ -78,11 +78,8 @@ def recomputed(topology: dict) -> list[dict]:
     ("trainings", "world", "topologies"),
     [
         ([*EVERY, *SPARSE, *SKIPS_ALL], 1, [{}, {"packed": True}]),
-        (
-            [*EVERY, *SPARSE, *SKIPS_ALL, EXACT],
-            2,
-            [{"expert": 2}, {"expert": 2, "rows": 1}],
-        ),
+        # Eight rows by threes on two ranks: one runs padding.
+        ([*EVERY, *SPARSE, *SKIPS_ALL, EXACT], 2, [{"expert": 2, "rows": 3}]),
         (
             [EVERY[3], SPARSE[1], SPARSE[5], SPARSE[-1], *SKIPS_ALL],
             2,
@@ -176,5 +173,5 @@ def test_a_run_goes_on_at_another_degree(tmp_path, single_process):
         for line, expected in zip(metrics(tmp_path / name), wanted, strict=True):
             for key in ("loss", "task_loss", "grad_norm", "capacity"):
                 assert line[key] == pytest.approx(expected[key], rel=1e-3), (name, key)
-    topology = read_manifest(tmp_path / "experts-again" / "step_6")["topology"]
+    topology = read_manifest(next((tmp_path / "experts-again").glob("step_*6")))["topology"]
     assert topology["expert_model_parallel_size"] == 2
