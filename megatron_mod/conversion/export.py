@@ -19,7 +19,7 @@ from megatron_mod.conversion.config_types import (
     is_whole,
 )
 from megatron_mod.conversion.families.base import rope_theta_of
-from megatron_mod.hf import FILES, MODULE
+from megatron_mod.hf import FILES, MODULE, routed_name
 from megatron_mod.routing.config import AUTO, RoutingConfig
 from megatron_mod.routing.scheme import Causal
 
@@ -61,7 +61,8 @@ def add_routing(folder: Path, routing: RoutingConfig) -> None:
 
     The model type is one of our own, so that opening the folder without ``trust_remote_code`` is an
     error and not silently the dense model. Transformers chooses a tokenizer by it too, so the
-    folder's is made one that needs no choice.
+    folder's is made one that needs no choice. Gates' logits, of which a training makes its
+    load-balancing loss, are given to who asks for them, whatever the folder said.
     """
     from megatron_mod.data.tokenizer import make_plain  # imports transformers
 
@@ -69,7 +70,7 @@ def add_routing(folder: Path, routing: RoutingConfig) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     family = config["model_type"]
-    name = f"MoD{family.capitalize()}"
+    name = routed_name(family)
     config.update(
         model_type=f"mod_{family}",
         architectures=[f"{name}ForCausalLM"],
@@ -80,6 +81,8 @@ def add_routing(folder: Path, routing: RoutingConfig) -> None:
         },
         routing=routing.to_dict(),
     )
+    if config.get("output_router_logits"):
+        config["output_router_logits"] = False
     _write(path, config)
     for file in FILES:
         shutil.copyfile(file, folder / file.name)
@@ -124,6 +127,7 @@ ROUTING = {
     "stand_in_rank": Kind(
         "a whole number above 0, or null", lambda v: v is None or COUNT.accepts(v)
     ),
+    "renormalize": BOOLEAN,
 }
 
 

@@ -11,6 +11,7 @@ GRANULARITIES = {
     for targets in (("attn",), ("mlp",), ("block",), ("attn", "mlp"))
     for unit in ("sequence", "token")
 }
+GRANULARITIES["expert_token"] = ("expert",), "token"
 # Of these a number of tokens can be kept exactly (``selection: top_k``).
 EXACT_GRANULARITIES = ("attn_token", "mlp_token", "block_token")
 CAUSAL = ("auxiliary_loss", "predictor")
@@ -32,11 +33,18 @@ class RoutedConfig:
     number per router) of each text's tokens, those of the largest logits, which multiply what they
     are given. The threshold is then that of the causal rule, and ``causal`` says of which logits: a
     ``predictor``'s of hidden size ``predictor_size``, or, with an ``auxiliary_loss``, the router's.
+
+    With ``expert_token`` a unit is a token and an expert that the gate assigned it to. Kept ones
+    keep their weights, or, with ``renormalize``, share those of the skipped. Or there are no
+    routers, and gates choose among ``num_noop_experts`` more, which return nothing.
     """
 
     routing: dict[str, Any]
     num_hidden_layers: int  # the family's, as what follows
     hidden_size: int
+    hidden_act: str
+    num_experts_per_tok: int  # of a family of mixtures, as what follows
+    output_router_logits: bool
 
     def __init__(self, routing: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.routing = dict(routing or NO_ROUTING)
@@ -46,17 +54,27 @@ class RoutedConfig:
     @property
     def targets(self) -> tuple[str, ...]:
         """What is computed or skipped, each by a router of its own: a layer's ``attn``, its
-        ``mlp``, both, or the ``block``."""
+        ``mlp``, both, the ``block``, or each ``expert`` of its mixture."""
         return GRANULARITIES[self.routing["granularity"]][0]
 
     @property
     def attention_target(self) -> str | None:
         """The target whose router decides about attention."""
-        return next((target for target in self.targets if target != "mlp"), None)
+        return next((target for target in self.targets if target in ("attn", "block")), None)
+
+    @property
+    def experts(self) -> int:
+        """Of a layer's mixture; 0: it has none."""
+        for name in ("num_local_experts", "num_experts"):
+            if number := getattr(self, name, None):
+                return number
+        return 0
 
     @property
     def places(self) -> list[tuple[int, str]]:
         """Of the routers: layer and target."""
+        if self.routing.get("num_noop_experts"):
+            return []
         return [(layer, target) for layer in self.routing["layers"] for target in self.targets]
 
     @property
@@ -107,6 +125,7 @@ class RoutedConfig:
                 f"{self.hidden_size}, or null."
             )
         self._check_selection()
+        self._check_experts()
         self.thresholds()
         self.work_position()
 
@@ -152,6 +171,36 @@ class RoutedConfig:
                 f"routing.capacity = {capacity!r}: must be a list of numbers from 0 to 1, one per "
                 f"routed layer ({len(self.places)}), with selection 'top_k'."
             )
+
+    def _check_experts(self) -> None:
+        """Raise ``ValueError`` for experts' routers, or no-op experts, that cannot be run."""
+        routing = self.routing
+        by_expert = "expert" in self.targets
+        renormalize, noops = routing.get("renormalize", False), routing.get("num_noop_experts")
+        if not isinstance(renormalize, bool) or (renormalize and not by_expert):
+            raise ValueError(
+                f"routing.renormalize = {renormalize!r}: must be true or false, and false with "
+                f"granularity {routing['granularity']!r}."
+            )
+        is_count = isinstance(noops, int) and not isinstance(noops, bool) and noops > 0
+        if noops is not None and not (is_count and by_expert):
+            raise ValueError(
+                f"routing.num_noop_experts = {noops!r}: must be a whole number above 0, and null "
+                "with a granularity other than 'expert_token'."
+            )
+        if not by_expert:
+            return
+        if not self.experts:
+            raise ValueError(
+                "routing.granularity = 'expert_token': this model's layers are no mixtures of "
+                "experts; choose another."
+            )
+        for name in ("stand_in_rank", "budget"):
+            if routing.get(name) is not None:
+                raise ValueError(
+                    f"routing.{name} = {routing[name]!r}: must be null with granularity "
+                    "'expert_token'."
+                )
 
     def work_position(self) -> float | None:
         """Where the budget lies in the range that the routers serve, from 0 to 1; None: they serve

@@ -34,10 +34,13 @@ class RoutingCall:
     tokens: Tensor | None  # [B, past + S]: tokens that are no padding; None: all
     borders: CapacityBorders | WatchedBorders | None = None  # found, or given, on the way
     top_k: bool = False  # keep the tokens of the largest logits, of the whole text; not causal
-    # of each router, by layer and target: [B] or [B, S] bool
+    # of each router, by layer and target: [B] or [B, S] bool, of experts' routers [B, S, top_k]
     decisions: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     # of each router, with ``top_k``: how many tokens the causal rule would decide about alike
     agreed: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    # of each layer whose experts are chosen among, by its index: assigned and executed tokens of
+    # each expert, [2, E], no-op experts behind
+    experts: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def by_thresholds(self) -> bool:
@@ -50,19 +53,26 @@ class RoutingCall:
 
 
 class Router(nn.Module):
-    """One affine map ``H -> 1``, computed in fp32."""
+    """One affine map ``H -> 1``, or of a layer's ``E`` experts ``H -> E``, computed in fp32."""
 
-    def __init__(self, hidden_size: int, bias: bool, position: float | None) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        bias: bool,
+        position: float | None = None,
+        experts: int | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(1)) if bias else None
+        self.weight = nn.Parameter(torch.zeros(experts or 1, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(experts or 1)) if bias else None
+        self.experts = experts
         self.position = position  # in the range of budgets that it serves; None: there is none
         if position is not None:
             self.work_weight = nn.Parameter(torch.zeros(1, hidden_size))
             self.borders = nn.Parameter(torch.zeros(KNOTS))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Logits ``[...]`` of hidden states ``[..., H]``."""
+        """Logits ``[...]`` (of experts ``[..., E]``) of hidden states ``[..., H]``."""
         weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
         if self.position is not None:
             at = self.position * (KNOTS - 1)
@@ -70,7 +80,8 @@ class Router(nn.Module):
             weight = torch.lerp(weight, weight + self.work_weight.float(), self.position)
             borders = self.borders.float()
             bias = bias + torch.lerp(borders[first], borders[first + 1], at - first)
-        return nn.functional.linear(hidden_states.float(), weight, bias).squeeze(-1)
+        logits = nn.functional.linear(hidden_states.float(), weight, bias)
+        return logits.squeeze(-1) if self.experts is None else logits
 
 
 class Predictor(nn.Module):
@@ -118,11 +129,9 @@ class RoutedLayer:
         self.layer_idx = layer_idx
         self.router = None
         if layer_idx in config.routing["layers"]:
-            hidden_size, bias = config.hidden_size, config.routing.get("bias", False)
-            rank = config.routing.get("stand_in_rank")
+            hidden_size, rank = config.hidden_size, config.routing.get("stand_in_rank")
             self.targets, self.per_sequence = config.targets, config.per_sequence
-            position = config.work_position()
-            self.router = self._of_each(lambda: Router(hidden_size, bias, position))
+            self.router = self._of_each(lambda: self._make_router(config))
             self.stand_in = self._of_each(lambda: StandIn(hidden_size, rank)) if rank else None
             size, self.capacities = config.routing.get("predictor_size"), None
             self.predictor = self._of_each(lambda: Predictor(hidden_size, size)) if size else None
@@ -133,6 +142,10 @@ class RoutedLayer:
             self.stores_selected = config.stores_selected
             self.window = config.window(layer_idx)
 
+    def _make_router(self, config: RoutedConfig) -> Router | None:
+        bias = config.routing.get("bias", False)
+        return Router(config.hidden_size, bias, config.work_position())
+
     def _of_each(self, make: Callable[[], nn.Module]) -> nn.Module:
         """A module for the one target, or one for each in a dict of them."""
         if len(self.targets) == 1:
@@ -142,7 +155,9 @@ class RoutedLayer:
     def set_thresholds(self, thresholds: dict[tuple[int, str], float]) -> None:
         """Take on this layer's of all routers' thresholds."""
         self.logit_borders = {
-            target: logit_border(thresholds[self.layer_idx, target]) for target in self.targets
+            target: logit_border(threshold)
+            for (layer, target), threshold in thresholds.items()
+            if layer == self.layer_idx
         }
 
     def set_position(self, position: float) -> None:
@@ -159,9 +174,12 @@ class RoutedLayer:
     def forward(self, hidden_states: Tensor, *, routing: RoutingCall, **context: Any) -> Tensor:
         """``[B, S, H]`` to the same; ``context`` is what the family's layer takes."""
         if self.router is None:
-            return super().forward(hidden_states, **context)
+            return self._unrouted(hidden_states, context)
         route = self._by_sequence if self.per_sequence else self._by_token
         return route(hidden_states, routing, context)
+
+    def _unrouted(self, hidden_states: Tensor, context: dict[str, Any]) -> Tensor:
+        return super().forward(hidden_states, **context)
 
     def _by_sequence(self, hidden_states: Tensor, routing: RoutingCall, context: dict) -> Tensor:
         cache = context[CACHE]
@@ -290,14 +308,14 @@ class RoutedLayer:
         return TokenSelection(keep, logits.to(normed.dtype))
 
     def _tokens_to_keep(self, target: str, logits: Tensor, routing: RoutingCall) -> Tensor:
-        """``[B, S]`` bool: the token's logit reaches the border, and it is no padding."""
+        """``[B, S, ...]`` bool as the logits: these reach the border, and the token is real."""
         valid = routing.valid(logits.shape[1])
         if valid is None:
             return logits >= self._border(target, logits.flatten(), routing)
         border = self.logit_borders[target]
         if routing.borders:
-            border = self._border(target, logits[valid], routing)
-        return (logits >= border) & valid
+            border = self._border(target, logits[valid].flatten(), routing)
+        return (logits >= border) & valid.view(*valid.shape, *[1] * (logits.dim() - 2))
 
     def _border(self, target: str, logits: Tensor, routing: RoutingCall) -> float:
         """The logit from which on a router keeps, or the one that these ``[N]`` ask for."""
@@ -335,6 +353,7 @@ class RoutedLayer:
             return chosen
         query = kept.pad(_project(attn, "q", chosen, chosen_rotary)).transpose(1, 2)
         eager, visible = attn.config._attn_implementation == "eager", None
+        scaling = attn.head_dim**-0.5  # OLMoE's attention of 4.57 has no name for it
         if eager or not plain:  # else all keys are seen, or by place all up to the query's own
             if slots is None:
                 slots = torch.arange(past + length, device=normed.device)[-keys.shape[2] :]
@@ -343,11 +362,11 @@ class RoutedLayer:
         if eager:
             hidden = visible.logical_not().to(query.dtype) * torch.finfo(query.dtype).min
             attended, _ = eager_attention_forward(
-                attn, query, keys, values, hidden, scaling=attn.scaling
+                attn, query, keys, values, hidden, scaling=scaling
             )
         else:  # flash attention knows no choice of queries among the keys
             attended, _ = sdpa_attention_forward(
-                attn, query, keys, values, visible, scaling=attn.scaling
+                attn, query, keys, values, visible, scaling=scaling
             )
         return attn.o_proj(kept.unpad(attended.flatten(2)))
 
@@ -377,9 +396,12 @@ def _project(
 ) -> Tensor:
     """Queries, keys or values ``[..., heads, D]`` of hidden states ``[..., H]``, as ``attn`` has
     them; ``rotary`` holds cosine and sine ``[..., D]`` of the tokens' positions."""
-    heads = getattr(attn, f"{name}_proj")(hidden_states).unflatten(-1, (-1, attn.head_dim))
-    if norm := getattr(attn, f"{name}_norm", None):
-        heads = norm(heads)
+    channels = getattr(attn, f"{name}_proj")(hidden_states)
+    if norm := getattr(attn, f"{name}_norm", None):  # of each head, or (OLMoE's) of all of them
+        channels = norm(channels.unflatten(-1, (-1, norm.weight.numel()))).flatten(-2)
+    if (limit := getattr(attn.config, "clip_qkv", None)) is not None:
+        channels = channels.clamp(-limit, limit)
+    heads = channels.unflatten(-1, (-1, attn.head_dim))
     if rotary is None:
         return heads
     cos, sin = (t.unsqueeze(-2) for t in rotary)

@@ -8,7 +8,8 @@ This file and the ones it imports from beside it travel with an exported model a
 A routed layer's router reads the output of the input norm and decides what is computed:
 ``y = x + m * F(x)``, F = the attention, the MLP or both (``attn``, ``mlp``, ``block``), m one
 number per sequence or per token (``attn_sequence``, ``attn_token``, ...); with
-``attn_token+mlp_token`` the attention and the MLP have a router each. What is skipped is
+``attn_token+mlp_token`` the attention and the MLP have a router each, with ``expert_token``
+every expert of a mixture, about the tokens that its gate assigns it. What is skipped is
 not computed; where the layer has a stand-in S, a small affine map of what the router reads (of an
 MLP: of what the MLP reads), it adds ``(1 - m) * S``, computed for what is skipped only.
 
@@ -25,12 +26,13 @@ lets calls without a cache keep exactly those that training would.
   and value to others, unless the layer's threshold is 1: what is skipped for good makes none.
 
 The model and its generation are here, with the families at the end; the configuration is in
-``configuration_mod.py``, caches in ``cache_mod.py``, the layer in ``layer_mod.py``, and the rule
-for thresholds in ``thresholds_mod.py``.
+``configuration_mod.py``, caches in ``cache_mod.py``, the layer in ``layer_mod.py``, that of
+mixtures in ``mixture_mod.py``, and the rule for thresholds in ``thresholds_mod.py``.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,23 +46,36 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MixtralModel,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    OlmoeModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeModel,
 )
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
+from transformers.models.olmoe.modeling_olmoe import OlmoeDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 # All files beside this one are named here: Transformers 4.57 does not look into them for more.
 from .cache_mod import CACHE, prepare_cache
 from .configuration_mod import RoutedConfig
 from .layer_mod import RoutedLayer, RoutingCall
+from .mixture_mod import GateLogits, MixtureNames, RoutedMixtureLayer
 from .thresholds_mod import (
     CapacityBorders,
     WatchedBorders,
@@ -80,7 +95,7 @@ class RoutingControls:
     def _finish_init(self) -> None:
         routing = self.config.routing  # Transformers 4.57 refuses names that are not there
         named = ["router", "predictor"] if routing.get("predictor_size") else ["router"]
-        self._keep_in_fp32_modules_strict = named if routing["layers"] else None
+        self._keep_in_fp32_modules_strict = named if self.config.places else None
         self.post_init()
 
     @property
@@ -119,6 +134,7 @@ class RoutingControls:
         Raises:
             ValueError: another number of thresholds than routers, or one out of range.
         """
+        self._require_routers("set_thresholds")
         before = self.config.routing
         listed = list(threshold) if isinstance(threshold, (list, tuple)) else threshold
         self.config.routing = {**before, "threshold": listed}
@@ -129,6 +145,13 @@ class RoutingControls:
             raise
         for layer in self._routed_layers().values():
             layer.set_thresholds(thresholds)
+
+    def _require_routers(self, call: str) -> None:
+        if noops := self.config.routing.get("num_noop_experts"):
+            raise ValueError(
+                f"{call}: these layers have no routers; their gates choose among {noops} no-op "
+                "experts."
+            )
 
     def set_work(self, work: float) -> None:
         """Set the share of the dense model's operations that remains, on text of the kind that the
@@ -182,6 +205,7 @@ class RoutingControls:
             ValueError: a capacity or scope out of range, another number of capacities than
                 routers, or scores that no threshold can tell apart.
         """
+        self._require_routers("set_capacity")
         places = self.config.places
         several = isinstance(capacity, (list, tuple))
         trained = "layer" if self.config.is_exact else self.config.routing.get("scope", "layer")
@@ -217,7 +241,9 @@ class RoutingControls:
         ``layers`` has, for each routed layer's index, the ``kept`` of its ``units`` (sequences,
         or tokens without padding) and their ratio ``capacity``, and ``cache_bytes`` with the
         ``cache_bytes_saved`` against the dense layer's. Of a layer with two routers these are sums,
-        and its ``attn`` and ``mlp`` have their own. The sums of all layers are beside it. After a
+        and its ``attn`` and ``mlp`` have their own. The sums of all layers are beside it. Where
+        units are pairs of a token and an expert that the gate assigned it to, a layer also has for
+        each expert (no-op experts behind) ``tokens_assigned`` and ``tokens_executed``. After a
         call by ``top_k`` there are also ``agreed``, the units that the causal rule decides about
         alike, and their share ``agreement``.
 
@@ -238,12 +264,15 @@ class RoutingRecord:
         self.tokens: Tensor | int = 0  # of all calls, without padding
         self.cache_bytes: dict[int, tuple[int, int]] = {}  # held, and by a dense layer
         self.agreed: dict[tuple[int, str], Tensor] = {}  # of routers that kept the largest
+        self.experts: dict[int, Tensor] = {}  # assigned and executed tokens of each, [2, E]
 
     def add(self, model: RoutedModel, routing: RoutingCall, cache: Cache | None) -> None:
         """Take note of a forward call, without waiting for the device."""
         sized: set[int] = set()
         for place, agreed in routing.agreed.items():
             self.agreed[place] = self.agreed.get(place, 0) + agreed
+        for layer, counted in routing.experts.items():
+            self.experts[layer] = self.experts.get(layer, 0) + counted
         for (layer, target), keep in routing.decisions.items():
             if keep.dim() == 1:  # a sequence stays what it is at later steps
                 self.decisions[layer, target] = [keep]
@@ -261,11 +290,14 @@ class RoutingRecord:
     def summary(self) -> dict[str, Any]:
         routers: dict[int, dict[str, dict[str, Any]]] = {}
         for (layer, target), decisions in self.decisions.items():
-            by_sequence = decisions[0].dim() == 1
-            agreed = self.agreed.get((layer, target))
+            units, agreed = self.tokens, self.agreed.get((layer, target))
+            if decisions[0].dim() == 1:
+                units = len(decisions[0])
+            elif layer in self.experts:
+                units = self.experts[layer][0].sum()
             routers.setdefault(layer, {})[target] = _with_shares(
                 kept=int(sum(keep.sum() for keep in decisions)),
-                units=len(decisions[0]) if by_sequence else int(self.tokens),
+                units=int(units),
                 **({} if agreed is None else {"agreed": int(agreed)}),
             )
         layers, own = {}, ("kept", "units", *(("agreed",) if self.agreed else ()))
@@ -277,6 +309,9 @@ class RoutingRecord:
                 "cache_bytes_saved": dense - held,
                 **(parts if len(parts) > 1 else {}),
             }
+            if layer in self.experts:
+                names = "tokens_assigned", "tokens_executed"
+                layers[layer].update(zip(names, self.experts[layer].tolist(), strict=True))
         names = (*own, "cache_bytes", "cache_bytes_saved")
         return {**_sum(layers.values(), names), "layers": layers}
 
@@ -482,27 +517,74 @@ class RoutedCausalLM(RoutingControls):
         return inputs
 
 
-def routed_family(
-    config: type, layer: type, model: type, causal_lm: type
-) -> tuple[type, type, type, type]:
-    """A family's routed classes, each named as its dense one with ``MoD`` before it."""
+class OldOlmoeModel:
+    """Mixed in before OLMoE's model of Transformers 4.57, which hands nothing on to its layers."""
 
-    def routed(mixin: type, dense: type, **members: Any) -> type:
-        return type(f"MoD{dense.__name__}", (mixin, dense), {"__module__": __name__, **members})
+    def forward(self, *, routing: RoutingCall, **kwargs: Any) -> Any:
+        for layer in self.layers:
+            layer.routing = routing
+        return super().forward(**kwargs)
+
+
+class OldOlmoeLayer:
+    """Mixed in before OLMoE's routed layer, for Transformers 4.57."""
+
+    returns_tuple = True
+
+    def forward(self, hidden_states: Tensor, **context: Any) -> tuple[Tensor]:
+        del context["output_router_logits"]  # which its attention does not take
+        return (super().forward(hidden_states, routing=self.routing, **context),)
+
+
+class OldOlmoeCausalLM:
+    """Mixed in before OLMoE's language model of 4.57, which drops what it does not know; in
+    ``__call__``, as generation reads the signature of ``forward``."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        own = {name: kwargs.pop(name) for name in ("routing_mask", "borders") if name in kwargs}
+        hook = self.model.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {**kwargs, **own}), with_kwargs=True
+        )
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            hook.remove()
+
+
+def routed_family(
+    config: type,
+    layer: type,
+    model: type,
+    causal_lm: type,
+    names: MixtureNames | None = None,
+) -> tuple[type, type, type, type]:
+    """A family's routed classes, each named as its dense one with ``MoD`` before it; ``names``: of
+    what its mixtures of experts consist of."""
+
+    def routed(mixins: Sequence[type], dense: type, **members: Any) -> type:
+        return type(f"MoD{dense.__name__}", (*mixins, dense), {"__module__": __name__, **members})
+
+    layers, models, whole = [RoutedLayer], [RoutedModel], [RoutedCausalLM]
+    if names:
+        layers, models = [RoutedMixtureLayer], [GateLogits, RoutedModel]
+        takes_more = inspect.signature(model.forward).parameters.values()
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in takes_more):
+            layers, models = [OldOlmoeLayer, *layers], [*models, OldOlmoeModel]
+            whole = [*whole, OldOlmoeCausalLM]
 
     routed_config = routed(
-        RoutedConfig,
+        [RoutedConfig],
         config,
         model_type=f"mod_{config.model_type}",
         __init__=RoutedConfig.__init__,  # a class without one gets Transformers 5's
     )
-    routed_layer = routed(RoutedLayer, layer)
-    routed_model = routed(RoutedModel, model, config_class=routed_config, layer_class=routed_layer)
+    routed_layer = routed(layers, layer, names=names)
+    routed_model = routed(models, model, config_class=routed_config, layer_class=routed_layer)
     return (
         routed_config,
         routed_layer,
         routed_model,
-        routed(RoutedCausalLM, causal_lm, config_class=routed_config, model_class=routed_model),
+        routed(whole, causal_lm, config_class=routed_config, model_class=routed_model),
     )
 
 
@@ -518,4 +600,23 @@ MoDQwen2Config, MoDQwen2DecoderLayer, MoDQwen2Model, MoDQwen2ForCausalLM = route
 )
 MoDQwen3Config, MoDQwen3DecoderLayer, MoDQwen3Model, MoDQwen3ForCausalLM = routed_family(
     Qwen3Config, Qwen3DecoderLayer, Qwen3Model, Qwen3ForCausalLM
+)
+MoDMixtralConfig, MoDMixtralDecoderLayer, MoDMixtralModel, MoDMixtralForCausalLM = routed_family(
+    MixtralConfig,
+    MixtralDecoderLayer,
+    MixtralModel,
+    MixtralForCausalLM,
+    MixtureNames("block_sparse_moe", ("w1", "w3", "w2")),
+)
+MoDQwen3MoeConfig, MoDQwen3MoeDecoderLayer, MoDQwen3MoeModel, MoDQwen3MoeForCausalLM = (
+    routed_family(
+        Qwen3MoeConfig,
+        Qwen3MoeDecoderLayer,
+        Qwen3MoeModel,
+        Qwen3MoeForCausalLM,
+        MixtureNames(size="moe_intermediate_size"),
+    )
+)
+MoDOlmoeConfig, MoDOlmoeDecoderLayer, MoDOlmoeModel, MoDOlmoeForCausalLM = routed_family(
+    OlmoeConfig, OlmoeDecoderLayer, OlmoeModel, OlmoeForCausalLM, MixtureNames()
 )
