@@ -286,6 +286,10 @@ NOT_BUILT = {
         "mixtral",
         {"num_experts_per_tok": 9, "num_local_experts": 8},
     ),
+    "num_experts_per_tok = 1: Megatron's gate cannot normalise": (
+        "mixtral",
+        {"num_experts_per_tok": 1},
+    ),
     "num_experts_per_tok is missing": ("mixtral", {"num_experts_per_tok": ...}),
     "mlp_only_layers = [1]": ("qwen3_moe", {"mlp_only_layers": [1]}),
     "decoder_sparse_step = 2": ("qwen3_moe", {"decoder_sparse_step": 2}),

@@ -22,8 +22,8 @@ def read_mixture(
         auxiliary_loss: the family's ``router_aux_loss_coef`` where the file has none.
 
     Raises:
-        ValueError: a field that is missing, fields that contradict each other, or more experts for
-            a token than there are; naming the field.
+        ValueError: a field that is missing, fields that contradict each other, more experts for a
+            token than there are, or one whose weight is normalised; naming the field.
     """
     num_experts = _num_experts(hf_config)
     top_k = value_of(hf_config, "num_experts_per_tok")
@@ -31,6 +31,11 @@ def read_mixture(
         raise ValueError(
             f"config.json: num_experts_per_tok = {top_k}: must be at most the number of experts, "
             f"{num_experts}."
+        )
+    if normalizes_weights and top_k == 1:
+        raise ValueError(
+            "config.json: num_experts_per_tok = 1: Megatron's gate cannot normalise the weight of "
+            "one expert, as Mixtral and norm_topk_prob do; it must be at least 2 with them."
         )
     weight = hf_config.get("router_aux_loss_coef")
     return Mixture(
