@@ -110,7 +110,7 @@ def experts(found: Sequence[dict]) -> Figure:
         row[0].set_ylabel(f"layer {layer}", fontsize=9)
     for axes, title in zip(grid[0], ("dense", "routed"), strict=True):
         axes.set_title(title, fontsize=9)
-    grid[0][1].legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", fontsize=7, ncols=2)
     figure.supxlabel("expert")
     figure.supylabel("tokens")
     return figure
