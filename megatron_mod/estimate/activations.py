@@ -49,19 +49,23 @@ def _routed(placed: Placed, layer: int, recompute: str, *, down_to: int) -> int:
     is_wide = e == 4  # then a norm's or router's copy in fp32 is the tensor itself
     targets = job.routing.scheme.targets
     router = norm * (1 if is_wide else len(targets))  # each one's input in fp32, and a logit
+    by_expert = job.routing.scheme.per_expert
+    router += 4 * tokens * (job.arch.num_experts - 1) * by_expert
     whole = job.reach.trains_base
     if recompute == "full":
         stream = 0 if is_wide and goes_on else states
         return router + norm * goes_on + stream + (0 if is_wide else states) + states * whole
-    # What each mask multiplies.
-    found = router + len(targets) * states + _stand_ins(placed, is_wide=is_wide)
+    # What each mask multiplies; of experts their weights, too little to tell.
+    found = router + len(targets) * states * (not by_expert) + _stand_ins(placed, is_wide=is_wide)
     found += norm * goes_on + _attention(placed, layer) * (down_to <= QKV)
     if down_to < FC1 and "mlp" in targets and job.routing.stand_in_rank:  # the stand-in's own
         found += norm * (not is_wide) + states * whole
     if job.reach.computes_mlp_again(layer) and recompute == "selective":
         found += states
     else:
-        found += norm * (down_to < FC1) + _mlp(placed) * (down_to < FC2)
+        weighs_only = by_expert and down_to == FC1  # then nothing goes on into the experts
+        mlp = _product(placed) if weighs_only else _mlp(placed)
+        found += norm * (down_to < FC1) + mlp * (down_to < FC2)
         found += (2 * states + _product(placed)) * whole
     if whole:  # the input norm's product, and what queries read, if nothing else keeps it
         is_kept = is_wide or (job.routing.stand_in_rank and set(targets) != {"mlp"})

@@ -93,5 +93,6 @@ def _trained(placed: Placed) -> int:
 
 
 def _shapes(placed: Placed) -> dict[str, int]:
-    added = placed.job.routing.added_shapes(placed.job.arch.hidden_size)
+    arch, routing = placed.job.arch, placed.job.routing
+    added = routing.added_shapes(arch.hidden_size, num_experts=arch.num_experts)
     return {name: prod(shape) for name, shape in added.items()}

@@ -66,7 +66,8 @@ class Reach:
         down_to = self.down_to(layer)
         if self.recompute != "selective" or down_to is None:
             return False
-        return down_to < FC1 or self.adapts(layer)
+        by_expert = self.routes(layer) and self.routing.scheme.per_expert
+        return down_to < FC1 or self.adapts(layer) or by_expert
 
     @property
     def _mask(self) -> int:

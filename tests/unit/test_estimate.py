@@ -41,6 +41,7 @@ ALONE = {
     "router__stand_in_rank": None,
 }  # fmt: skip
 WHOLE = {"train__trainable": "all"}
+BY_EXPERT = {"router__granularity": "expert_token", "router__stand_in_rank": None}
 MIXTURE = Mixture(num_experts=4, top_k=2, ffn_hidden_size=256)
 CASES = [  # settings, and what of the shape is another
     ({}, {}),
@@ -68,6 +69,9 @@ CASES = [  # settings, and what of the shape is another
     ({"router__granularity": "attn_token"}, {"mixture": MIXTURE}),
     ({"router__granularity": "block_token", "train__recompute": "selective"}, {"mixture": MIXTURE}),
     ({"train__recompute": "full"}, {"mixture": MIXTURE}),
+    (BY_EXPERT, {"mixture": MIXTURE}),
+    ({**BY_EXPERT, "train__recompute": "selective"}, {"mixture": MIXTURE}),
+    ({**BY_EXPERT, "train__recompute": "full"}, {"mixture": MIXTURE}),
 ]  # fmt: skip
 
 
@@ -196,7 +200,7 @@ def test_parameters_of_stages_add_up(estimated):
         assert sum(own.base for own in found) == whole.base + again
         assert sum(own.added for own in found) == whole.added
     cached = parameters.of_rank(estimated.place(train__frozen_prefix="cache"), 0)
-    assert whole.base - cached.base == parameters.layer(arch, tensor=1) + 331 * 96
+    assert whole.base - cached.base == parameters.layer(arch, placed.job.topology) + 331 * 96
 
 
 def test_micro_batches_in_flight_are_megatron_s():
