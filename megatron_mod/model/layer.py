@@ -163,14 +163,14 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
         """All that follows on the choices, by target, of rows ``[S, B, H]``."""
         if block := chosen.get("block"):
             update = self._attend(normed, block, layout, rotary_pos_emb)
-            update = update + self._feed_forward(block.take(x) + update)
+            update = update + self._feed_forward(block.take(x) + update, block, layout)
             self._show("block", layout, x, normed, update)
             return block.add(x, update, self._instead("block", normed))
         attending, feeding = (chosen.get(part) or Everything() for part in ("attn", "mlp"))
         update = self._attend(normed, attending, layout, rotary_pos_emb)
         self._show("attn", layout, x, normed, update)
         x = attending.add(x, update, self._instead("attn", normed))
-        update = self._feed_forward(feeding.take(x))
+        update = self._feed_forward(feeding.take(x), feeding, layout)
         if layout.step.watch_units and "mlp" in self.routing.scheme.targets:
             self._show("mlp", layout, x, self.pre_mlp_layernorm(x), update)
         return feeding.add(x, update, self._instead("mlp", x, self.pre_mlp_layernorm))
