@@ -27,7 +27,7 @@ class Point:
 
     ``capacity``: kept share of the units of each router; ``nats``: loss of all labels
     together; ``flops``: counted work of a prefill of every row; ``logits``: each router's, of all
-    units (``[num_units]``).
+    units (``[num_units]``); ``experts``: see ``Backend.experts``.
     """
 
     thresholds: tuple[float, ...]
@@ -36,6 +36,7 @@ class Point:
     nats: float
     flops: int
     logits: dict[Place, Tensor]
+    experts: dict[Place, Tensor]
 
     @property
     def mean_capacity(self) -> float:
@@ -114,19 +115,21 @@ class Calibration:
             nats=nats,
             flops=self.flops(thresholds, logits),
             logits=logits,
+            experts=self.backend.experts(),
         )
 
     def flops(self, thresholds: tuple[float, ...], logits: dict[Place, Tensor]) -> int:
         """Counted work of a prefill of every row, of units with these logits at thresholds."""
         work, lengths = self.work.at(thresholds), [len(row.ids) for row in self.rows]
-        units = [1] * len(lengths) if self.backend.by_sequence else lengths
+        entries = list(map(self.work.entries, lengths))
+        units = [1] * len(lengths) if self.backend.by_sequence else entries
         kept = {
             place: (logits[place] >= logit_border(threshold)).split(units)
             for place, threshold in zip(self.backend.places, thresholds, strict=True)
         }
         flops = 0
         for row, length in enumerate(lengths):
-            made = {place: parts[row].expand(length) for place, parts in kept.items()}
+            made = {place: parts[row].expand(entries[row]) for place, parts in kept.items()}
             flops += work.prefill(length, made)
         return flops
 

@@ -124,9 +124,10 @@ class RouterConfig:
         init: where routers start that are not given (model.routers): at the `importance` of their
             layers, the cost of leaving each out, measured on the first samples (the default); or at
             `zeros`. With `top_k` and `random` they start at small random numbers.
-        stand_in: what a skipped unit adds: `none`, nothing, as with experts; `linear` (else the
-            default with `threshold`), a small affine map of what the router reads, solved in closed form on the
-            first samples, unless the routers that training starts from have them.
+        stand_in: what a skipped unit adds: `none`, nothing; `linear` (the default with `threshold`,
+            but for experts, which have none), a small affine map of what the router reads, solved
+            in closed form on the first samples, unless the routers that training starts from have
+            them.
         stand_in_rank: rank of that map, at least 1; unset: 32 for attention alone, 64 for MLPs
             and blocks, or half the hidden size where that is less.
         stand_in_tokens: tokens it is solved on, at least 1; unset: 16384.

@@ -2,7 +2,7 @@
 
 As Megatron-core draws them (``init_method_normal`` and ``scaled_init_method_normal`` of
 ``megatron/core/utils.py``): matrices and embeddings from a normal distribution around zero whose
-standard deviation is ``initializer_range``, in the projections that add to the residual stream
+standard deviation is ``initializer_range`` (those of gates of experts too), in the projections that add to the residual stream
 divided by ``sqrt(2 * layers)``; norms are one, biases zero. A number depends on the seed, the name
 of its tensor and its place in that alone, so that every topology begins with the same model.
 """
@@ -24,7 +24,7 @@ from megatron_mod.conversion.mappings import to_hf
 from megatron_mod.model.architecture import Architecture
 
 BLOCK = 256  # rows that are drawn together
-_INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
+_INTO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
 
 class InitialWeights(AbstractContextManager):
@@ -37,9 +37,12 @@ class InitialWeights(AbstractContextManager):
         self._range = initializer_range
         self._layers = arch.num_layers
         self._likes: dict[str, Tensor] = {}
+        self._into_residual: set[str] = set()
         for row in family.table(arch):
             shape = expected_shape(arch, row.megatron)
             self._likes |= to_hf(row, torch.empty(shape, device="meta"))
+            if row.megatron.endswith(_INTO_RESIDUAL):
+                self._into_residual.update(row.hf)
         self._block = lru_cache(maxsize=4)(self._draw)  # a query group's parts are read in turn
 
     def names(self) -> set[str]:
@@ -72,7 +75,7 @@ class InitialWeights(AbstractContextManager):
             return torch.zeros(shape)
         if not width:
             return torch.ones(shape)
-        scaled = math.sqrt(2 * self._layers) if name.endswith(_INTO_RESIDUAL) else 1.0
+        scaled = math.sqrt(2 * self._layers) if name in self._into_residual else 1.0
         digest = hashlib.sha256(f"{self.seed} {name} {number}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
         return torch.randn(shape, generator=generator) * (self._range / scaled)

@@ -73,9 +73,9 @@ def of_adapters(placed: Placed, *, tensor: int) -> int:
 
 def layer(arch: Architecture, *, tensor: int) -> int:
     """Of a layer of the base on one of the ranks that share it: matrices split, norms whole."""
-    split = arch.query_weights + arch.key_weights + arch.mlp_weights
+    split = arch.query_weights + arch.key_weights + arch.mlp_parameters
     split += (arch.query_channels + 2 * arch.key_channels) * arch.qkv_bias
-    return split // tensor + 2 * arch.hidden_size + 2 * arch.kv_channels * arch.qk_norm
+    return split // tensor + 2 * arch.hidden_size + arch.qk_norm_parameters
 
 
 def _added(placed: Placed) -> int:

@@ -30,7 +30,7 @@ NOT_FINITE = -1  # in a generated token's place: the logits were no numbers
 @dataclass(frozen=True)
 class Observation:
     """A row's score, and the logits that each router gave its units: ``[1]`` of a sequence,
-    ``[len(ids)]`` of its tokens."""
+    ``[len(ids)]`` of its tokens, ``[len(ids) * k]`` of the ``k`` experts of each."""
 
     score: Score
     logits: dict[Place, Tensor]
@@ -135,11 +135,13 @@ class Backend(abc.ABC):
         mine: dict[int, dict[Place, Tensor]] = {}
         for place, found in watched.items():
             for part, batch, logits in zip(parts, batches, found, strict=True):
-                sizes = [1 if self.by_sequence else len(row.ids) for row in part]
+                lengths = [1 if self.by_sequence else len(row.ids) for row in part]
+                each = len(logits) // sum(lengths)  # of a token's experts, one for each
+                sizes = [each * length for length in lengths]
                 for index, units in zip(batch, logits.cpu().split(sizes), strict=True):
                     mine.setdefault(index, {})[place] = units
         everybody: dict[int, dict[Place, Tensor]] = {}
-        for one in _gather(mine):
+        for one in gather(mine):
             for index, logits in one.items():
                 everybody.setdefault(index, {}).update(logits)
         return [
@@ -172,7 +174,7 @@ class Backend(abc.ABC):
         """Share of the units (sequences or tokens) of all scored texts and prompts so far that
         each router kept, by the selection that is set; the same on every rank. Generated tokens
         are not counted."""
-        counts = sum(_gather(self._counts())).t().tolist()
+        counts = sum(gather(self._counts())).t().tolist()
         return {
             place: kept / units if units else 1.0
             for place, (kept, units, _) in zip(self.places, counts, strict=True)
@@ -182,8 +184,14 @@ class Backend(abc.ABC):
         """Share of all decisions by ``TOP_K`` so far, set now, that ``CAUSAL`` would have made
         alike about the same hidden states; the same on every rank."""
         assert self.selection == TOP_K
-        _, units, agreed = sum(_gather(self._counts())).sum(1).tolist()
+        _, units, agreed = sum(gather(self._counts())).sum(1).tolist()
         return agreed / units
+
+    def experts(self) -> dict[Place, Tensor]:
+        """Of each router on experts how many tokens each of them computed, and how many were sent
+        to it, ``[2, num_experts]``, in the last call that scored texts; the same on every rank.
+        Nothing where others are routed, or nobody counts."""
+        return {}
 
     @abc.abstractmethod
     def _counts(self) -> Tensor:
@@ -238,7 +246,7 @@ class Backend(abc.ABC):
         """Everybody's results in order, from those of this rank's batches (or nothing)."""
         pairs = zip(batches, found, strict=bool(found))
         mine = {index: value for pair in pairs for index, value in zip(*pair, strict=True)}
-        results = {index: value for part in _gather(mine) for index, value in part.items()}
+        results = {index: value for part in gather(mine) for index, value in part.items()}
         return [results[index] for index in range(total)]
 
     def _pooled(self, rows: Sequence[Row]) -> Sequence[Row]:
@@ -286,7 +294,7 @@ def _not_finite(faults: int, total: int) -> ValueError:
     )
 
 
-def _gather(mine: T) -> list[T]:
+def gather(mine: T) -> list[T]:
     """Every rank's, in their order."""
     if not dist.is_initialized():
         return [mine]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_mod.evaluation.backend import CAUSAL, NOT_FINITE, Backend
+from megatron_mod.evaluation.backend import CAUSAL, NOT_FINITE, Backend, gather
 from megatron_mod.evaluation.rows import (
     Row,
     Score,
@@ -26,6 +26,7 @@ from megatron_mod.model.layout import StepContext
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.decision import Decisions
+from megatron_mod.routing.expert_router import ExpertRouter
 from megatron_mod.routing.scheme import Place
 
 
@@ -63,6 +64,19 @@ class MegatronBackend(Backend):
         self._counted: dict[str | None, Tensor] = {}
         self._watched: dict[Place, list[Tensor]] = {}
 
+    def experts(self) -> dict[Place, Tensor]:
+        is_copy = self.model.groups.tp.rank() > 0
+        mine = {} if is_copy else self.model.routers()
+        counted = {
+            place: torch.stack((router.kept, router.valid)).cpu()
+            for place, router in mine.items()
+            if isinstance(router, ExpertRouter)
+        }
+        found: dict[Place, Tensor] = {}
+        for place, counts in (item for part in gather(counted) for item in part.items()):
+            found[place] = found[place] + counts if place in found else counts
+        return dict(sorted(found.items()))
+
     def _counts(self) -> Tensor:
         """Only the first tensor-parallel rank's: the others hold copies."""
         is_copy = self.model.groups.tp.rank() > 0
@@ -91,7 +105,8 @@ class MegatronBackend(Backend):
     def _watch(self, decisions: Mapping[Place, Decisions]) -> None:
         for place, made in decisions.items():
             if place in self._watched:
-                self._watched[place].append(made.logits.t()[made.valid.t()])
+                logits, valid = map(_by_row, (made.logits, made.valid))
+                self._watched[place].append(logits[valid])
 
     def _score(self, batches: Collection[Sequence[Row]]) -> list[list[Score]]:
         return self._run(batches, read=_scores)
@@ -144,7 +159,7 @@ class MegatronBackend(Backend):
                     for count, sums in zip(
                         self._counts_by_rule(), (noted.kept, noted.valid, noted.agreed), strict=True
                     ):
-                        count[number] += float(sums)
+                        count[number] += float(sums.sum())
         return found
 
     def _from_last_stage(self, found: list[list[int]], count: int) -> list[int]:
@@ -155,6 +170,11 @@ class MegatronBackend(Backend):
         stages = self.model.groups.pp
         dist.broadcast(tokens, src=dist.get_process_group_ranks(stages)[-1], group=stages)
         return tokens.tolist()
+
+
+def _by_row(units: Tensor) -> Tensor:
+    """``[D]`` of documents as it is, ``[S, B, ...]`` of tokens row by row."""
+    return units if units.dim() == 1 else units.transpose(0, 1)
 
 
 def _routing_of_all_stages(model: ModelChunks) -> RoutingConfig | None:

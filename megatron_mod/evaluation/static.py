@@ -113,6 +113,8 @@ class Greedy:
         places = self.backend.places
         work = self.work.at(thresholds_without(places, removed))
         return sum(
-            work.prefill(n, {place: torch.full((n,), place not in removed) for place in places})
+            work.prefill(
+                n, {place: torch.full((work.entries(n),), place not in removed) for place in places}
+            )
             for n in lengths
         )

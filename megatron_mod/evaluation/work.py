@@ -14,7 +14,7 @@ from megatron_mod.conversion.export import dense_config, routing_of
 from megatron_mod.conversion.families import family_of
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.routing.config import RoutingConfig
-from megatron_mod.routing.scheme import Place
+from megatron_mod.routing.scheme import EXPERT, Place
 
 FP32 = 4  # bytes of a number
 
@@ -27,7 +27,8 @@ class Work:
     attention only those of a query with the keys it sees. ``routing``: ``None`` for a dense model.
     Routers and, of exact ones, the predictors of the causal rule see every token.
 
-    Decisions are bool tensors, by the router's place, one entry a token; a sequence that decides as
+    Decisions are bool tensors, by the router's place, one entry a token, or one for each of the
+    ``k`` experts that a token is sent to (``[S * k]``, token by token); a sequence that decides as
     one says the same for all of its tokens. An attention whose threshold is 1 is removed for good:
     nobody will ever ask for its keys and values, so none are made, with ``keys_values = all``
     neither.
@@ -56,7 +57,7 @@ class Work:
 
         Args:
             length: tokens of the sequence, S.
-            kept: each router's decisions ``[S]``.
+            kept: each router's decisions ``[S]``, or ``[S * k]``.
         """
         arch = self.arch
         everyone = torch.ones(length, dtype=torch.bool)
@@ -65,7 +66,7 @@ class Work:
         for layer in routed:
             attending, feeding = self._parts(layer, kept, everyone)
             keys = everyone if self._offers_all_keys(layer) else attending
-            found += self._layer(attending, keys, feeding)
+            found += self._layer(attending, keys, feeding) - self._spared(layer, kept)
         found += sum(map(self._deciding, kept.values()))
         return found + 2 * arch.hidden_size * arch.vocab_size
 
@@ -90,7 +91,7 @@ class Work:
             offering = everyone if self._offers_all_keys(layer) else attending
             found += 2 * arch.query_weights * int(attending.sum())
             found += 2 * arch.key_weights * int(offering.sum())
-            found += 2 * arch.mlp_weights * int(feeding.sum())
+            found += 2 * arch.mlp_weights * int(feeding.sum()) - self._spared(layer, kept)
             held = zip(stored_by.get(layer, stored), attending.tolist(), strict=True)
             seen = [self._in_window(tokens) + 1 for tokens, attends in held if attends]
             found += 4 * arch.query_channels * sum(seen)
@@ -106,7 +107,9 @@ class Work:
     ) -> int:
         """Bytes of weights and cached keys and values that one decode step of a batch reads.
 
-        A weight is read once if any sequence needs it, the cache of those that attend.
+        A weight is read once if any sequence needs it, the cache of those that attend. Which
+        experts these need is not known: as many as may be, each another one as long as there are
+        others.
 
         Args:
             stored: tokens of each sequence so far, ``B`` of them.
@@ -121,22 +124,38 @@ class Work:
             attending, feeding = self._parts(layer, kept, everyone)
             attends = bool(attending.any())
             needs_keys = attends or self._offers_all_keys(layer)
+            own = kept.get(Place(layer, EXPERT))
+            pairs = int(feeding.sum()) * arch.top_k if own is None else int(own.sum())
             elements += arch.query_weights * attends + arch.key_weights * needs_keys
-            elements += arch.mlp_weights * bool(feeding.any())
+            elements += arch.gate_weights * bool(feeding.any())
+            elements += arch.expert_weights * min(arch.num_experts, pairs)
             held = zip(stored_by.get(layer, stored), attending.tolist(), strict=True)
             read = [tokens for tokens, reads in held if reads]
             elements += 2 * arch.key_channels * sum(map(self._in_window, read))
         for decisions in kept.values():
-            elements += arch.hidden_size  # the router, of fp32: too little to tell apart
+            elements += self._router_weights  # of fp32: too little to tell apart
             elements += self._stand_in_weights * (not decisions.all())
         return elements * element_size + FP32 * self._predictor_weights * len(kept)
 
     def _deciding(self, decisions: Tensor) -> int:
         """Floating-point operations of a router that decided ``[N]``, and of what stands in for
         those it skips."""
-        router = self.arch.hidden_size + self._predictor_weights
+        router = self._router_weights + self._predictor_weights
         skipped = int(decisions.logical_not().sum())
-        return 2 * router * len(decisions) + 2 * self._stand_in_weights * skipped
+        tokens = len(decisions) // self._units_per_token
+        return 2 * router * tokens + 2 * self._stand_in_weights * skipped
+
+    def entries(self, length: int) -> int:
+        """Of a router's decisions about a sequence of this length."""
+        return length * self._units_per_token
+
+    def _spared(self, layer: int, kept: Mapping[Place, Tensor]) -> int:
+        """Floating-point operations of a layer's experts that tokens are sent to and not computed
+        by."""
+        decisions = kept.get(Place(layer, EXPERT))
+        if decisions is None:
+            return 0
+        return 2 * self.arch.expert_weights * int(decisions.logical_not().sum())
 
     def _parts(
         self, layer: int, kept: Mapping[Place, Tensor], everyone: Tensor
@@ -184,6 +203,16 @@ class Work:
     def _in_window(self, tokens: int) -> int:
         window = self.arch.window_size
         return min(tokens, window - 1) if window else tokens
+
+    @property
+    def _units_per_token(self) -> int:
+        by_expert = self.routing is not None and self.routing.scheme.per_expert
+        return self.arch.top_k if by_expert else 1
+
+    @property
+    def _router_weights(self) -> int:
+        by_expert = self.routing is not None and self.routing.scheme.per_expert
+        return self.arch.hidden_size * (self.arch.num_experts if by_expert else 1)
 
     @property
     def _predictor_weights(self) -> int:

@@ -85,15 +85,38 @@ class Architecture:
         return 2 * self.hidden_size * self.key_channels
 
     @property
-    def mlp_weights(self) -> int:
+    def expert_weights(self) -> int:
+        """Weights of one MLP, of which a layer may have many."""
         return 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def gate_weights(self) -> int:
+        """Weights that choose among a layer's experts, where it is a mixture."""
+        return 0 if self.mixture is None else self.hidden_size * self.mixture.num_experts
+
+    @property
+    def mlp_weights(self) -> int:
+        """Weights that a token is multiplied with in a layer's MLP, or in the gate and the experts
+        that it is sent to."""
+        return self.gate_weights + self.top_k * self.expert_weights
+
+    @property
+    def mlp_parameters(self) -> int:
+        """All weights of a layer's MLP, or of its gate and experts."""
+        return self.gate_weights + self.num_experts * self.expert_weights
 
     @property
     def layer_parameters(self) -> int:
         """Of one layer, its norms and biases included."""
-        weights = self.query_weights + self.key_weights + self.mlp_weights
+        weights = self.query_weights + self.key_weights + self.mlp_parameters
         biases = (self.query_channels + 2 * self.key_channels) * self.qkv_bias
-        return weights + biases + 2 * self.hidden_size + 2 * self.kv_channels * self.qk_norm
+        return weights + biases + 2 * self.hidden_size + self.qk_norm_parameters
+
+    @property
+    def qk_norm_parameters(self) -> int:
+        """Of a layer's norms on queries and keys."""
+        across = (self.query_channels + self.key_channels) * self.qk_norm_across_heads
+        return across + 2 * self.kv_channels * self.qk_norm
 
     @property
     def num_parameters(self) -> int:

@@ -17,7 +17,7 @@ from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.reach import FC1, FC2, PLACES, PROJ, QKV, Reach
 from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.costs import UnitCosts, Workload
-from megatron_mod.routing.scheme import Place, Scheme
+from megatron_mod.routing.scheme import EXPERT, Place, Scheme
 
 LENGTH = 512  # tokens of a sequence where nothing is known of them; only attention depends on it
 
@@ -104,20 +104,20 @@ def workload(arch: Architecture, routing: RoutingConfig, lengths: Sequence[int])
     stand_in = 4 * arch.hidden_size * (routing.stand_in_rank or 0)
     table = []
     for place in routing.places:
-        attends, token = place.target != "mlp", 0
+        attends, feeds = (place.target in (part, "block") for part in ("attn", "mlp"))
+        token = 2 * arch.mlp_weights * feeds
         if attends:
             token += 2 * arch.query_weights
             token += 2 * arch.key_weights * (routing.keys_values != "all")
-        if place.target != "attn":
-            token += 2 * arch.mlp_weights
-        table.append((0, token - stand_in, 4 * arch.query_channels * attends))
+        unit = 2 * arch.expert_weights * scheme.per_expert
+        table.append((unit, token - stand_in, 4 * arch.query_channels * attends))
     units = scheme.units(sequences=len(lengths), tokens=text.tokens, top_k=arch.top_k)
     sizes = (units, text.tokens, text.pairs)
     costs = UnitCosts(tuple(table), among_kept=routing.keys_values == "selected")
     layer = _products(arch, text, _Shares()).forward
     dense = round(arch.num_layers * layer) + _head(arch, len(lengths))
     routers = _router(arch, routing) * text.tokens * len(routing.places)
-    saved = sum(token * text.tokens + pair * text.pairs for _, token, pair in table)
+    saved = sum(cost * size for costs in table for cost, size in zip(costs, sizes, strict=True))
     return Workload(costs, sizes, dense, dense + routers - saved)
 
 
@@ -198,18 +198,21 @@ def _mean_share(routing: RoutingConfig, target: float) -> float:
 
 
 class _Shares(NamedTuple):
-    """Of a layer's tokens, or pairs of them, that it computes."""
+    """Of a layer's tokens, or pairs of them, that it computes; and of the experts that a token in
+    its mixture is sent to."""
 
     queries: float = 1.0
     keys: float = 1.0
     pairs: float = 1.0
     mlp: float = 1.0
+    experts: float = 1.0
 
 
 def _router(arch: Architecture, routing: RoutingConfig) -> int:
     """Operations of a router on a token, its predictor's with it."""
+    rows = arch.num_experts if routing.scheme.per_expert else 1
     predictor = (routing.predictor_size or 0) * (arch.hidden_size + 1)
-    return 2 * (arch.hidden_size + predictor)
+    return 2 * (rows * arch.hidden_size + predictor)
 
 
 def _shares(
@@ -226,6 +229,8 @@ def _shares(
         (place,) = routing.scheme.places(layer)
         return _exact_shares(arch, routing.scheme, capacity[place], lengths)
     scheme = routing.scheme
+    if scheme.per_expert:
+        return _Shares(experts=capacity[Place(layer, EXPERT)])
     queries, mlp = (
         1.0 if target is None else capacity[Place(layer, target)]
         for target in (scheme.attention_target, scheme.mlp_target)
@@ -252,13 +257,14 @@ def _exact_shares(
 def _products(arch: Architecture, text: _Text, shares: _Shares) -> _Products:
     """Of a layer over documents."""
     width = 2 * text.tokens
+    experts = shares.experts * arch.top_k * arch.expert_weights
     queries = shares.queries * arch.query_weights / 2  # of the query's projection, or the output's
     return _Products(
         width * (queries + shares.keys * arch.key_weights),
         4 * arch.query_channels * text.pairs * shares.pairs,
         width * queries,
-        width * shares.mlp * arch.mlp_weights * 2 / 3,
-        width * shares.mlp * arch.mlp_weights / 3,
+        width * shares.mlp * (arch.gate_weights + experts * 2 / 3),
+        width * shares.mlp * experts / 3,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,14 +19,20 @@ from torch import Tensor
 
 from megatron_mod.config.lora import LoraSettings
 from megatron_mod.model import recompute
+from megatron_mod.model.balance import Balance
 from megatron_mod.model.exact_choice import ExactChoice
+from megatron_mod.model.expert_choice import ExpertChoice
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
 from megatron_mod.model.lora import LayerAdapters
+from megatron_mod.model.mixture import MixtureOfExperts
+from megatron_mod.model.noop_choice import NoopChoice
 from megatron_mod.model.trainable import LORA, ROUTERS, STAND_INS
 from megatron_mod.parallel import device
 from megatron_mod.routing.auxiliary import beside
 from megatron_mod.routing.config import AUTO, RoutingConfig
 from megatron_mod.routing.decision import Decisions, keep_mask
+from megatron_mod.routing.expert_router import ExpertRouter
+from megatron_mod.routing.noop_gate import NoopGate
 from megatron_mod.routing.predictor import Predictor
 from megatron_mod.routing.router import Router
 from megatron_mod.routing.scheme import Place
@@ -41,7 +48,7 @@ from megatron_mod.routing.stand_in import StandIn
 _NO_GRAPH = "what a routed layer computes depends on its router's decisions, which no graph repeats"
 
 
-class RoutedTransformerLayer(ExactChoice, TransformerLayer):
+class RoutedTransformerLayer(ExactChoice, ExpertChoice, NoopChoice, TransformerLayer):
     """``y = x + m * F(x) + (1 - m) * S(x)`` with ``F`` attention, MLP or both, ``m`` its router's
     decision, and ``S`` its stand-in, or nothing; or so for the attention and then for the MLP, each
     with a router and a stand-in of its own, which decide when the layer is entered.
@@ -55,13 +62,18 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
     tokens of each document, ``r`` the router's logit, and ``y = x`` at the others; a predictor or
     the router itself learns beside it which these are (``_choose_exactly``).
 
+    Of a mixture of experts the router may decide about each expert: ``y = x + sum of g_e m_e
+    F_e(x)`` over those that the model's own gate sends a token to (``_choose_experts``); or there
+    is none, and the gate chooses among experts that return nothing too (``_leave_noops``).
+
     With sequence parallelism the layer gathers its rows, works as if there were none, and
     scatters them again: its tensor-parallel ranks then decide on the same numbers, and
     only chosen tokens take part in its reductions.
     """
 
     adds: ClassVar[dict[str, str]] = {
-        "router": ROUTERS, "predictor": ROUTERS, "stand_in": STAND_INS, "lora": LORA
+        "router": ROUTERS, "noop_gate": ROUTERS, "predictor": ROUTERS, "stand_in": STAND_INS,
+        "lora": LORA,
     }  # fmt: skip
 
     def __init__(
@@ -86,16 +98,11 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
         self.routing = routing
         place = None if config.use_cpu_initialization else torch.cuda.current_device()
         targets = routing.scheme.targets
-        self.router = _for_each(
-            targets,
-            lambda: Router(
-                config.hidden_size,
-                bias=routing.bias,
-                is_factor=routing.is_exact,
-                position=routing.budgets and routing.position(routing.budget),
-                device=place,
-            ),
-        )
+        self.router = self.noop_gate = None
+        if num_noops := routing.num_noop_experts:
+            self.noop_gate = NoopGate(*self._of_experts, num_noops=num_noops, device=place)
+        else:
+            self.router = _for_each(targets, partial(self._make_router, device=place))
         self.predictor = None
         if size := routing.predictor_size:
             self.predictor = _for_each(
@@ -107,6 +114,23 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
                 targets, lambda: StandIn(config.hidden_size, rank, device=place)
             )
         self.lora = None if lora is None else LayerAdapters(self, lora)
+
+    def _make_router(self, *, device: int | None) -> Router:
+        config, routing = self.config, self.routing
+        if routing.scheme.per_expert:
+            return ExpertRouter(*self._of_experts, bias=routing.bias, device=device)
+        return Router(
+            config.hidden_size,
+            bias=routing.bias,
+            is_factor=routing.is_exact,
+            position=routing.budgets and routing.position(routing.budget),
+            device=device,
+        )
+
+    @property
+    def _of_experts(self) -> tuple[int, int, int]:
+        """Hidden size, experts, and those that a token is sent to."""
+        return self.config.hidden_size, self.config.num_moe_experts, self.config.moe_router_topk
 
     def forward(
         self,
@@ -144,8 +168,13 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
         normed = self.input_layernorm(x)
         auxiliary: list[Tensor] = []
         chosen = self._choose(normed, layout, auxiliary)
-        rest = x, normed, chosen, layout, rotary_pos_emb
+        about_experts = self._ask_experts(normed, layout)
+        rest = x, normed, chosen, about_experts, layout, rotary_pos_emb
         x = recompute.again(self._compute, *rest) if self.recomputes else self._compute(*rest)
+        if about_experts is not None:
+            self._note_experts(normed, layout)
+        elif self.noop_gate is not None:
+            self._note_noops(layout)
         for loss in auxiliary:
             x = beside(x, loss)
         if self.gathers_rows:
@@ -157,23 +186,46 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
         x: Tensor,
         normed: Tensor,
         chosen: dict[str, Selection | Everything],
+        about_experts: Tensor | None,
         layout: TokenLayout,
         rotary_pos_emb: Tensor | None,
     ) -> Tensor:
-        """All that follows on the choices, by target, of rows ``[S, B, H]``."""
+        """All that follows on the choices, by target, and on logits about experts, of rows
+        ``[S, B, H]``."""
         if block := chosen.get("block"):
             update = self._attend(normed, block, layout, rotary_pos_emb)
-            update = update + self._feed_forward(block.take(x) + update, block, layout)
+            told = self._about_mixture(block, layout)
+            update = update + self._feed_forward(block.take(x) + update, **told)
             self._show("block", layout, x, normed, update)
             return block.add(x, update, self._instead("block", normed))
         attending, feeding = (chosen.get(part) or Everything() for part in ("attn", "mlp"))
         update = self._attend(normed, attending, layout, rotary_pos_emb)
         self._show("attn", layout, x, normed, update)
         x = attending.add(x, update, self._instead("attn", normed))
-        update = self._feed_forward(feeding.take(x), feeding, layout)
+        told = self._about_mixture(feeding, layout, about_experts)
+        update = self._feed_forward(feeding.take(x), **told)
         if layout.step.watch_units and "mlp" in self.routing.scheme.targets:
             self._show("mlp", layout, x, self.pre_mlp_layernorm(x), update)
         return feeding.add(x, update, self._instead("mlp", x, self.pre_mlp_layernorm))
+
+    def _about_mixture(
+        self,
+        chosen: Selection | Everything,
+        layout: TokenLayout,
+        about_experts: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """What a mixture is told beside the tokens of a choice; an MLP nothing."""
+        if not isinstance(self.mlp, MixtureOfExperts):
+            return {}
+        balance = Balance.of(layout)
+        if balance is not None and isinstance(chosen, Selection):
+            balance = balance._replace(valid=None)  # no padding is chosen
+        told: dict[str, Any] = {"balance": balance}
+        if about_experts is not None:
+            told["pairs"] = partial(self._choose_experts, about_experts, layout)
+        elif self.noop_gate is not None:
+            told |= {"noops": self.noop_gate, "pairs": partial(self._leave_noops, layout)}
+        return told
 
     @property
     def index(self) -> int:
@@ -182,8 +234,8 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
 
     @property
     def routers(self) -> dict[Place, Router]:
-        """This layer's, by what they decide about."""
-        return self._by_place(self.router)
+        """This layer's, by what they decide about; no-ops of its gate stand for one."""
+        return self._by_place(self.noop_gate or self.router)
 
     @property
     def predictors(self) -> dict[Place, Predictor]:
@@ -238,6 +290,8 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
         targets = self.routing.scheme.targets
         if layout.step.dense:
             return dict.fromkeys(targets, Everything())
+        if self.routing.scheme.per_expert:
+            return {}  # what they are sent is known when the mixture is entered
         if self.routing.is_exact:
             return self._choose_exactly(normed, layout, auxiliary)
         decide = self._decide_tokens
@@ -337,8 +391,13 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
     def _decide(
         self, place: Place, logits: Tensor, valid: Tensor, sizes: Tensor, layout: TokenLayout
     ) -> Tensor:
-        """The mask of units with these logits, zero where there is none; noted in the layout, and
-        with their ``sizes`` in the router."""
+        """``_mask``, noted with the units' ``sizes`` in the router."""
+        mask = self._mask(place, logits, valid, layout)
+        self._own(self.router, place.target).note(layout.decisions[place], sizes)
+        return mask
+
+    def _mask(self, place: Place, logits: Tensor, valid: Tensor, layout: TokenLayout) -> Tensor:
+        """The mask of units with these logits, zero where there is none; noted in the layout."""
         router = self._own(self.router, place.target)
         penalty = layout.step.penalty_per_unit.get(place)
         finds_price = self.routing.capacity_loss_weight == AUTO
@@ -351,8 +410,7 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
             # No price is known for what was not computed.
             only_kept=finds_price and self.routing.training_compute == "sparse",
         )
-        layout.decisions[place] = made = Decisions(logits, mask, valid)
-        router.note(made, sizes)
+        layout.decisions[place] = Decisions(logits, mask, valid)
         return mask
 
     def _attend(
@@ -394,20 +452,21 @@ class RoutedTransformerLayer(ExactChoice, TransformerLayer):
             return AttentionPlan(queries=layout.tokens, keys=layout.tokens, kept_keys=kept)
         return layout.attention
 
-    def _feed_forward(self, hidden_states: Tensor) -> Tensor:
-        """The MLP's update of a grid ``[S, B, H]`` or a stream ``[N, 1, H]``.
+    def _feed_forward(self, hidden_states: Tensor, **told: Any) -> Tensor:
+        """The MLP's update of a grid ``[S, B, H]`` or a stream ``[N, 1, H]``; of a mixture that is
+        ``told`` so (``_about_mixture``).
 
         It is entered with no tokens too, because other ranks may wait in it.
         """
         trains = hidden_states.requires_grad or (self.lora is not None and self.lora.trains)
-        if self.recomputes_mlp and trains:
-            return recompute.again(self._mlp, hidden_states)
-        return self._mlp(hidden_states)
+        if self.recomputes_mlp and (trains or "pairs" in told):
+            return recompute.again(self._mlp, hidden_states, **told)
+        return self._mlp(hidden_states, **told)
 
-    def _mlp(self, hidden_states: Tensor) -> Tensor:
+    def _mlp(self, hidden_states: Tensor, **told: Any) -> Tensor:
         if len(hidden_states):
             hidden_states = self.pre_mlp_layernorm(hidden_states)
-        output, bias = self.mlp(hidden_states)
+        output, bias = self.mlp(hidden_states, **told)
         return output if bias is None else output + bias
 
     def _require_equal_decisions(self, kept: Tensor) -> None:

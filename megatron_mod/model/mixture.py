@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_mod.model import recompute
 from megatron_mod.model.balance import Balance, imbalance, noted_beside
 from megatron_mod.parallel.topology import process_groups
+from megatron_mod.routing.noop_gate import NoopGate
 
 # Of tokens and experts ``[..., experts]``, which pairs count, and how much: from the gate's weights and
 # its choice, a bool, to others.
@@ -53,14 +54,15 @@ class Gate(TopKRouter):
         self.copies = 1 if shared else self.tp_group.size()
         self.register_buffer("balance", torch.zeros(2, dtype=torch.float32), persistent=False)
 
-    def gating(self, input: Tensor) -> Tensor:
-        """Logits ``[..., experts]`` of ``[..., H]``."""
-        return F.linear(input, self.weight).float()
+    def gating(self, input: Tensor, noops: NoopGate | None = None) -> Tensor:
+        """Logits ``[..., experts]`` of ``[..., H]``, followed by those of no-ops, if there are."""
+        logits = F.linear(input, self.weight)
+        if noops is not None:
+            logits = torch.cat((logits, noops(input)), -1)
+        return logits.float()
 
-    def routing(
-        self, logits: Tensor, padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Weights and choice ``[N, E]`` of logits ``[N, E]``, by Megatron's rule."""
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights and choice ``[N, E]`` of as many logits, by Megatron's rule."""
         return topk_routing_with_score_function(
             logits, self.topk, use_pre_softmax=self.config.moe_router_pre_softmax
         )
@@ -160,6 +162,7 @@ class MixtureOfExperts(MoELayer):
         hidden_states: Tensor,
         *,
         pairs: Pairs | None = None,
+        noops: NoopGate | None = None,
         balance: Balance | None = None,
         **unused: object,
     ) -> tuple[Tensor, None]:
@@ -169,18 +172,24 @@ class MixtureOfExperts(MoELayer):
             pairs: is shown the gate's weights ``[S, B, experts]`` and its choice, and says which
                 count instead: what is not chosen is neither sent nor computed. Backward asks again
                 where activations are computed again.
+            noops: experts that return nothing, among which the gate chooses too; ``pairs`` is shown
+                them behind the others, and leaves them out.
             balance: of the gate's load-balancing loss, if it trains; without, ``self.balance``.
         """
         balance = balance or self.balance
         if self.recomputes and hidden_states.requires_grad:
-            return recompute.again(self._output, hidden_states, pairs, balance), None
-        return self._output(hidden_states, pairs, balance), None
+            return recompute.again(self._output, hidden_states, pairs, noops, balance), None
+        return self._output(hidden_states, pairs, noops, balance), None
 
     def _output(
-        self, hidden_states: Tensor, pairs: Pairs | None, balance: Balance | None
+        self,
+        hidden_states: Tensor,
+        pairs: Pairs | None,
+        noops: NoopGate | None,
+        balance: Balance | None,
     ) -> Tensor:
         tokens, gate = hidden_states.flatten(0, -2), self.router
-        logits = gate.gating(tokens)
+        logits = gate.gating(tokens, noops)
         weights, chosen = gate.routing(logits)
         made = chosen
         if pairs is not None:

@@ -93,6 +93,29 @@ def scores(found: Decisions) -> Figure:
     return figure
 
 
+def experts(found: Sequence[dict]) -> Figure:
+    """Tokens that each expert of every layer is sent, and those of them that it computes, before
+    (left) and after."""
+    layers = sorted({entry["layer"] for entry in found})
+    figure = Figure(figsize=(8, 1 + 1.4 * len(layers)), layout="constrained")
+    grid = figure.subplots(len(layers), 2, sharex=True, sharey="row", squeeze=False)
+    for row, layer in zip(grid, layers, strict=True):
+        own = [entry for entry in found if entry["layer"] == layer]
+        at = [entry["expert"] for entry in own]
+        for axes, when in zip(row, ("_before", ""), strict=True):
+            for name, colour in (("assigned", DENSE), ("executed", ROUTED)):
+                axes.bar(at, [entry[name + when] for entry in own], color=colour, label=name)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.tick_params(labelsize=7)
+        row[0].set_ylabel(f"layer {layer}", fontsize=9)
+    for axes, title in zip(grid[0], ("dense", "routed"), strict=True):
+        axes.set_title(title, fontsize=9)
+    grid[0][1].legend(fontsize=7)
+    figure.supxlabel("expert")
+    figure.supylabel("tokens")
+    return figure
+
+
 def _figure(*, height: float) -> tuple[Figure, object]:
     figure = Figure(figsize=(8, height), layout="constrained")
     return figure, figure.add_subplot()

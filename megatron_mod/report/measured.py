@@ -16,7 +16,7 @@ from megatron_mod.evaluation.backend import Backend
 from megatron_mod.evaluation.perplexity import holds_conversations, read_rows
 from megatron_mod.evaluation.rows import Row, evenly
 from megatron_mod.parallel.topology import Topology
-from megatron_mod.report.observed import Decisions, skipped_tokens
+from megatron_mod.report.observed import Decisions, experts, skipped_tokens
 from megatron_mod.report.run import Run
 
 EXCERPT = 160  # characters of a document that are shown
@@ -27,7 +27,8 @@ class Measured:
     """What the report shows of a model.
 
     ``source``: where its documents come from; ``documents``: text, tokens and kept share of each;
-    ``curve`` and ``trained``: points as ``CurvePoint.to_dict`` gives them.
+    ``curve`` and ``trained``: points as ``CurvePoint.to_dict`` gives them; ``experts``: of routers
+    on experts, see ``observed.experts``; before is the dense model, which untrained routers are.
     """
 
     source: str
@@ -38,6 +39,12 @@ class Measured:
     dense_perplexity: float
     curve: list[dict]
     trained: dict
+    experts: list[dict]
+
+    def to_dict(self) -> dict:
+        """What of it is numbers, as ``report.json`` has them."""
+        names = ("source", "pooling", "dense_perplexity", "trained", "curve", "experts")
+        return {name: getattr(self, name) for name in names}
 
 
 def measure(
@@ -101,6 +108,7 @@ def measure(
             dense_perplexity=calibration.dense.perplexity,
             curve=[point.to_dict() for point in points],
             trained=curve.at(trained).to_dict(),
+            experts=experts(calibration.dense, trained),
         )
 
 

@@ -42,13 +42,14 @@ class Decisions:
 
 def skipped_tokens(calibration: Calibration, point: Point) -> dict[str, list[dict]] | None:
     """The ``most`` and ``least`` skipped tokens of the vocabulary, by the mean over the
-    routers and their occurrences; nothing where documents decide as one."""
+    routers, their occurrences and the experts of each; nothing where documents decide as one."""
     backend = calibration.backend
     if backend.by_sequence:
         return None
     borders = list(map(logit_border, point.thresholds))
     skipped = 1 - torch.stack(_kept(point, borders)).double().mean(0)
     ids = torch.cat([torch.tensor(list(row.ids)) for row in calibration.rows])
+    skipped = skipped.view(len(ids), -1).mean(1)
     tokens, place, counts = ids.unique(return_inverse=True, return_counts=True)
     shares = torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, place, skipped) / counts
     often = counts >= min(OCCURRENCES, int(counts.max()))
@@ -68,11 +69,31 @@ def skipped_tokens(calibration: Calibration, point: Point) -> dict[str, list[dic
     return {"most": list(map(entry, most)), "least": list(map(entry, least))}
 
 
+def experts(before: Point, after: Point) -> list[dict]:
+    """Of every routed layer and expert how many tokens the model's gate sends to it and how many
+    of them it computes, at the point ``before`` and ``after``; nothing where others are routed."""
+    found = []
+    for place, now in after.experts.items():
+        counts = torch.cat((before.experts[place], now)).long().t().tolist()
+        for number, (executed_before, assigned_before, executed, assigned) in enumerate(counts):
+            found.append(
+                {
+                    "layer": place.layer,
+                    "expert": number,
+                    "assigned_before": assigned_before,
+                    "executed_before": executed_before,
+                    "assigned": assigned,
+                    "executed": executed,
+                }
+            )
+    return found
+
+
 def _kept(point: Point, borders: list[float]) -> list[Tensor]:
     pairs = zip(point.logits.values(), borders, strict=True)
     return [logits >= border for logits, border in pairs]
 
 
 def _by_document(calibration: Calibration, units: Tensor) -> tuple[Tensor, ...]:
-    by_sequence = calibration.backend.by_sequence
-    return units.split([1 if by_sequence else len(row.ids) for row in calibration.rows])
+    by_sequence, entries = calibration.backend.by_sequence, calibration.work.entries
+    return units.split([1 if by_sequence else entries(len(row.ids)) for row in calibration.rows])

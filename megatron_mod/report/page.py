@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -21,11 +22,12 @@ from megatron_mod.report.run import Run
 if TYPE_CHECKING:
     from megatron_mod.report.measured import Measured
 
-PAGE, FIGURES = "report.html", "report"
+PAGE, FIGURES, NUMBERS = "report.html", "report", "report.json"
 
 
 def write_page(run: Run, measured: Measured | None) -> Path:
-    """Write ``report.html`` and ``report/*.png`` into the run's folder; returns the page's path.
+    """Write ``report.html``, ``report/*.png`` and, with what was ``measured``, ``report.json`` into
+    the run's folder; returns the page's path.
 
     ``measured``: ``None`` leaves out what needs the model.
     """
@@ -35,6 +37,9 @@ def write_page(run: Run, measured: Measured | None) -> Path:
     for name, content in images.items():
         (folder / f"{name}.png").write_bytes(content)
     encoded = {name: base64.b64encode(content).decode() for name, content in images.items()}
+    if measured:
+        numbers = json.dumps(measured.to_dict(), indent=2) + "\n"
+        write_durably(run.folder / NUMBERS, numbers)
     path = run.folder / PAGE
     write_durably(path, render(run, measured, encoded))
     return path
@@ -52,6 +57,8 @@ def draw(run: Run, measured: Measured | None) -> dict[str, Figure]:
     if measured:
         found["decisions"] = figures.decisions(measured.decisions)
         found["scores"] = figures.scores(measured.decisions)
+        if measured.experts:
+            found["experts"] = figures.experts(measured.experts)
         found["quality"] = quality_against_work(
             measured.curve,
             dense_perplexity=measured.dense_perplexity,

@@ -1,4 +1,4 @@
-"""A router for each of a layer's experts: one affine map from a hidden state to all their logits."""
+"""Routers on a layer's experts: one affine map from a hidden state to all their logits."""
 
 from __future__ import annotations
 
@@ -48,3 +48,17 @@ class ExpertRouter(Router):
     def _again(self, inputs: Tensor, *more: Tensor) -> Tensor:
         (experts,) = more
         return self(inputs).gather(-1, experts)
+
+
+def weighed(weights: Tensor, mask: Tensor, *, renormalize: bool) -> Tensor:
+    """The weights ``[..., num_experts]`` that a gate gave a token's experts, times the ``mask`` of
+    those that compute it.
+
+    ``renormalize``: what is left is scaled to the sum that the gate gave, where anything is left.
+    """
+    left = weights * mask
+    if not renormalize:
+        return left
+    whole, rest = (each.sum(-1, keepdim=True) for each in (weights, left))
+    some = rest > 0
+    return left * torch.where(some, whole / rest.where(some, 1.0), 1.0)

@@ -106,7 +106,7 @@ def _given(config: Config, plan: Plan) -> dict | None:
             "here; model.lora names them.",
             level=logging.WARNING,
         )
-    for field in ("granularity", "layers", "threshold", "selection", "causal"):
+    for field in ("granularity", "layers", "threshold", "selection", "causal", "renormalize"):
         theirs, ours = getattr(found, field), getattr(plan.routing, field)
         if theirs != ours:
             raise ValueError(

@@ -160,9 +160,9 @@ def expected_of(
             bias = added[place.layer][routing.name_of("router", place.target) + ".bias"]
             (slope,) = torch.autograd.grad(capacity[place], bias, retain_graph=True)
             (pull,) = torch.autograd.grad(loss + cost, bias, retain_graph=True)
-            slopes.append(slope)
-            pulls.append(pull - own * slope)
-        pulls, slopes = torch.cat(pulls), torch.cat(slopes)
+            slopes.append(slope.sum())
+            pulls.append((pull - own * slope).sum())
+        pulls, slopes = torch.stack(pulls), torch.stack(slopes)
         if routing.scope == "model":
             pulls, slopes = (t.sum().expand(len(t)) for t in (pulls, slopes))
         found_price = (-pulls / slopes).tolist()

@@ -80,7 +80,12 @@ def _rank(
 
 
 def meet(
-    *, tensor: int = 1, pipeline: int = 1, context: int = 1, virtual_pipeline: int | None = None
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    context: int = 1,
+    virtual_pipeline: int | None = None,
+    expert: int = 1,
 ):
     """Lay this job's ranks out (again, if they were); returns the topology.
 
@@ -95,6 +100,7 @@ def meet(
         pipeline=pipeline,
         context=context,
         virtual_pipeline=virtual_pipeline,
+        expert=expert,
         world_size=int(os.environ["WORLD_SIZE"]),
     )
     topology.initialize(ranks, init_method=place or None)

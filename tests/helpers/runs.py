@@ -30,13 +30,19 @@ EXACT = {
     "router__pooling": None,
 }  # fmt: skip
 
+# The same with routers on experts.
+EXPERTS = {
+    **DEFAULT, "router__granularity": "expert_token", "router__stand_in": None,
+    "router__stand_in_rank": None, "router__stand_in_tokens": None,
+}  # fmt: skip
+
 
 class Trainer:
     """A tiny base checkpoint and some text, to train routers with."""
 
-    def __init__(self, folder: Path, **changes: object) -> None:
+    def __init__(self, folder: Path, *, kind: str = "llama", **changes: object) -> None:
         self.folder = folder
-        self.hf = tiny.save_llama(folder / "hf", vocab_size=tiny.VOCAB, **changes)
+        self.hf = tiny.save_model(folder / "hf", kind, vocab_size=tiny.VOCAB, **changes)
         tiny.save_tokenizer(self.hf)
         self.base = folder / "base"
         hf_to_megatron(self.hf, self.base)

@@ -1,0 +1,94 @@
+"""Routers on experts: loss, gradients and capacity at every topology against the formula."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_mod.data.chat import Sample
+from megatron_mod.routing.config import RoutingConfig
+from tests.distributed import cases
+from tests.distributed.test_granularities import check, expected_of
+from tests.helpers import experts, tiny
+
+PRICED = {"capacity_loss_weight": "auto", "bias": True}
+NEAR_ALL, NEAR_NONE = 1e-9, 1 - 1e-7
+
+
+def make_case(root: Path, family: str) -> tuple:
+    """A model, a batch, and routers under which some pairs skip."""
+    kind, changes = experts.FAMILIES[family]
+    hf = tiny.save_model(root / "hf", kind, **changes)
+    cases.convert(hf, root / "megatron")
+    generator = torch.Generator().manual_seed(7)
+    samples = []
+    for index, (prompt, answer) in enumerate(
+        [(3, 4), (9, 6), (5, 11), (7, 2), (4, 8), (12, 5), (6, 6), (3, 9)]
+    ):
+        ids = torch.randint(3, 128, (prompt + answer,), generator=generator).tolist()
+        samples.append(Sample(ids, [False] * prompt + [True] * answer, f"made:{index}"))
+    number = changes.get("num_experts", changes.get("num_local_experts"))
+    added = {
+        layer: {
+            "router.weight": 0.5 * torch.randn(number, 32, generator=generator),
+            "router.bias": 0.5 * torch.randn(number, generator=generator),
+        }
+        for layer in cases.ROUTED
+    }
+    return hf, root / "megatron", samples, added
+
+
+@pytest.fixture(scope="module", params=list(experts.FAMILIES))
+def any_case(request, tmp_path_factory, single_process):
+    return make_case(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory, single_process):
+    return make_case(tmp_path_factory.mktemp("qwen3_moe"), "qwen3_moe")
+
+
+def routing(**changes: object) -> RoutingConfig:
+    return cases.routing_config(granularity="expert_token", **changes)
+
+
+def priced(loss: str = "task", **changes: object) -> cases.Asked:
+    return cases.Asked(routing(**{**PRICED, **changes}), loss, (0.8, 0.3))
+
+
+TRAININGS = [
+    routing(),
+    routing(renormalize=True, scope="layer", bias=True),
+    routing(training_compute="sparse"),
+    routing(training_compute="sparse", renormalize=True),
+    priced("both", renormalize=True),
+    priced("distill", training_compute="sparse", scope="layer"),
+    routing(threshold=NEAR_ALL),
+    routing(threshold=NEAR_NONE, training_compute="sparse"),
+    routing(threshold=NEAR_NONE, renormalize=True),
+]
+DEEP = [TRAININGS[3], TRAININGS[4], TRAININGS[7]]
+SEQUENCE_PARALLEL = {"tensor": 2, "sequence_parallel": True}
+
+
+def test_the_batch_skips_some_pairs(any_case):
+    for training in TRAININGS[:6]:
+        capacity = expected_of(any_case, training)["capacity"]
+        assert min(capacity) > 0.1, training
+        assert max(capacity) < 0.9, training
+    assert expected_of(any_case, TRAININGS[6])["capacity"] == [1.0, 1.0]
+    assert expected_of(any_case, TRAININGS[7])["capacity"] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("trainings", "world", "topologies"),
+    [
+        (TRAININGS, 1, [{}, {"packed": True}]),
+        (DEEP, 1, [{"rows": 1}, {"recompute": "full"}, {"recompute": "selective"}]),
+    ],
+    ids=["one_rank", "one_rank_again"],
+)
+def test_one_rank_equals_the_formula(any_case, trainings, world, topologies, tmp_path):
+    check(any_case, trainings, world, topologies, tmp_path)
