@@ -69,6 +69,23 @@ class LoraSettings:
         return cls(**{**values, **lists})
 
 
+def require_projections(
+    targets: Sequence[str], known: Sequence[str], *, field: str = "lora.targets"
+) -> None:
+    """Refuse adapters on projections that a model's layers have many of.
+
+    ``known``: those that they have one of (``Architecture.projections``).
+
+    Raises:
+        ValueError: naming ``field`` and the projections.
+    """
+    if experts := [target for target in targets if target not in known]:
+        raise ValueError(
+            f"{field}: {', '.join(experts)}: are projections of this model's experts, which have "
+            f"no adapters; name some of {', '.join(known)}."
+        )
+
+
 def lora_of(manifest: Mapping) -> LoraSettings | None:
     """The adapters of a training's step, by its manifest; ``None``: it has none."""
     values = manifest.get("lora")  # steps of before there were adapters say nothing

@@ -425,7 +425,7 @@ class LoraConfig:
         targets: the projections that have one: `all-linear` (unset), all of a layer's; or some, by
             Hugging Face's names (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj) or
             Megatron's, each for all projections in it (linear_qkv, linear_proj, linear_fc1,
-            linear_fc2).
+            linear_fc2); of a mixture of experts the attention's only.
         layers: the layers that have them: `all` (unset), or as router.layers.
         lr: peak learning rate of the adapters, above 0; unset: optimizer.lr.
     """

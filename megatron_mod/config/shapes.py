@@ -40,6 +40,28 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 152064, "max_position_embeddings": 32768, "rope_theta": 1000000.0,
         "rms_norm_eps": 1e-6,
     },
+    "mixtral-8x7b": {  # mistralai/Mixtral-8x7B-v0.1 and -Instruct-v0.1
+        "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 32000, "max_position_embeddings": 32768, "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-5, "sliding_window": None, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02,
+    },
+    "qwen3-30b-a3b": {  # Qwen/Qwen3-30B-A3B; the base reads 32768 positions
+        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936,
+        "max_position_embeddings": 40960, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
+        "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.001,
+    },
+    "olmoe-1b-7b": {  # allenai/OLMoE-1B-7B-0924 and -Instruct
+        "model_type": "olmoe", "hidden_size": 2048, "intermediate_size": 1024,
+        "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "vocab_size": 50304, "max_position_embeddings": 4096, "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8,
+        "norm_topk_prob": False, "router_aux_loss_coef": 0.01,
+    },
     "smollm2-135m": {  # HuggingFaceTB/SmolLM2-135M-Instruct
         "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,

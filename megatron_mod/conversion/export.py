@@ -18,6 +18,7 @@ from megatron_mod.conversion.config_types import (
     is_share,
     is_whole,
 )
+from megatron_mod.conversion.families.base import rope_theta_of
 from megatron_mod.hf import FILES, MODULE
 from megatron_mod.routing.config import AUTO, RoutingConfig
 from megatron_mod.routing.scheme import Causal
@@ -29,7 +30,7 @@ def portable_config(hf_config: dict) -> dict:
     config = {name: value for name, value in hf_config.items() if name != "auto_map"}
     rope = config.get("rope_parameters")
     scaling = config.get("rope_scaling")
-    base = (rope or {}).get("rope_theta") or config.get("rope_theta") or 10000.0
+    base = rope_theta_of(config)
     if rope is None:
         rope = {**(scaling or {"rope_type": "default"}), "rope_theta": base}
     if scaling is None and rope.get("rope_type", "default") != "default":

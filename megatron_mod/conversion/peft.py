@@ -231,10 +231,11 @@ def _targets(config: dict, path: Path, arch: Architecture) -> dict[int, tuple[st
     if others := [name for name in _OTHERS if asked(name) and not excluded(name)]:
         raise ValueError(
             f"{path}: target_modules = {config['target_modules']!r}: adapts {' and '.join(others)},"
-            f" and only layers' projections ({', '.join(TARGETS)}) have adapters here; {_MERGE}."
+            f" and only layers' projections ({', '.join(arch.projections)}) have adapters here; "
+            f"{_MERGE}."
         )
     modules = {
-        layer: {target: module_name(layer, target) for target in TARGETS}
+        layer: {target: module_name(layer, target) for target in arch.projections}
         for layer in range(arch.num_layers)
     }
     names = config["target_modules"] if isinstance(config["target_modules"], list) else ()
@@ -242,8 +243,8 @@ def _targets(config: dict, path: Path, arch: Architecture) -> dict[int, tuple[st
     if unknown := [name for name in names if not any(map(_ends_with(name), every))]:
         raise ValueError(
             f"{path}: target_modules: {', '.join(map(repr, unknown))} is no projection of this "
-            f"model's {arch.num_layers} layers ({', '.join(TARGETS)}); take it out, or the adapter "
-            "belongs to another model."
+            f"model's {arch.num_layers} layers ({', '.join(arch.projections)}); take it out, or "
+            "the adapter belongs to another model."
         )
     found = {
         layer: tuple(t for t, name in modules[layer].items() if asked(name) and not excluded(name))

@@ -150,7 +150,14 @@ def open_base(
         )
     hf_config = read_config(huggingface)
     family = family_of(hf_config)
-    return Base(kind, path, huggingface, family, family.architecture_of(hf_config))
+    arch = family.architecture_of(hf_config)
+    if kind == "megatron_lm" and arch.mixture is not None:
+        raise ValueError(
+            f"{path}: {family.model_type}: a mixture of experts in a checkpoint of Megatron-LM or "
+            "Megatron-Bridge is not read; export it to Hugging Face's format with those, and give "
+            "that folder."
+        )
+    return Base(kind, path, huggingface, family, arch)
 
 
 def holds_model(config: Config) -> bool:

@@ -126,13 +126,19 @@ class Architecture:
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
-        """``(in, out)`` of a layer's projections, by Hugging Face's names."""
+        """``(in, out)`` of a layer's projections, by Hugging Face's names; those of experts, of
+        which a layer has many, are not among them."""
         hidden, queries, keys = self.hidden_size, self.query_channels, self.key_channels
-        return {
+        attention = {
             "q_proj": (hidden, queries),
             "k_proj": (hidden, keys),
             "v_proj": (hidden, keys),
             "o_proj": (queries, hidden),
+        }
+        if self.mixture is not None:
+            return attention
+        return {
+            **attention,
             "gate_proj": (hidden, self.ffn_hidden_size),
             "up_proj": (hidden, self.ffn_hidden_size),
             "down_proj": (self.ffn_hidden_size, hidden),

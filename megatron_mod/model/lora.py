@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -212,17 +213,21 @@ def _linears(layer: TransformerLayer) -> dict[str, _Linear]:
     ranks, hidden, dim = layer.pg_collection.tp.size(), config.hidden_size, config.kv_channels
     queries = config.num_attention_heads // config.num_query_groups * dim  # of a group
     qkv = {"q_proj": queries, "k_proj": dim, "v_proj": dim}
-    groups, ffn = config.num_query_groups // ranks, config.ffn_hidden_size // ranks
-    fc1 = {"gate_proj": ffn, "up_proj": ffn}
+    groups = config.num_query_groups // ranks
     found = {
         "linear_qkv": _Linear(attention.linear_qkv, hidden, qkv, groups),
         "linear_proj": _Linear(
             attention.linear_proj, queries * groups, {"o_proj": hidden}, by_rows=True
         ),
-        "linear_fc1": _Linear(mlp.linear_fc1, hidden, fc1),
-        "linear_fc2": _Linear(mlp.linear_fc2, ffn, {"down_proj": hidden}, by_rows=True),
     }
-    assert {t: name for name, linear in found.items() for t in linear.outputs} == TARGETS
+    if isinstance(mlp, MLP):  # and no mixture, which has many
+        ffn = config.ffn_hidden_size // ranks
+        found |= {
+            "linear_fc1": _Linear(mlp.linear_fc1, hidden, {"gate_proj": ffn, "up_proj": ffn}),
+            "linear_fc2": _Linear(mlp.linear_fc2, ffn, {"down_proj": hidden}, by_rows=True),
+        }
+    names = {target: name for target, name in TARGETS.items() if name in found}
+    assert {t: name for name, linear in found.items() for t in linear.outputs} == names
     return found
 
 

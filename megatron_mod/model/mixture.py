@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.process_groups_config import ProcessGroupCollection as Groups
 from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -28,8 +32,8 @@ from megatron_mod.model.balance import Balance, imbalance, noted_beside
 from megatron_mod.parallel.topology import process_groups
 from megatron_mod.routing.noop_gate import NoopGate
 
-# Of tokens and experts ``[..., experts]``, which pairs count, and how much: from the gate's weights and
-# its choice, a bool, to others.
+# Which pairs of tokens and experts count, and how much, ``[..., experts]``: from the gate's weights
+# and its choice, a bool, to others.
 Pairs: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -91,7 +95,7 @@ class Experts(SequentialMLP):
         num_local_experts: int,
         config: TransformerConfig,
         *,
-        pg_collection: ProcessGroupCollection,
+        pg_collection: Groups,
         **unused: object,
     ) -> None:
         expert = MLPSubmodules(
@@ -117,7 +121,16 @@ class Experts(SequentialMLP):
 
 
 class Dispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's, which on a CPU finds its numbers where it looks for them."""
+    """Megatron's, between ranks that share the experts: tensor-parallel ranks, of which each has a
+    part of an expert's channels, all send the same tokens.
+
+    On a CPU it finds its numbers where it looks for them.
+    """
+
+    def __init__(self, experts: Sequence[int], config: TransformerConfig, groups: Groups) -> None:
+        own = copy.copy(groups)
+        own.expt_tp, own.tp_ep = None, groups.ep
+        super().__init__(len(experts), list(experts), config=config, pg_collection=own)
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """As Megatron's, which makes arrays of what it brings from a GPU to the host, and of
@@ -135,7 +148,7 @@ class MixtureOfExperts(MoELayer):
     """``y = sum over the chosen experts e of g_e * F_e(x)``, ``g`` and the choice its gate's.
 
     Every rank that shares the experts must enter it, with no tokens too, and its backward pass: the
-    others wait in it. Tensor-parallel ranks that hold the same tokens send each a part of them.
+    others wait in it.
     """
 
     experts_type: ClassVar[type[Experts]] = Experts
@@ -146,16 +159,13 @@ class MixtureOfExperts(MoELayer):
         self,
         config: TransformerConfig,
         *,
-        pg_collection: ProcessGroupCollection | None = None,
+        pg_collection: Groups | None = None,
         **unused: object,
     ) -> None:
         groups = pg_collection or process_groups()
         submodules = MoESubmodules(experts=self.experts_type, router=Gate)
         super().__init__(config=config, submodules=submodules, pg_collection=groups)
-        self.token_dispatcher = Dispatcher(
-            self.num_local_experts, self.local_expert_indices, config=config, pg_collection=groups
-        )
-        self.shares_tokens = groups.tp.size() > 1 and not config.sequence_parallel
+        self.token_dispatcher = Dispatcher(self.local_expert_indices, config, groups)
 
     def forward(
         self,
@@ -193,19 +203,15 @@ class MixtureOfExperts(MoELayer):
         weights, chosen = gate.routing(logits)
         made = chosen
         if pairs is not None:
-            shape = (*hidden_states.shape[:-1], -1)
+            shape = (*hidden_states.shape[:-1], weights.shape[-1])
             weights, chosen = pairs(weights.view(shape), chosen.view(shape))
             weights, chosen = weights.flatten(0, -2), chosen.flatten(0, -2)
-        if self.shares_tokens:
-            output = self._gather(self._mix(*map(self._share, (tokens, weights, chosen))))
-            output = output[: len(tokens)]
-        else:
-            output = self._mix(tokens, weights, chosen)
-        output = gate.balanced(output, logits, made, balance)
-        return output.view_as(hidden_states)
+        output = self._over_ranks(tokens, weights, chosen)
+        return gate.balanced(output, logits, made, balance).view_as(hidden_states)
 
     def _mix(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """``[N, H]`` of tokens ``[N, H]`` and of weights and a choice ``[N, experts]``."""
+        """What this tensor-parallel rank's channels make of tokens, ``[N, H]``, with weights and a
+        choice ``[N, experts]``."""
         dispatcher = self.token_dispatcher
         sent, weights = dispatcher.dispatch_preprocess(tokens, chosen, weights)
         received, weights = dispatcher.token_dispatch(sent, weights)
@@ -215,14 +221,16 @@ class MixtureOfExperts(MoELayer):
         output = dispatcher.token_combine(dispatcher.combine_preprocess(output))
         return dispatcher.combine_postprocess(output)
 
-    def _share(self, rows: Tensor) -> Tensor:
-        """This tensor-parallel rank's part of rows that all of them hold; zeros fill the last's."""
-        short = -len(rows) % self.tp_group.size()
-        return scatter_to_sequence_parallel_region(
-            F.pad(rows, (0, 0, 0, short)), group=self.tp_group
-        )
-
-    def _gather(self, rows: Tensor) -> Tensor:
-        return gather_from_sequence_parallel_region(
-            rows, tensor_parallel_output_grad=False, group=self.tp_group
-        )
+    def _over_ranks(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """``_mix`` of all channels, added up by tensor-parallel ranks, which hold the same tokens,
+        or with sequence parallelism each its own."""
+        group = self.tp_group
+        if group.size() == 1:
+            return self._mix(tokens, weights, chosen)
+        if self.config.sequence_parallel:
+            gather = partial(gather_from_sequence_parallel_region, group=group)
+            whole = self._mix(gather(tokens), gather(weights), gather(chosen.byte()).bool())
+            return reduce_scatter_to_sequence_parallel_region(whole, group=group)
+        copied = partial(copy_to_tensor_model_parallel_region, group=group)
+        whole = self._mix(copied(tokens), copied(weights), chosen)
+        return reduce_from_tensor_model_parallel_region(whole, group=group)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_mod.config.experts import check_mixture
-from megatron_mod.config.lora import LoraSettings
+from megatron_mod.config.lora import LoraSettings, require_projections
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
 from megatron_mod.model.architecture import Architecture, check_parallel
@@ -70,6 +70,8 @@ def arrange(
     if routing.work is not None and "routers" in config.train.parts:
         routing = evenly(routing, workload(arch, routing, [LENGTH]))
     lora = lora or config.lora.resolve(num_layers=arch.num_layers)
+    if lora is not None:
+        require_projections(lora.targets, list(arch.projections))
     computed = _computed(config, routing, lora, num_layers=arch.num_layers)
     ranks = topology.plan(
         tensor=p.tensor_model_parallel_size,

@@ -14,15 +14,16 @@ from tests.distributed.test_granularities import check, expected_of
 from tests.helpers import experts, tiny
 
 PRICED = {"capacity_loss_weight": "auto", "bias": True}
+SEEDS = {"mixtral": 7, "qwen3_moe": 7, "olmoe": 8}  # no logit is near the border
 NEAR_ALL, NEAR_NONE = 1e-9, 1 - 1e-7
 
 
-def make_case(root: Path, family: str) -> tuple:
+def make_case(root: Path, family: str, *, seed: int | None = None) -> tuple:
     """A model, a batch, and routers under which some pairs skip."""
     kind, changes = experts.FAMILIES[family]
     hf = tiny.save_model(root / "hf", kind, **changes)
     cases.convert(hf, root / "megatron")
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed or SEEDS[family])
     samples = []
     for index, (prompt, answer) in enumerate(
         [(3, 4), (9, 6), (5, 11), (7, 2), (4, 8), (12, 5), (6, 6), (3, 9)]
@@ -92,3 +93,37 @@ def test_the_batch_skips_some_pairs(any_case):
 )
 def test_one_rank_equals_the_formula(any_case, trainings, world, topologies, tmp_path):
     check(any_case, trainings, world, topologies, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("trainings", "world", "topologies"),
+    [
+        (
+            DEEP,
+            2,
+            [
+                {"expert": 2},
+                {"expert": 2, "rows": 1, "use_distributed_optimizer": True},
+                SEQUENCE_PARALLEL,
+                {"tensor": 2},
+                {"pipeline": 2},
+                {"pipeline": 2, "virtual_pipeline": 2},
+                {},
+                {"context": 2},
+                {"context": 2, "expert": 2},
+            ],
+        ),
+        (
+            [DEEP[1], TRAININGS[5]],
+            4,
+            [
+                {"expert": 2, "pipeline": 2},
+                {"expert": 2, **SEQUENCE_PARALLEL},
+                {"expert": 4},
+            ],
+        ),
+    ],
+    ids=["two_ranks", "four_ranks"],
+)
+def test_ranks_equal_the_formula(case, trainings, world, topologies, tmp_path):
+    check(case, trainings, world, topologies, tmp_path)

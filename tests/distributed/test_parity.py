@@ -34,7 +34,8 @@ def models(tmp_path_factory, single_process):
         hf = tiny.save_model(root / name, kind, **changes)
         cases.convert(hf, root / f"{name}-megatron")
         pairs.append((hf, root / f"{name}-megatron"))
-    return pairs + [(hf, hf) for hf, _ in pairs if hf.name in ("odd_vocabulary", "qwen2", "qwen3")]
+    direct = ("odd_vocabulary", "qwen2", "qwen3", *tiny.MIXTURES)
+    return pairs + [(hf, hf) for hf, _ in pairs if hf.name in direct]
 
 
 @pytest.mark.parametrize(

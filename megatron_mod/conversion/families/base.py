@@ -16,6 +16,10 @@ _LLAMA3_ROPE = {
 }
 
 
+# Transformers' default of rope_theta, where it is not 10000.
+_THETAS = {"mixtral": 1e6}
+
+
 @dataclass(frozen=True)
 class Family:
     """``architecture_of`` raises ``ValueError`` on anything in config.json we do not build."""
@@ -53,6 +57,13 @@ def require(hf_config: dict, field: str, allowed: tuple, *, default: object) -> 
         )
 
 
+def rope_theta_of(hf_config: dict) -> float:
+    """The base of a ``config.json``'s rotary positions, in either Transformers release's place."""
+    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    default = _THETAS.get(hf_config.get("model_type", ""), 10000.0)
+    return rope.get("rope_theta") or hf_config.get("rope_theta") or default
+
+
 def read_rope(hf_config: dict) -> tuple[float, float | None]:
     """``(base, llama-3 factor or None)`` from either Transformers release's way of writing it.
 
@@ -60,7 +71,7 @@ def read_rope(hf_config: dict) -> tuple[float, float | None]:
         ValueError: a rotary embedding that is not built, named by its field.
     """
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    base = float(rope.get("rope_theta") or hf_config.get("rope_theta") or 10000.0)
+    base = float(rope_theta_of(hf_config))
     require({**hf_config, **rope}, "partial_rotary_factor", (1, 1.0), default=1.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":

@@ -18,7 +18,6 @@ def architecture_of(hf_config: dict) -> Architecture:
         ValueError: a feature that is not built, named by its field.
     """
     value_of(hf_config, "num_key_value_heads")  # Transformers' default is not the number of heads
-    value_of({**hf_config, **(hf_config.get("rope_parameters") or {})}, "rope_theta")  # nor 10000
     require(hf_config, "router_jitter_noise", (0, 0.0), default=0.0)
     experts = mixture.read_mixture(
         hf_config, ffn="intermediate_size", normalizes_weights=True, auxiliary_loss=0.001

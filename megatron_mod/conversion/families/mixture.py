@@ -8,7 +8,7 @@ from megatron_mod.conversion.families.base import value_of
 from megatron_mod.conversion.mappings import Direct, GatedMLP, Mapping, Part
 from megatron_mod.model.architecture import Architecture, Mixture
 
-_COUNTS = ("num_experts", "num_local_experts")  # 4.57 and 5.x may call it differently
+_COUNTS = ("num_experts", "num_local_experts")  # releases differ in which a family's file has
 
 
 def read_mixture(
@@ -25,14 +25,11 @@ def read_mixture(
         ValueError: a field that is missing, fields that contradict each other, or more experts for
             a token than there are; naming the field.
     """
-    counts = {name: hf_config[name] for name in _COUNTS if hf_config.get(name) is not None}
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"config.json: {counts}: are both the number of experts, and differ.")
-    num_experts = next(iter(counts.values()), None) or value_of(hf_config, _COUNTS[0])
+    num_experts = _num_experts(hf_config)
     top_k = value_of(hf_config, "num_experts_per_tok")
     if top_k > num_experts:
         raise ValueError(
-            f"config.json: num_experts_per_tok = {top_k}: must be at most {next(iter(counts))} = "
+            f"config.json: num_experts_per_tok = {top_k}: must be at most the number of experts, "
             f"{num_experts}."
         )
     weight = hf_config.get("router_aux_loss_coef")
@@ -43,6 +40,16 @@ def read_mixture(
         normalizes_weights=normalizes_weights,
         auxiliary_loss_weight=float(auxiliary_loss if weight is None else weight),
     )
+
+
+def _num_experts(hf_config: dict) -> int:
+    first, second = (hf_config.get(name) for name in _COUNTS)
+    if None not in (first, second) and first != second:
+        raise ValueError(
+            f"config.json: {_COUNTS[0]} = {first}: is not {_COUNTS[1]} = {second}, which means the "
+            "same; leave out the one that is wrong, or set both alike."
+        )
+    return first or second or value_of(hf_config, _COUNTS[0])
 
 
 @dataclass(frozen=True)
