@@ -124,6 +124,7 @@ ROUTING = {
     "stand_in_rank": Kind(
         "a whole number above 0, or null", lambda v: v is None or COUNT.accepts(v)
     ),
+    "renormalize": BOOLEAN,
 }
 
 

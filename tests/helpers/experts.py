@@ -3,6 +3,8 @@ nothing of ours in it."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -77,3 +79,35 @@ def mixture(
 def _of(block, name: str, *, default: object = None) -> object:
     """A setting, of the block or of its gate."""
     return getattr(block, name, getattr(block.gate, name, default))
+
+
+@torch.no_grad()
+def with_noops(model, ids: list[int], rows: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+    """One sequence through a dense model whose gates of some layers have ``rows`` ``[n, H]`` more,
+    for experts that return nothing.
+
+    Returns logits ``[T, vocab]`` and, by layer, which experts tokens are sent to, ``[T, E + n]``
+    bool.
+    """
+    sent, hooks = {}, []
+
+    def replace(block, inputs, output, index):
+        read = inputs[0][0]
+        own = torch.cat([block.gate.weight, rows[index]])
+        logits = read @ own.t()
+        best = logits.topk(_of(block, "top_k"), dim=-1).indices
+        sent[index] = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)
+        weights = logits.softmax(-1) * sent[index]
+        if _of(block, "norm_topk_prob", default=True):
+            weights = weights / weights.sum(-1, keepdim=True)
+        experts = range(len(block.gate.weight))
+        update = sum(weights[:, e, None] * expert(block, e, read) for e in experts)[None]
+        return (update, *output[1:]) if isinstance(output, tuple) else update
+
+    for index in rows:
+        hook = functools.partial(replace, index=index)
+        hooks.append(block_of(model.model.layers[index]).register_forward_hook(hook))
+    logits = model(torch.tensor([list(ids)])).logits[0]
+    for hook in hooks:
+        hook.remove()
+    return logits, sent

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import formula
+from tests.helpers import experts, formula
 from tests.helpers.routed import save_export
 
 ROUTED = (0, 2, 3)  # the first layer too: a cache must not read its length off it
 LENGTHS = (5, 11, 8, 3, 9)
 RANK = 3
+SCHEMES = {**formula.SCHEMES, **formula.EXPERT_SCHEMES}
 PAD, EXTRA = 50, 12  # a token with an embedding like any other, and more of it than needed
 
 
@@ -48,7 +49,8 @@ class Exports:
     """A dense model, and for each scheme its routers and export; each made once.
 
     ``prompts`` differ in length; each routed layer keeps some of their sequences or tokens.
-    ``plain``: routers as published; without, they have biases, and what is skipped stand-ins.
+    ``plain``: routers as published; without, they have biases, and what is skipped stand-ins (but
+    skipped experts none).
     """
 
     def __init__(self, folder: Path, family: str = "llama", *, plain: bool, **changes) -> None:
@@ -65,16 +67,19 @@ class Exports:
         if self.plain:
             return {}
         generator = torch.Generator().manual_seed(7)
+        if name in formula.EXPERT_SCHEMES:
+            count = experts.count(self.dense)
+            return {n: {"router.bias": torch.randn(count, generator=generator)} for n in ROUTED}
         sizes, granularity = (self.dense.config.hidden_size, RANK), self.granularity(name)
         return {n: formula.bias_and_stand_in(*sizes, generator, granularity) for n in ROUTED}
 
     @staticmethod
     def granularity(name: str) -> str:
-        return formula.SCHEMES[name]["granularity"]
+        return SCHEMES[name]["granularity"]
 
     def scheme(self, name: str) -> dict:
         """What the formula is told beside routers."""
-        return {**formula.SCHEMES[name], "more": self.more(name)}
+        return {**SCHEMES[name], "more": self.more(name)}
 
     @functools.cache  # noqa: B019 (lives as long as its module's tests)
     def routers(self, name: str) -> formula.Routers:
@@ -84,9 +89,10 @@ class Exports:
 
     @functools.cache  # noqa: B019 (lives as long as its module's tests)
     def export(self, name: str) -> Path:
-        settings = dict(formula.SCHEMES[name])
+        settings = dict(SCHEMES[name])
         if not self.plain:
-            settings.update(bias=True, stand_in_rank=RANK)
+            rank = None if name in formula.EXPERT_SCHEMES else RANK
+            settings.update(bias=True, stand_in_rank=rank)
         more = self.more(name)
         return save_export(self.folder / name, self.hf, self.routers(name), more, **settings)
 

@@ -27,6 +27,12 @@ SCHEMES = {
     "parts_token_selected": {"granularity": "attn_token+mlp_token", "keys_values": "selected"},
 }
 
+# The same of routers on experts, which mixtures alone can have.
+EXPERT_SCHEMES = {
+    "expert_token": {"granularity": "expert_token"},
+    "expert_token_renormalized": {"granularity": "expert_token", "renormalize": True},
+}
+
 
 def targets_of(granularity: str) -> list[str]:
     """What its routers decide about."""
@@ -225,7 +231,7 @@ def save_model(folder: Path, family: str = "llama", *, seed: int = 0, **changes)
     """Save a random 4-layer model of a family whose layers matter."""
     import transformers
 
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    name = "".join(part.capitalize() for part in family.split("_"))
     settings = {
         "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
