@@ -184,7 +184,9 @@ class _Counted(NamedTuple):
 def _counted(setup: Setup, entry: Entry) -> _Counted:
     config = setup.config(entry)
     arch = new_architecture(config)
-    routing = config.router.resolve(num_layers=arch.num_layers, hidden_size=arch.hidden_size)
+    routing = config.router.resolve(
+        num_layers=arch.num_layers, hidden_size=arch.hidden_size, num_experts=arch.num_experts
+    )
     costs = training_costs(
         arch,
         routing,

@@ -49,9 +49,7 @@ class Gate(TopKRouter):
     a part, so that all ranks' together are the whole.
     """
 
-    def __init__(
-        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None
-    ) -> None:
+    def __init__(self, config: TransformerConfig, pg_collection: Groups | None = None) -> None:
         super().__init__(config, pg_collection)
         shared = config.sequence_parallel  # the tokens, by tensor-parallel ranks too
         self.token_group = self.tp_cp_group if shared else self.cp_group

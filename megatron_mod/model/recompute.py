@@ -136,9 +136,7 @@ class DenseTransformerLayer(TransformerLayer):
         if isinstance(self.mlp, MoELayer):
             parts = self.pg_collection.tp if self.config.sequence_parallel else None
             self.mlp.balance = Balance.of(packed_seq_params, sequence_group=parts)
-        return super().forward(
-            hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
-        )
+        return super().forward(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
 
 
 def _asking(hidden_states: Tensor) -> Tensor:

@@ -64,8 +64,9 @@ def arrange(
         ValueError: naming the field, its value, the constraint and the remedy.
     """
     p = config.parallel
-    shape = {"num_layers": arch.num_layers, "hidden_size": arch.hidden_size}
-    routing = routing or config.router.resolve(**shape)
+    routing = routing or config.router.resolve(
+        num_layers=arch.num_layers, hidden_size=arch.hidden_size, num_experts=arch.num_experts
+    )
     check_mixture(routing.granularity, arch)
     if routing.work is not None and "routers" in config.train.parts:
         routing = evenly(routing, workload(arch, routing, [LENGTH]))

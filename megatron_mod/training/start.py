@@ -15,7 +15,7 @@ from megatron_mod.model.lora import initial_adapters
 from megatron_mod.parallel import topology
 from megatron_mod.routing.config import ROUTER, STAND_IN, RoutingConfig
 from megatron_mod.routing.stand_in import TOKENS
-from megatron_mod.training.exact_start import start_at_random
+from megatron_mod.training.exact_start import start_at_random, start_noops
 from megatron_mod.training.given import router_folder
 from megatron_mod.training.importance import leave_one_out, start_apart
 from megatron_mod.training.plan import Plan
@@ -46,6 +46,10 @@ def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
     if found:
         put_added(model, found)
     if "routers" not in config.train.parts:
+        return
+    if routing.num_noop_experts:
+        if not found:
+            start_noops(model, seed=config.train.seed)
         return
     if routing.is_exact:
         if not found:

@@ -24,7 +24,7 @@ from tests.distributed.test_granularities import (
 )
 from tests.distributed.test_top_k import scheme, with_predictors
 from tests.distributed.test_whole import by_key, check_gradients
-from tests.helpers import exact_formula, experts, tiny
+from tests.helpers import exact_formula, experts
 from tests.helpers.ranks import run_ranks
 
 WEIGHT = 0.3  # of the load-balancing loss
