@@ -143,6 +143,10 @@ class RouterConfig:
         renormalize: with expert_token, give the experts that are left to a token the weight of
             those that are skipped, in proportion to their own; else what a skipped expert would
             have added is dropped, as published.
+        num_noop_experts: with expert_token, in the place of routers (integrated
+            Mixture-of-Depths-and-Experts): so many experts, at least 1, that return nothing, among
+            which the gate of a routed layer chooses as among its own. Nothing holds a capacity: the
+            load-balancing loss counts them too. Needs train.trainable: all; unset: none.
         check_decisions_interval: steps between checks that all tensor-parallel ranks decide alike
             (a debugging aid, one host synchronisation per routed layer); 0: never.
     """

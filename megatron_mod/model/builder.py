@@ -272,8 +272,8 @@ def transformer_config(
 
 
 def _mixture_settings(mixture: Mixture | None) -> dict[str, object]:
-    """Megatron's, of gates whose load-balancing loss is ours (``model/balance.py``), which finds its
-    weight here."""
+    """Megatron's, of gates whose load-balancing loss is ours (``model/balance.py``); its weight is
+    here."""
     if mixture is None:
         return {}
     return {

@@ -21,6 +21,10 @@ from megatron_mod.training.importance import leave_one_out, start_apart
 from megatron_mod.training.plan import Plan
 from megatron_mod.training.stand_ins import describe, fit_stand_ins
 
+# What routers that training starts from have to have as the settings have it.
+_OWN = (
+    "granularity", "layers", "threshold", "selection", "causal", "renormalize", "num_noop_experts"
+)  # fmt: skip
 LABELS = 600  # on which a layer's importance is measured
 
 
@@ -110,7 +114,7 @@ def _given(config: Config, plan: Plan) -> dict | None:
             "here; model.lora names them.",
             level=logging.WARNING,
         )
-    for field in ("granularity", "layers", "threshold", "selection", "causal", "renormalize"):
+    for field in _OWN:
         theirs, ours = getattr(found, field), getattr(plan.routing, field)
         if theirs != ours:
             raise ValueError(

@@ -28,8 +28,8 @@ def gradients(
     folder: Path,
 ) -> list[tuple[float, dict[str, torch.Tensor], tuple[float, float]]]:
     """Task loss of a step, gradients of all parameters, whole and by their keys in a checkpoint,
-    and the step's mean load-balancing loss with what it adds to the loss, of each model in each topology and training, in this order; ranks that hold the same
-    have to have found the same."""
+    and the step's mean load-balancing loss with what it adds to the loss, of each model in each
+    topology and training, in this order; ranks that hold the same have to have found the same."""
     found = []
     for base, samples, added in models:
         for topology in topologies:

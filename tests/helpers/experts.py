@@ -39,7 +39,7 @@ def count(model) -> int:
 
 
 def gate_logits(block, read: Tensor, noops: Tensor | None = None) -> Tensor:
-    """Of tokens ``[T, H]``, ``[T, E]``, and after them those of no-ops by their weight ``[n, H]``."""
+    """Of tokens ``[T, H]``, ``[T, E]``, and after them those of no-ops, of weight ``[n, H]``."""
     rows = block.gate.weight if noops is None else torch.cat((block.gate.weight, noops))
     return read @ rows.t()
 
