@@ -120,6 +120,7 @@ def compare(
             "data.max_length": max_length,
             "parallel.tensor_model_parallel_size": ranks.tensor,
             "parallel.pipeline_model_parallel_size": ranks.pipeline,
+            "parallel.expert_model_parallel_size": ranks.expert,
             "train.steps": repeats + 1,
             "train.global_batch_size": global_batch_size,
             "train.micro_batch_size": micro_batch_size,

@@ -53,7 +53,9 @@ def make_stand_ins(request: StandInRequest, ranks: Topology) -> dict[Place, floa
         folder = Path(on_first_rank(lambda: str(stack.enter_context(new_folder(request.save)))))
         base = open_base(request.load, hf_path=request.hf_path, name="--hf-path")
         reference, arch = base.reference(), base.arch
-        degrees = {"tensor": ranks.tensor, "pipeline": ranks.pipeline}
+        degrees = {
+            "tensor": ranks.tensor, "pipeline": ranks.pipeline, "expert": ranks.expert
+        }  # fmt: skip
         check_parallel(arch, **degrees, names=OPTIONS)
         routing = _routing(request, base)
         samples = _samples(request, base)

@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         settings = dataclasses.asdict(options)
         save = settings.pop("json")
-        del settings["tensor"], settings["pipeline"]
+        for degree in ("tensor", "pipeline", "expert"):
+            del settings[degree]
         result = compare(topology, **settings)
         print_once(described(result))
         if save:

@@ -59,9 +59,11 @@ def ranks(options: Degrees, *, with_megatron: bool = True) -> Iterator[Topology]
     """
     degrees = {"tensor": options.tensor, "pipeline": options.pipeline}
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    check_ranks(degrees, world_size=world_size, names=OPTIONS)  # before torch is imported
+    expert = options.expert
+    # Before torch is imported.
+    check_ranks(degrees, world_size=world_size, expert=expert, names=OPTIONS)
     from megatron_mod.parallel import topology
 
-    found = topology.plan(**degrees, world_size=world_size)
+    found = topology.plan(**degrees, world_size=world_size, expert=expert)
     with topology.joined(found, with_megatron=with_megatron):
         yield found

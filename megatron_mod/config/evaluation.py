@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Literal
 
 from megatron_mod.config.model_folder import ModelFolder, check_base, is_megatron
 from megatron_mod.config.options import option
-from megatron_mod.config.ranks import RankOptions
+from megatron_mod.config.ranks import OPTIONS, RankOptions
 from megatron_mod.config.rules import AT_LEAST_0, COUNT, InputFile, InputFolder, OutputFile, setting
 
 SELECTIONS = ("causal", "top_k")  # of routers that keep exactly so many of a text's tokens
@@ -98,9 +99,11 @@ def check_load(request: RankOptions) -> None:
     Raises:
         ValueError: naming the options.
     """
-    if request.tensor * request.pipeline > 1 and not is_megatron(request.load):
+    degrees = {name: getattr(request, name) for name in OPTIONS}
+    if math.prod(degrees.values()) > 1 and not is_megatron(request.load):
+        given = " ".join(f"{OPTIONS[name]} {value}" for name, value in degrees.items() if value > 1)
         raise ValueError(
-            f"--tensor {request.tensor} --pipeline {request.pipeline}: a Hugging Face folder is "
+            f"{given}: a Hugging Face folder is "
             "run whole on every rank; leave them out, or load the Megatron checkpoint."
         )
     check_base(request.base, request.load)

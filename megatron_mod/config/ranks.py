@@ -27,10 +27,12 @@ class Degrees(Options):
     Args:
         tensor: ranks that share each layer.
         pipeline: ranks that share the layers.
+        expert: ranks that share each layer's experts, of those that tensor x pipeline leave over.
     """
 
     tensor: int = setting(COUNT, default=1)
     pipeline: int = setting(COUNT, default=1)
+    expert: int = setting(COUNT, default=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class RankOptions(Degrees):
     Args:
         tensor: tensor-parallel ranks of a Megatron checkpoint.
         pipeline: pipeline-parallel ranks of a Megatron checkpoint.
+        expert: expert-parallel ranks of a Megatron checkpoint, of those left over.
         base: where the base checkpoint of a training run is now, if it was moved.
     """
 
@@ -48,11 +51,19 @@ class RankOptions(Degrees):
 
 
 def check_ranks(
-    degrees: Mapping[str, int], *, world_size: int, names: Mapping[str, str] = SETTINGS
+    degrees: Mapping[str, int],
+    *,
+    world_size: int,
+    expert: int = 1,
+    names: Mapping[str, str] = SETTINGS,
 ) -> None:
     """Refuse parallel degrees that do not divide the ranks that were started.
 
-    ``names``: what the user calls the degrees, ``SETTINGS`` or ``OPTIONS``.
+    Args:
+        degrees: of which every rank is in one place; data and context parallel ranks (``context``)
+            can share experts.
+        expert: ranks that do.
+        names: what the user calls the degrees, ``SETTINGS`` or ``OPTIONS``.
 
     Raises:
         ValueError: naming all of them, and a number of ranks that fits.
@@ -63,6 +74,14 @@ def check_ranks(
         raise ValueError(
             f"{factors} = {product} does not divide the {world_size} ranks started; start a "
             f"multiple of {product} ({starter()}), or change the degrees."
+        )
+    sharing = world_size // product * degrees.get("context", 1)
+    if sharing % expert:
+        fits = [n for n in range(1, sharing + 1) if sharing % n == 0]
+        raise ValueError(
+            f"{degree('expert', expert, names)}: experts are shared by ranks that are data or "
+            f"context parallel, and of {world_size} ranks these are {sharing}; use one of {fits}, "
+            f"or start more ({starter()})."
         )
 
 

@@ -94,6 +94,7 @@ def restore_model(
         tensor=ranks.tensor,
         pipeline=ranks.pipeline,
         virtual_pipeline=ranks.virtual_pipeline,
+        expert=ranks.expert,
         names=OPTIONS,
     )
     implementation = implementation or _implementation(source, dtype)

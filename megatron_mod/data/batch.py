@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,14 +95,18 @@ def _empty_states(rows: Sequence[Row], length: int) -> Tensor | None:
 
 def blank_like(batch: MicroBatch) -> MicroBatch:
     """A micro-batch of padding only, for a rank that has run out of rows."""
-    rows, length = batch.input_ids.shape
+    states = None if batch.states is None else torch.zeros_like(batch.states)
+    return replace(blank(*batch.input_ids.shape), states=states)
+
+
+def blank(rows: int, length: int) -> MicroBatch:
+    """Rows of so many tokens of padding."""
     return MicroBatch(
-        input_ids=torch.zeros_like(batch.input_ids),
+        input_ids=torch.zeros(rows, length, dtype=torch.int64),
         position_ids=torch.arange(length).repeat(rows, 1),
-        labels=torch.full_like(batch.labels, IGNORE),
-        roles=torch.full_like(batch.roles, int(TokenRole.PADDING)),
+        labels=torch.full((rows, length), IGNORE, dtype=torch.int64),
+        roles=torch.full((rows, length), int(TokenRole.PADDING), dtype=torch.uint8),
         documents=((),) * rows,
-        states=None if batch.states is None else torch.zeros_like(batch.states),
     )
 
 

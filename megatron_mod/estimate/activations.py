@@ -9,6 +9,7 @@ with it this is the most there can be.
 from __future__ import annotations
 
 from megatron_mod.config.lora import TARGETS
+from megatron_mod.estimate.communication import of_pairs
 from megatron_mod.estimate.placed import Placed
 from megatron_mod.model.head import CHUNK
 from megatron_mod.model.reach import BELOW, FC1, FC2, PLACES, PROJ, QKV
@@ -112,13 +113,21 @@ def _norm(placed: Placed, tokens: int) -> int:
 
 
 def _mlp(placed: Placed) -> int:
-    """Gate and up (one tensor), the activated gate, and up once more (``+ glu_linear_offset``)."""
-    return 4 * _product(placed)
+    """Gate and up (one tensor), the activated gate, and up once more (``+ glu_linear_offset``); of
+    experts also what their weights multiply, and of the mixture's gate two softmaxes and the
+    choice, twice."""
+    mixture = placed.job.arch.mixture
+    if mixture is None:
+        return 4 * _product(placed)
+    return 5 * _product(placed) + 10 * placed.tokens * mixture.num_experts
 
 
 def _product(placed: Placed) -> int:
-    """What the MLP's second linear reads."""
-    return placed.tokens * placed.job.arch.ffn_hidden_size * placed.element // _tensor(placed)
+    """What the MLP's second linear reads; of experts all of a rank's together, if every expert is
+    sent as many tokens."""
+    mixture = placed.job.arch.mixture
+    tokens = placed.tokens * (mixture.top_k if mixture else 1)
+    return tokens * placed.job.arch.ffn_hidden_size * placed.element // _tensor(placed)
 
 
 def _attention(placed: Placed, layer: int) -> int:
@@ -168,7 +177,8 @@ def working(placed: Placed, rank: int) -> int:
     """Bytes that come and go within a layer, beside what is kept.
 
     Of an MLP forward: gate and up, the two that become their product, and it. Backward, when all is
-    kept: the gradients of these three, and what is computed again.
+    kept: the gradients of these three, and what is computed again. Of experts also what they are
+    sent and give back, in both orders.
     """
     layers = placed.layers_of(rank)
     if not layers:
@@ -176,7 +186,8 @@ def working(placed: Placed, rank: int) -> int:
     product = _product(placed)
     all_kept = sum(kept(placed, layer) for layer in layers)
     again = max(_kept(placed, layer, "none") - kept(placed, layer) for layer in layers)
-    return max(5 * product - all_kept, 3 * product + again if all_kept else 0)
+    sent = 4 * of_pairs(placed) if placed.job.arch.mixture else 0
+    return sent + max(5 * product - all_kept, 3 * product + again if all_kept else 0)
 
 
 def head(placed: Placed, rank: int) -> int:

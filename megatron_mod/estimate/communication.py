@@ -19,7 +19,8 @@ ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = (
 POINT_TO_POINT, RING, ROUTERS = (
     "pipeline point-to-point", "context ring", "data all-reduce of router gradients",
 )  # fmt: skip
-KINDS = (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, POINT_TO_POINT, RING, ROUTERS)
+EXPERTS = "expert all-to-all"
+KINDS = (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, POINT_TO_POINT, RING, ROUTERS, EXPERTS)
 
 
 def of_step(placed: Placed, rank: int) -> dict[str, int]:
@@ -94,6 +95,7 @@ def of_stage(placed: Placed, stage: int) -> Counter[str]:
     split = placed.split_tokens * job.arch.hidden_size * placed.element
     found[POINT_TO_POINT] = split * (passes * (stage < last) + (stage > 0))
     found[RING] = sum(_ring(placed, layer) for layer in placed.stages[stage])
+    found[EXPERTS] = sum(_to_experts(placed, layer) for layer in placed.stages[stage])
     return found
 
 
@@ -150,6 +152,27 @@ def _of_adapters(placed: Placed, layer: int) -> Counter[str]:
         else:
             found[ALL_REDUCE] += size * (back if is_column else forward)
     return found
+
+
+def _to_experts(placed: Placed, layer: int) -> int:
+    """Tokens sent to the experts of other ranks and back, and their gradients, if every expert gets
+    as many."""
+    job, ranks = placed.job, placed.job.topology.expert
+    if job.arch.mixture is None or ranks == 1:
+        return 0
+    down_to, recompute = job.reach.down_to(layer), job.config.train.recompute
+    times = 1 + job.dense_passes + (down_to is not None and down_to < FC1)
+    again = recompute == "full" and down_to is not None
+    times += again or job.reach.computes_mlp_again(layer)
+    return 2 * times * of_pairs(placed) * (ranks - 1) // ranks
+
+
+def of_pairs(placed: Placed) -> int:
+    """Bytes of what the experts of a rank are sent of a micro-batch, or give back, if every expert
+    gets as much."""
+    mixture = placed.job.arch.mixture
+    assert mixture is not None
+    return placed.tokens * mixture.top_k * placed.job.arch.hidden_size * placed.element
 
 
 def _ring(placed: Placed, layer: int) -> int:

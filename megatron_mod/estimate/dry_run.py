@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,9 +129,8 @@ def _ranks(config: Config, machines: Machines) -> tuple[int, int]:
 
 def _least(config: Config) -> int:
     p = config.parallel
-    return prod(
-        (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size)
-    )
+    sharing = math.lcm(p.context_parallel_size, p.expert_model_parallel_size)
+    return p.tensor_model_parallel_size * p.pipeline_model_parallel_size * sharing
 
 
 def _needed(config: Config, world_size: int) -> str:
@@ -142,6 +141,8 @@ def _needed(config: Config, world_size: int) -> str:
         "context": p.context_parallel_size,
     }
     factors = " x ".join(f"{SETTINGS[name]} ({value})" for name, value in degrees.items())
+    if (expert := p.expert_model_parallel_size) > 1:
+        factors += f", for {SETTINGS['expert']} ({expert})"
     most = t.global_batch_size // t.micro_batch_size
     return (
         f"world size: a multiple of {_least(config)} = {factors}, what is left over data parallel, "

@@ -49,7 +49,8 @@ def _model(found: Estimate) -> str:
     lines = [
         f"machines       {machines.nodes} node(s) of {machines.per_node} x {machines.kind.name}",
         f"ranks          {ranks.world_size} (tensor {ranks.tensor} x pipeline {ranks.pipeline} x "
-        f"context {ranks.context} x data {ranks.data})",
+        f"context {ranks.context} x data {ranks.data}"
+        f"{f', experts shared by {ranks.expert}' if ranks.expert > 1 else ''})",
         f"parameters     {total.base + total.added:,}, of which {total.trained:,} train; "
         f"{own.base + own.added:,} on the fullest rank",
     ]

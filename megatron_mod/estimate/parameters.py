@@ -9,6 +9,7 @@ from typing import NamedTuple
 from megatron_mod.config.lora import TARGETS
 from megatron_mod.estimate.placed import Placed
 from megatron_mod.model.architecture import Architecture, padded_vocab_size
+from megatron_mod.parallel.topology import Topology
 
 # By an added tensor's first word.
 PARTS = {"router": "routers", "predictor": "routers", "stand_in": "stand_ins"}
@@ -34,7 +35,7 @@ def of_rank(placed: Placed, rank: int) -> Parameters:
     """Of what a rank of the pipeline holds; tensor-parallel ranks hold as much each."""
     arch, tensor = placed.job.arch, placed.job.topology.tensor
     vocabulary = padded_vocab_size(arch.vocab_size, tensor=tensor) // tensor * arch.hidden_size
-    base = len(placed.layers_of(rank)) * layer(arch, tensor=tensor)
+    base = len(placed.layers_of(rank)) * layer(arch, placed.job.topology)
     shared = arch.tied_embeddings and placed.has_embedding(rank) and placed.has_head(rank)
     base += vocabulary * (placed.has_embedding(rank) + placed.has_head(rank) - shared)
     base += arch.hidden_size * placed.has_head(rank)  # the last norm
@@ -71,11 +72,12 @@ def of_adapters(placed: Placed, *, tensor: int) -> int:
     return found
 
 
-def layer(arch: Architecture, *, tensor: int) -> int:
-    """Of a layer of the base on one of the ranks that share it: matrices split, norms whole."""
-    split = arch.query_weights + arch.key_weights + arch.mlp_parameters
-    split += (arch.query_channels + 2 * arch.key_channels) * arch.qkv_bias
-    return split // tensor + 2 * arch.hidden_size + arch.qk_norm_parameters
+def layer(arch: Architecture, ranks: Topology) -> int:
+    """Of a layer of the base on one of the ranks that share it: matrices split, norms and gates
+    whole."""
+    experts = arch.num_experts // ranks.expert * arch.expert_weights
+    split = arch.attention_parameters + experts
+    return split // ranks.tensor + arch.gate_weights + arch.norm_parameters
 
 
 def _added(placed: Placed) -> int:
@@ -91,6 +93,5 @@ def _trained(placed: Placed) -> int:
 
 
 def _shapes(placed: Placed) -> dict[str, int]:
-    arch = placed.job.arch
-    added = placed.job.routing.added_shapes(arch.hidden_size, num_experts=arch.num_experts)
+    added = placed.job.routing.added_shapes(placed.job.arch.hidden_size)
     return {name: prod(shape) for name, shape in added.items()}

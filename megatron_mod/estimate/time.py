@@ -74,7 +74,7 @@ def _reading(placed: Placed, stage: int) -> int:
         1 + job.dense_passes + (layer > first) + (full and layer >= first)
         for layer in placed.stages[stage]
     )
-    return times * parameters.layer(job.arch, tensor=job.topology.tensor) * placed.element
+    return times * parameters.layer(job.arch, job.topology) * placed.element
 
 
 def _links(placed: Placed, kind: Kind, *, per_node: int) -> dict[str, float]:
@@ -88,5 +88,6 @@ def _links(placed: Placed, kind: Kind, *, per_node: int) -> dict[str, float]:
         communication.RING: ranks.tensor * ranks.context,
         communication.ROUTERS: ranks.tensor * ranks.context * ranks.data,
         communication.POINT_TO_POINT: ranks.world_size,
+        communication.EXPERTS: ranks.tensor * ranks.expert,
     }
     return {what: kind.near if span <= per_node else kind.far for what, span in spans.items()}

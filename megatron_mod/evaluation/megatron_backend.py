@@ -20,7 +20,7 @@ from megatron_mod.evaluation.rows import (
     scores,
 )
 from megatron_mod.model.builder import ModelChunks
-from megatron_mod.model.forward import Outcome, run_batches
+from megatron_mod.model.forward import Outcome, most_passes, run_batches
 from megatron_mod.model.head import CHUNK
 from megatron_mod.model.layout import StepContext
 from megatron_mod.parallel import device
@@ -132,7 +132,7 @@ class MegatronBackend(Backend):
             for index, token in zip(active, self._from_last_stage(found, len(rows)), strict=True):
                 new[index].append(token)
             active = [index for index in active if not self.is_finished(new[index], until)]
-            if not active:
+            if not most_passes(self.model, len(active)):
                 break
         tokens = iter(new)
         return [[next(tokens) for _ in batch] for batch in batches]

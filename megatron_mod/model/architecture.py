@@ -57,16 +57,6 @@ class Architecture:
     mixture: Mixture | None = None  # None: one MLP a layer
 
     @property
-    def num_experts(self) -> int:
-        """MLPs of a layer."""
-        return 1 if self.mixture is None else self.mixture.num_experts
-
-    @property
-    def top_k(self) -> int:
-        """Of them, those that compute a token."""
-        return 1 if self.mixture is None else self.mixture.top_k
-
-    @property
     def query_channels(self) -> int:
         return self.num_attention_heads * self.kv_channels
 
@@ -86,37 +76,48 @@ class Architecture:
 
     @property
     def expert_weights(self) -> int:
-        """Weights of one MLP, of which a layer may have many."""
+        """Weights of an MLP, or of one expert."""
         return 3 * self.hidden_size * self.ffn_hidden_size
 
     @property
     def gate_weights(self) -> int:
-        """Weights that choose among a layer's experts, where it is a mixture."""
-        return 0 if self.mixture is None else self.hidden_size * self.mixture.num_experts
+        """Of a layer's gate, where it is a mixture."""
+        return self.hidden_size * self.mixture.num_experts if self.mixture else 0
 
     @property
     def mlp_weights(self) -> int:
-        """Weights that a token is multiplied with in a layer's MLP, or in the gate and the experts
-        that it is sent to."""
-        return self.gate_weights + self.top_k * self.expert_weights
+        """Weights of a layer's MLP that a token is multiplied with; of a mixture the gate's and
+        those of the experts that it is sent to."""
+        experts = self.top_k
+        return self.gate_weights + experts * self.expert_weights
 
     @property
-    def mlp_parameters(self) -> int:
-        """All weights of a layer's MLP, or of its gate and experts."""
-        return self.gate_weights + self.num_experts * self.expert_weights
+    def top_k(self) -> int:
+        """MLPs of a layer that compute a token."""
+        return self.mixture.top_k if self.mixture else 1
+
+    @property
+    def num_experts(self) -> int:
+        """MLPs of a layer."""
+        return self.mixture.num_experts if self.mixture else 1
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of a layer's attention without its norms."""
+        biases = (self.query_channels + 2 * self.key_channels) * self.qkv_bias
+        return self.query_weights + self.key_weights + biases
+
+    @property
+    def norm_parameters(self) -> int:
+        """Of one layer."""
+        across = (self.query_channels + self.key_channels) * self.qk_norm_across_heads
+        return 2 * self.hidden_size + 2 * self.kv_channels * self.qk_norm + across
 
     @property
     def layer_parameters(self) -> int:
         """Of one layer, its norms and biases included."""
-        weights = self.query_weights + self.key_weights + self.mlp_parameters
-        biases = (self.query_channels + 2 * self.key_channels) * self.qkv_bias
-        return weights + biases + 2 * self.hidden_size + self.qk_norm_parameters
-
-    @property
-    def qk_norm_parameters(self) -> int:
-        """Of a layer's norms on queries and keys."""
-        across = (self.query_channels + self.key_channels) * self.qk_norm_across_heads
-        return across + 2 * self.kv_channels * self.qk_norm
+        mlp = self.gate_weights + self.num_experts * self.expert_weights
+        return self.attention_parameters + mlp + self.norm_parameters
 
     @property
     def num_parameters(self) -> int:
@@ -156,6 +157,7 @@ def check_parallel(
     tensor: int,
     pipeline: int,
     virtual_pipeline: int | None = None,
+    expert: int = 1,
     names: Mapping[str, str] = SETTINGS,
 ) -> None:
     """Refuse degrees that do not fit the model.
@@ -176,6 +178,13 @@ def check_parallel(
                 f"{degree('tensor', tensor, names)}: does not divide this model's {number} {what}; "
                 f"use one of {fits}."
             )
+    if tensor > 1 and arch.qk_norm_across_heads:
+        raise ValueError(
+            f"{degree('tensor', tensor, names)}: this model's norm of queries and keys is one of "
+            "all heads, of which a tensor-parallel rank has a part; use 1, and "
+            f"{names['pipeline']} or {names['expert']} in its place."
+        )
+    _check_experts(arch, expert=expert, names=names)
     if pipeline > arch.num_layers:
         raise ValueError(
             f"{degree('pipeline', pipeline, names)}: each stage needs one of this model's "
@@ -183,6 +192,22 @@ def check_parallel(
         )
     if virtual_pipeline is not None:
         _check_virtual(arch, pipeline=pipeline, virtual=virtual_pipeline)
+
+
+def _check_experts(arch: Architecture, *, expert: int, names: Mapping[str, str]) -> None:
+    if expert == 1:
+        return
+    if arch.mixture is None:
+        raise ValueError(
+            f"{degree('expert', expert, names)}: this model's layers have no experts to share; "
+            "leave it 1."
+        )
+    if arch.mixture.num_experts % expert:
+        raise ValueError(
+            f"{degree('expert', expert, names)}: does not divide this model's "
+            f"{arch.mixture.num_experts} experts; use one of "
+            f"{_divisors(arch.mixture.num_experts)}."
+        )
 
 
 def _check_virtual(arch: Architecture, *, pipeline: int, virtual: int) -> None:

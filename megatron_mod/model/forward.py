@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -17,7 +18,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_mod.data.batch import MicroBatch, equal_lengths, label_places, on_device
+from megatron_mod.data.batch import MicroBatch, blank, equal_lengths, label_places, on_device
 from megatron_mod.data.chat import IGNORE
 from megatron_mod.model.builder import ModelChunks, RoutedGPTModel
 from megatron_mod.model.layout import StepContext, TokenLayout, zigzag
@@ -79,8 +80,12 @@ def run_batches(
 ) -> list[T]:
     """Run micro-batches forward, in training backward too; called by all ranks.
 
+    Ranks that share experts run as many each, of which ``finish`` and ``watch`` see nothing where
+    they have none left.
+
     Args:
-        count: how many batches there are, the same on all stages.
+        count: how many batches there are, the same on all stages, and in training on all ranks that
+            share experts.
         finish: what is wanted of each batch; in training its loss, a scalar whose gradient is
             this batch's exact share.
         chunks: what the schedule calls: the DDPs wrapped around the model's chunks, if they are.
@@ -90,8 +95,12 @@ def run_batches(
     Returns:
         What ``finish`` gave for each batch, on the last stage; elsewhere nothing.
     """
-    if not count:
+    passes = count if training else most_passes(model, count)
+    if not passes:
         return []
+    context, ranks = model.groups.cp, model.groups.tp.size() * model.groups.cp.size()
+    filler = blank(1, 2 * ranks)  # a length that all who share a sequence can share
+    batches = chain(batches, repeat(filler, passes - count))
     chunks = list(chunks or model)
     if len(chunks) > 1:
         batches = equal_lengths(list(batches))
@@ -100,11 +109,11 @@ def run_batches(
         rest = iter(batches)
         first = next(rest)
         iterators = [chain((first,), rest)]
-    context = model.groups.cp
 
     def forward_step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, object]:
         cut = partial(zigzag, dim=1, rank=context.rank(), ranks=context.size())
-        on_host = next(data).map(cut)
+        given = next(data)
+        on_host = given.map(cut)
         batch = on_host.to(device.device())
         layout = TokenLayout.of(batch, context_ranks=context.size(), step=step)
         output = chunk(
@@ -115,10 +124,12 @@ def run_batches(
             packed_seq_params=layout,
             with_head=False,
         )
-        if watch is not None:
+        if watch is not None and given is not filler:
             watch(layout.decisions)
 
         def end(output: Tensor, *, non_loss_data: bool = False) -> object:
+            if given is filler:
+                return None
             # Found on the host: on the device their number would have to be waited for.
             rows, columns = (on_device(place, device.device()) for place in label_places(on_host))
             found = finish(Outcome(model.last, output, batch, (rows, columns), layout.decisions))
@@ -134,7 +145,7 @@ def run_batches(
             forward_step_func=forward_step,
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks,
-            num_microbatches=count,
+            num_microbatches=passes,
             # Batches differ in both; only a virtual pipeline, where they do not, looks at them.
             seq_length=first.input_ids.shape[1],
             micro_batch_size=first.input_ids.shape[0],
@@ -143,7 +154,18 @@ def run_batches(
         )
     for data in iterators:
         next(data, None)  # lets a progress bar around the batches see their end
-    return found
+    return found[:count]
+
+
+def most_passes(model: ModelChunks, count: int) -> int:
+    """The largest ``count`` among the ranks that share experts with this one, which wait for each
+    other in every layer; called by all of them."""
+    group = model.groups.ep
+    if group.size() == 1:
+        return count
+    most = torch.tensor(count, device=device.device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    return int(most)
 
 
 def _entering(batch: MicroBatch, model: ModelChunks) -> Tensor | None:

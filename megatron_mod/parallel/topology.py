@@ -64,7 +64,8 @@ class Topology:
 
     def to_dict(self) -> dict[str, int]:
         degrees = {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data}
-        return degrees if self.context == 1 else {**degrees, "context": self.context}
+        more = {"context": self.context, "expert": self.expert}
+        return degrees | {name: degree for name, degree in more.items() if degree > 1}
 
 
 ONE_RANK = Topology(tensor=1, pipeline=1, data=1)
@@ -86,7 +87,7 @@ def plan(
         ValueError: the degrees do not divide the world size.
     """
     degrees = {"tensor": tensor, "pipeline": pipeline, "context": context}
-    check_ranks(degrees, world_size=world_size)
+    check_ranks(degrees, world_size=world_size, expert=expert)
     data = world_size // math.prod(degrees.values())
     return Topology(
         tensor, pipeline, data, context, virtual_pipeline, sequence_parallel, expert=expert

@@ -70,6 +70,12 @@ def arrange(
     check_mixture(routing.granularity, arch)
     if routing.work is not None and "routers" in config.train.parts:
         routing = evenly(routing, workload(arch, routing, [LENGTH]))
+    if arch.mixture is not None and "base" in config.train.parts:
+        raise ValueError(
+            f"train.trainable = {config.train.trainable}: this model's layers are mixtures of "
+            "experts, which do not train with it; set it to routers, or to lora with adapters on "
+            "the attention."
+        )
     lora = lora or config.lora.resolve(num_layers=arch.num_layers)
     if lora is not None:
         require_projections(lora.targets, list(arch.projections))
@@ -81,12 +87,14 @@ def arrange(
         virtual_pipeline=p.virtual_pipeline_model_parallel_size,
         world_size=world_size,
         sequence_parallel=p.sequence_parallel,
+        expert=p.expert_model_parallel_size,
     )
     check_parallel(
         arch,
         tensor=ranks.tensor,
         pipeline=ranks.pipeline,
         virtual_pipeline=ranks.virtual_pipeline,
+        expert=ranks.expert,
     )
     layout = asked_layout(p, arch)
     check_batches(

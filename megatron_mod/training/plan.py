@@ -215,7 +215,8 @@ def description(config: Config, plan: Plan, *, parameters: int) -> str:
         state, numbers = f"in {config.model.dtype}", "stepped in float32"
     return (
         f"{t.world_size} rank(s) on {device.describe()}: tensor {t.tensor} x pipeline {t.pipeline}"
-        f"{f' x context {t.context}' if t.context > 1 else ''} x data {t.data}\n"
+        f"{f' x context {t.context}' if t.context > 1 else ''} x data {t.data}"
+        f"{f', experts shared by {t.expert}' if t.expert > 1 else ''}\n"
         f"{arch.num_layers} layers ({plan.implementation}) {state};"
         f" training {_what_trains(config, plan)} ({parameters} parameters, {numbers})"
         f"{_what_else(config, plan)}\n"
