@@ -70,12 +70,6 @@ def arrange(
     check_mixture(routing.granularity, arch)
     if routing.work is not None and "routers" in config.train.parts:
         routing = evenly(routing, workload(arch, routing, [LENGTH]))
-    if arch.mixture is not None and "base" in config.train.parts:
-        raise ValueError(
-            f"train.trainable = {config.train.trainable}: this model's layers are mixtures of "
-            "experts, which do not train with it; set it to routers, or to lora with adapters on "
-            "the attention."
-        )
     lora = lora or config.lora.resolve(num_layers=arch.num_layers)
     if lora is not None:
         require_projections(lora.targets, list(arch.projections))
