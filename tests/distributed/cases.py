@@ -359,22 +359,17 @@ def _loader(samples: list[Sample], ranks, sequence_parallel: bool, *, rows: int 
     )
 
 
-def micro_batches(samples: list[Sample], *, data: int, rows: int = 2) -> list[list[Sample]]:
-    """Which samples the micro-batches of so many data-parallel ranks hold, of all of them."""
+def micro_batches(samples: list[Sample], *, rows: int = 2) -> list[list[Sample]]:
+    """Which samples each micro-batch of the step holds, on whatever rank it is."""
     by_ids = {tuple(sample.ids): sample for sample in samples}
-    found = []
-    for rank in range(data):
-        loader = Loader(
-            samples, global_batch_size=len(samples), micro_batch_size=rows, seed=5,
-            data_rank=rank, data_ranks=data,
-        )  # fmt: skip
-        for batch in loader.step(0).micro_batches:
-            ids = [
-                row[: lengths[0]].tolist()
-                for row, lengths in zip(batch.input_ids, batch.documents, strict=True)
-            ]
-            found.append([by_ids[tuple(row)] for row in ids])
-    return found
+    loader = Loader(samples, global_batch_size=len(samples), micro_batch_size=rows, seed=5)
+    return [
+        [
+            by_ids[tuple(row[: lengths[0]].tolist())]
+            for row, lengths in zip(batch.input_ids, batch.documents, strict=True)
+        ]
+        for batch in loader.step(0).micro_batches
+    ]
 
 
 def batch_of(samples: list[Sample], ranks, sequence_parallel: bool) -> StepBatch:

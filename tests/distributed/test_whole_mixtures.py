@@ -10,9 +10,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from megatron_mod.checkpoint.distributed import load_tensors
+from megatron_mod.config.recipes import PUBLISHED
 from megatron_mod.config.schema import ALL_PARTS
 from megatron_mod.routing.config import NO_ROUTERS, RoutingConfig
-from tests.distributed import cases, whole_cases
+from tests.distributed import cases, resume_cases, whole_cases
+from tests.distributed.test_distributed_optimizer import DISTRIBUTED as DISTRIBUTED_RUN
+from tests.distributed.test_distributed_optimizer import job
 from tests.distributed.test_granularities import (
     DISTRIBUTED,
     EXACT,
@@ -26,6 +30,8 @@ from tests.distributed.test_top_k import scheme, with_predictors
 from tests.distributed.test_whole import by_key, check_gradients
 from tests.helpers import exact_formula, experts
 from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import DEFAULT, Trainer, metrics, saved
+from tests.helpers.runs import EXACT as EXACT_RUN
 
 WEIGHT = 0.3  # of the load-balancing loss
 NOOPS = 2
@@ -69,47 +75,47 @@ class Expected(NamedTuple):
 class Gates:
     """Sees what gates are asked, document by document, and makes Megatron's loss of it."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, samples: Sequence, *, weight: float):
+    def __init__(self, patch: pytest.MonkeyPatch, samples: Sequence, *, weight: float) -> None:
         self.samples, self.weight = samples, weight
-        self.asked: list[tuple] = []  # block, tokens, no-ops, in the order of documents and layers
-        original = experts.gate
+        self.asked: dict[torch.nn.Module, list[tuple]] = {}  # tokens, no-ops; by the mixture
+        gate = experts.gate
 
-        def gate(block, read, noops=None):
-            self.asked.append((block, read, noops))
-            return original(block, read, noops)
+        def watched(block, read, noops=None):
+            self.asked.setdefault(block, []).append((read, noops))
+            return gate(block, read, noops)
 
-        monkeypatch.setattr(experts, "gate", gate)
+        patch.setattr(experts, "gate", watched)
 
-    def loss(self, *, data: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean of all gates' over their tokens, and the sum that a step minimises."""
-        places = {tuple(sample.ids): number for number, sample in enumerate(self.samples)}
-        order = {block: [] for block, *_ in self.asked}
-        for block, read, noops in self.asked:
-            logits = experts.gate_logits(block, read, noops)
-            top_k = experts._of(block, "top_k")
-            chosen = logits.topk(top_k).indices
-            assigned = torch.zeros_like(logits).scatter(-1, chosen, 1.0)
-            order[block].append((logits.softmax(-1), assigned, top_k))
-        total, tokens = 0.0, 0
-        for of_documents in order.values():
-            of_documents = of_documents[-len(self.samples) :]
-            for micro_batch in cases.micro_batches(self.samples, data=data, rows=rows):
-                own = [of_documents[places[tuple(sample.ids)]] for sample in micro_batch]
-                probabilities, assigned = (torch.cat([each[k] for each in own]) for k in (0, 1))
-                count, width = probabilities.shape
-                share = assigned.sum(0) / (count * own[0][2])
-                total = total + count * width * (share * probabilities.mean(0)).sum()
-                tokens += count
+    def loss(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean of all micro-batches' and gates', weighted by tokens; and what it adds to the
+        loss, of each gate the sum over micro-batches of their shares of the step's tokens."""
+        number = {tuple(sample.ids): index for index, sample in enumerate(self.samples)}
+        total, seen = torch.zeros(()), 0
+        for block, documents in self.asked.items():
+            asked_again, rest = divmod(len(documents), len(self.samples))
+            assert asked_again and not rest
+            documents = documents[::asked_again]
+            for micro_batch in cases.micro_batches(self.samples):
+                own = [documents[number[tuple(sample.ids)]] for sample in micro_batch]
+                logits = torch.cat([experts.gate_logits(block, *each) for each in own])
+                tokens, width = logits.shape
+                top_k = experts.top_k(block)
+                pairs = torch.zeros(width).index_add(
+                    0, logits.topk(top_k).indices.flatten(), torch.ones(tokens * top_k)
+                )
+                fraction = pairs / (tokens * top_k)
+                loss = width * (fraction * logits.softmax(-1).mean(0)).sum()
+                total, seen = total + tokens * loss, seen + tokens
         all_tokens = sum(len(sample.ids) for sample in self.samples)
-        return total / tokens, self.weight * total / all_tokens
+        return total / seen, self.weight * total / all_tokens
 
 
-def expected(case, routing: RoutingConfig, *, weight=WEIGHT, data: int = 1, rows: int = 2):
+def expected(case, routing: RoutingConfig, *, weight: float = WEIGHT) -> Expected:
     with pytest.MonkeyPatch.context() as patch:
         gates, balance = Gates(patch, case[2], weight=weight), []
 
         def beside() -> torch.Tensor:
-            mean, added = gates.loss(data=data, rows=rows)
+            mean, added = gates.loss()
             balance.extend((float(mean.detach()), float(added.detach())))
             return added
 
@@ -117,6 +123,8 @@ def expected(case, routing: RoutingConfig, *, weight=WEIGHT, data: int = 1, rows
             wanted = of_exact(case, routing, beside)
         else:
             wanted = expected_of(case, cases.Asked(routing, trained=ALL_PARTS), beside=beside)
+    if not weight:
+        balance = [0.0, 0.0]  # not asked for
     return Expected(wanted["task_loss"], by_key(case, routing, wanted), tuple(balance))
 
 
@@ -148,10 +156,8 @@ def check(case, routings, world: int, topologies: list[dict], folder, **how: obj
     )  # fmt: skip
     found = iter(found)
     for topology in topologies:
-        degrees = [topology.get(name, 1) for name in ("tensor", "pipeline", "context")]
-        data = world // (degrees[0] * degrees[1] * degrees[2])
         for routing in routings:
-            wanted = expected(case, routing, data=data, **how)
+            wanted = expected(case, routing, **how)
             loss, gradients, balance = next(found)
             what = (topology, routing.granularity, routing.num_noop_experts)
             assert loss == pytest.approx(wanted.task_loss, rel=EXACT), what
@@ -179,3 +185,58 @@ def test_two_ranks(case, tmp_path):
 def test_without_the_loss(single_process, tmp_path):
     case = make(tmp_path, "qwen3_moe", weight=0.0)
     check(case, [NO_ROUTERS, INTEGRATED], 1, [{}], tmp_path / "ranks", weight=0.0)
+
+
+SETTINGS = {
+    **DEFAULT, "router__init": None, "train__trainable": "all", "optimizer__lr": 0.001,
+    "optimizer__weight_decay": 0.1, "checkpoint__keep": 0, "train__steps": 4,
+    "router__layers__deepest": None, "router__layers": "[1, 2]",
+}  # fmt: skip
+FREE = dict.fromkeys([*DEFAULT, *(f"router__{name.removeprefix('router.')}" for name in PUBLISHED)])
+RUNS = {
+    "staged": {**SETTINGS, **EXACT_RUN},
+    "integrated": {
+        **SETTINGS, **FREE, "router__granularity": "expert_token",
+        "router__num_noop_experts": NOOPS, "router__capacity": None,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory, single_process):
+    made = Trainer(
+        tmp_path_factory.mktemp("trainer"), kind="qwen3_moe",
+        **{**experts.FAMILIES["qwen3_moe"][1], "router_aux_loss_coef": WEIGHT},
+    )  # fmt: skip
+    made.write_distinct()
+    return made
+
+
+def test_a_run_goes_on_to_the_bit_and_at_another_degree(trainer, tmp_path):
+    """With experts shared by ranks and the optimizer's state too; steps hold whole experts."""
+    jobs = []
+    for name, settings in RUNS.items():
+        shared = {**settings, **DISTRIBUTED_RUN}
+        whole = tmp_path / f"{name} whole"
+        jobs += [
+            job(trainer, whole, shared, expert=2),
+            job(trainer, tmp_path / f"{name} again", shared, after=whole, expert=2),
+            job(trainer, tmp_path / f"{name} stages", settings, after=whole, pipeline=2),
+        ]
+    run_ranks(resume_cases.trainings, jobs, world=2, folder=tmp_path / "ranks", seconds=900)
+    for name, settings in RUNS.items():
+        whole, again, stages, alone = (
+            tmp_path / f"{name} {how}" for how in ("whole", "again", "stages", "alone")
+        )
+        assert metrics(again) == metrics(whole)
+        assert saved(again) == saved(whole)
+        trainer.train(alone, **settings)
+        for run in (whole, stages):
+            for line, wanted in zip(metrics(run), metrics(alone), strict=True):
+                for key in ("loss", "task_loss", "grad_norm", "load_balancing_loss", "capacity"):
+                    assert line[key] == pytest.approx(wanted[key], rel=1e-3), (name, run, key)
+        final, found = (load_tensors(run / "step_00000004" / "state") for run in (alone, whole))
+        assert final.keys() == found.keys()
+        assert any(".mlp.experts.experts.7.linear_fc2" in key for key in final)
+        for key in (key for key in final if not key.startswith(("random", "optimizer"))):
+            torch.testing.assert_close(found[key], final[key], rtol=1e-2, atol=2e-4, msg=key)

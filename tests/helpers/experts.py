@@ -87,6 +87,11 @@ def mixture(
     return sum(weights[:, e, None] * expert(block, e, read) for e in experts)
 
 
+def top_k(block) -> int:
+    """Experts that a token is sent to."""
+    return _of(block, "top_k")
+
+
 def _of(block, name: str, *, default: object = None) -> object:
     """A setting, of the block or of its gate."""
     return getattr(block, name, getattr(block.gate, name, default))
