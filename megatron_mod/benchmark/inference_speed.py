@@ -203,7 +203,7 @@ def decode_bytes(
         now = _by_token(work, step, 1)
         total += work.decode_bytes(
             [length + number] * batch,
-            {place: kept[:, 0] for place, kept in now.items()},
+            {place: kept.flatten() for place, kept in now.items()},
             _stored(work, history),
             element_size=element_size,
         )
@@ -212,20 +212,22 @@ def decode_bytes(
 
 
 def _by_token(work: Work, made: Decisions, length: int) -> dict[Place, Tensor]:
-    """A call's decisions as ``[B, length]`` on the CPU; of a dense model, none."""
+    """A call's decisions as ``[B, length]`` (of experts ``[B, length * k]``) on the CPU; of a dense
+    model, none."""
     if work.routing is None:
         return {}
-    return {at: kept.cpu().view(len(kept), -1).expand(-1, length) for at, kept in made.items()}
+    entries = work.entries(length)
+    return {at: kept.cpu().view(len(kept), -1).expand(-1, entries) for at, kept in made.items()}
 
 
 def _stored(work: Work, history: Mapping[Place, Tensor]) -> dict[int, list[int]]:
-    """How many keys each sequence has in each routed layer's cache after its routers decided
-    ``[B, T]``."""
+    """How many keys each sequence has in the cache of each layer whose attention is routed after
+    its routers decided ``[B, T]``."""
     found, target = {}, work.routing and work.routing.scheme.attention_target
     for place, kept in history.items():
-        if target not in (None, place.target):
+        if place.target != target:
             continue
-        if target is None or work.routing.keys_values == "all":
+        if work.routing.keys_values == "all":
             kept = torch.ones_like(kept)
         if window := work.arch.window_size:
             kept = kept[:, -(window - 1) :]

@@ -61,7 +61,8 @@ def add_routing(folder: Path, routing: RoutingConfig) -> None:
 
     The model type is one of our own, so that opening the folder without ``trust_remote_code`` is an
     error and not silently the dense model. Transformers chooses a tokenizer by it too, so the
-    folder's is made one that needs no choice.
+    folder's is made one that needs no choice. Gates' logits, of which a training makes its
+    load-balancing loss, are given to who asks for them, whatever the folder said.
     """
     from megatron_mod.data.tokenizer import make_plain  # imports transformers
 
@@ -80,6 +81,8 @@ def add_routing(folder: Path, routing: RoutingConfig) -> None:
         },
         routing=routing.to_dict(),
     )
+    if config.get("output_router_logits"):
+        config["output_router_logits"] = False
     _write(path, config)
     for file in FILES:
         shutil.copyfile(file, folder / file.name)

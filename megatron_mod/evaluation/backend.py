@@ -141,7 +141,7 @@ class Backend(abc.ABC):
                 for index, units in zip(batch, logits.cpu().split(sizes), strict=True):
                     mine.setdefault(index, {})[place] = units
         everybody: dict[int, dict[Place, Tensor]] = {}
-        for one in gather(mine):
+        for one in _gather(mine):
             for index, logits in one.items():
                 everybody.setdefault(index, {}).update(logits)
         return [
@@ -174,7 +174,7 @@ class Backend(abc.ABC):
         """Share of the units (sequences or tokens) of all scored texts and prompts so far that
         each router kept, by the selection that is set; the same on every rank. Generated tokens
         are not counted."""
-        counts = sum(gather(self._counts())).t().tolist()
+        counts = sum(_gather(self._counts())).t().tolist()
         return {
             place: kept / units if units else 1.0
             for place, (kept, units, _) in zip(self.places, counts, strict=True)
@@ -184,13 +184,20 @@ class Backend(abc.ABC):
         """Share of all decisions by ``TOP_K`` so far, set now, that ``CAUSAL`` would have made
         alike about the same hidden states; the same on every rank."""
         assert self.selection == TOP_K
-        _, units, agreed = sum(gather(self._counts())).sum(1).tolist()
+        _, units, agreed = sum(_gather(self._counts())).sum(1).tolist()
         return agreed / units
 
     def experts(self) -> dict[Place, Tensor]:
         """Of each router on experts how many tokens each of them computed, and how many were sent
         to it, ``[2, num_experts]``, in the last call that scored texts; the same on every rank.
-        Nothing where others are routed, or nobody counts."""
+        Nothing where others are routed."""
+        found: dict[Place, Tensor] = {}
+        for place, counts in (item for part in _gather(self._experts()) for item in part.items()):
+            found[place] = found[place] + counts if place in found else counts
+        return dict(sorted(found.items()))
+
+    def _experts(self) -> dict[Place, Tensor]:
+        """This rank's part of ``experts``."""
         return {}
 
     @abc.abstractmethod
@@ -246,7 +253,7 @@ class Backend(abc.ABC):
         """Everybody's results in order, from those of this rank's batches (or nothing)."""
         pairs = zip(batches, found, strict=bool(found))
         mine = {index: value for pair in pairs for index, value in zip(*pair, strict=True)}
-        results = {index: value for part in gather(mine) for index, value in part.items()}
+        results = {index: value for part in _gather(mine) for index, value in part.items()}
         return [results[index] for index in range(total)]
 
     def _pooled(self, rows: Sequence[Row]) -> Sequence[Row]:
@@ -294,7 +301,7 @@ def _not_finite(faults: int, total: int) -> ValueError:
     )
 
 
-def gather(mine: T) -> list[T]:
+def _gather(mine: T) -> list[T]:
     """Every rank's, in their order."""
     if not dist.is_initialized():
         return [mine]

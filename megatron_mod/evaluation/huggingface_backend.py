@@ -22,7 +22,7 @@ from megatron_mod.evaluation.rows import (
 )
 from megatron_mod.routing.config import RoutingConfig, logit_border
 from megatron_mod.routing.masks import TokenRole, valid_tokens
-from megatron_mod.routing.scheme import Place
+from megatron_mod.routing.scheme import EXPERT, Place
 
 
 class HuggingFaceBackend(Backend):
@@ -58,6 +58,10 @@ class HuggingFaceBackend(Backend):
         self._prefix = KnownPrefix(model, self.places[0].layer) if self.places else None
         self._borders: _WatchedBorders | None = None
         self._counted: Counter[tuple[str | None, str, Place]] = Counter()
+        self._computed: dict[Place, Tensor] = {}
+
+    def _experts(self) -> dict[Place, Tensor]:
+        return self._computed
 
     def _counts(self) -> Tensor:
         return torch.tensor(
@@ -83,6 +87,7 @@ class HuggingFaceBackend(Backend):
     def _score(self, batches: Collection[Sequence[Row]]) -> list[list[Score]]:
         self._take_rule()
         found = []
+        self._computed = {}
         for rows in batches:
             batch = collate_rows(rows).to(self.model.device)
             extra = {}
@@ -152,6 +157,10 @@ class HuggingFaceBackend(Backend):
                         own = report.get(place.target, report)
                         for name in ("kept", "units", "agreed"):
                             self._counted[self.selection, name, place] += own.get(name, 0)
+                        if place.target == EXPERT:
+                            counts = own["tokens_executed"], own["tokens_assigned"]
+                            found = torch.tensor(counts, dtype=torch.float32)
+                            self._computed[place] = self._computed.get(place, 0) + found
 
 
 class _WatchedBorders:

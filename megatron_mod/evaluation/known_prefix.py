@@ -65,11 +65,13 @@ class KnownPrefix:
 
 
 class _PassingLayer(nn.Module):
-    """In a decoder layer's place; Transformers finds a layer's mask by its ``attention_type``."""
+    """In a decoder layer's place; Transformers finds a layer's mask by its ``attention_type``, and
+    OLMoE's of 4.57 returns a tuple."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.attention_type = getattr(layer, "attention_type", None)
+        self.returns_tuple = getattr(layer, "returns_tuple", False)
 
-    def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
-        return hidden_states
+    def forward(self, hidden_states: Tensor, **context: Any) -> Tensor | tuple[Tensor]:
+        return (hidden_states,) if self.returns_tuple else hidden_states

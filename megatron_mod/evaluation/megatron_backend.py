@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_mod.evaluation.backend import CAUSAL, NOT_FINITE, Backend, gather
+from megatron_mod.evaluation.backend import CAUSAL, NOT_FINITE, Backend
 from megatron_mod.evaluation.rows import (
     Row,
     Score,
@@ -64,18 +64,14 @@ class MegatronBackend(Backend):
         self._counted: dict[str | None, Tensor] = {}
         self._watched: dict[Place, list[Tensor]] = {}
 
-    def experts(self) -> dict[Place, Tensor]:
+    def _experts(self) -> dict[Place, Tensor]:
         is_copy = self.model.groups.tp.rank() > 0
         mine = {} if is_copy else self.model.routers()
-        counted = {
+        return {
             place: torch.stack((router.kept, router.valid)).cpu()
             for place, router in mine.items()
             if isinstance(router, ExpertRouter)
         }
-        found: dict[Place, Tensor] = {}
-        for place, counts in (item for part in gather(counted) for item in part.items()):
-            found[place] = found[place] + counts if place in found else counts
-        return dict(sorted(found.items()))
 
     def _counts(self) -> Tensor:
         """Only the first tensor-parallel rank's: the others hold copies."""

@@ -529,6 +529,8 @@ class OldOlmoeModel:
 class OldOlmoeLayer:
     """Mixed in before OLMoE's routed layer, for Transformers 4.57."""
 
+    returns_tuple = True
+
     def forward(self, hidden_states: Tensor, **context: Any) -> tuple[Tensor]:
         del context["output_router_logits"]  # which its attention does not take
         return (super().forward(hidden_states, routing=self.routing, **context),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -301,6 +302,52 @@ def test_the_report_counts_each_experts_tokens(exports, family, name):
     _, assigned = sent(case, name, [made[0, :-1].tolist()], slice(None))  # the last is not read
     for index, entry in model.routing_report()["layers"].items():
         assert [entry["tokens_assigned"], entry["tokens_executed"]] == assigned[index].tolist()
+
+
+@families
+def test_perplexity_and_experts_counts_equal_the_formula(exports, family):
+    """Of texts whose first routed layer is the second one: what is below it runs once."""
+    from megatron_mod.data.chat import Sample
+    from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
+    from megatron_mod.evaluation.perplexity import perplexity
+    from megatron_mod.evaluation.rows import Row
+    from tests.helpers.routed import save_export
+
+    case, name = exports(family), "expert_token"
+    samples = [Sample(ids=p, labelled=[True] * len(p), source=str(p)) for p in case.prompts]
+    nll, tokens = 0.0, 0
+    for prompt in case.prompts:
+        logits = case.formula(name, prompt)[0][:-1]
+        targets = torch.tensor(prompt[1:])
+        nll += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        tokens += len(targets)
+    tokenizer = SimpleNamespace(eos_token_id=2, name_or_path="")
+    backend = HuggingFaceBackend(case.model(name), tokenizer, batch_size=2)
+    rows = [Row.labelled(sample) for sample in samples]
+    quality = perplexity(backend, rows)
+    assert quality.perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-4)
+    _, assigned = sent(case, name, case.prompts, slice(None))
+    for place, counts in backend.experts().items():
+        assert counts.flip(0).tolist() == assigned[place.layer].tolist()
+    shares = [float(n[1].sum() / n[0].sum()) for n in assigned[list(ROUTED)]]
+    assert quality.capacity == pytest.approx(shares)
+    routers = {n: own for (n, _), own in case.routers(name).items() if n > 0}
+    export = save_export(case.folder / "later", case.hf, routers, granularity="expert_token")
+    backend = HuggingFaceBackend(load(export), tokenizer, batch_size=2)
+    for thresholds in ([0.5, 0.5], [0.2, 0.7], [0.5, 0.5]):
+        found = backend.observe(rows, thresholds=thresholds)
+        borders = {n: math.log(t / (1 - t)) for n, t in zip(routers, thresholds, strict=True)}
+        for prompt, observed in zip(case.prompts, found, strict=True):
+            logits, _, asked = formula.forward(
+                case.dense, prompt, routers, granularity="expert_token", borders=borders
+            )
+            for place, pairs in observed.logits.items():
+                torch.testing.assert_close(
+                    pairs.sort().values, asked[place.layer].sort().values, rtol=1e-4, atol=1e-4
+                )
+            targets = torch.tensor(prompt[1:])
+            nll = torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="sum")
+            assert -observed.score.log_probability == pytest.approx(float(nll), rel=1e-4)
 
 
 @families

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_mod.evaluation.work import Work
 from megatron_mod.routing.scheme import Place
-from tests.helpers import formula, tiny
+from tests.helpers import experts, formula, tiny
 from tests.helpers.counted import products
 from tests.helpers.routed import save_export
 
@@ -25,6 +25,12 @@ def dense(request, tmp_path_factory):
     if request.param == "mistral":
         changes["sliding_window"] = 5
     return tiny.save_model(tmp_path_factory.mktemp("work") / "hf", request.param, **changes)
+
+
+@pytest.fixture(scope="module", params=experts.FAMILIES)
+def mixture(request, tmp_path_factory):
+    kind, changes = experts.FAMILIES[request.param]
+    return tiny.save_model(tmp_path_factory.mktemp("work") / "hf", kind, **changes)
 
 
 def unseen_pairs(work: Work, kept: dict[int, torch.Tensor]) -> int:
@@ -71,6 +77,27 @@ def test_prefill_is_what_torch_counts(dense, scheme, threshold, tmp_path):
         model(ids, use_cache=False, logits_to_keep=1)
     made = model.model.record.decisions
     kept = {Place(*place): made[place][0].flatten().expand(LENGTH) for place in places}
+    work = Work.of(json.loads((folder / "config.json").read_text()))
+    assert products(counter) == work.prefill(LENGTH, kept) + unseen_pairs(work, kept)
+
+
+@pytest.mark.parametrize("scheme", ["mlp_token", "block_token_selected", "expert_token"])
+@pytest.mark.parametrize("threshold", [0.5, 0.0, 1.0], ids=["some", "all", "none"])
+def test_prefill_of_a_mixture_is_what_torch_counts(mixture, scheme, threshold, tmp_path):
+    settings = {**formula.SCHEMES, **formula.EXPERT_SCHEMES}[scheme]
+    generator = torch.Generator().manual_seed(5)
+    places = formula.places(ROUTED, settings["granularity"])
+    rows = experts.count(formula.load_dense(mixture)) if scheme == "expert_token" else 1
+    routers = {place: torch.randn(rows, 32, generator=generator) for place in places}
+    folder = save_export(tmp_path / "export", mixture, routers, threshold=threshold, **settings)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    ids = torch.randint(3, 100, (1, LENGTH), generator=generator)
+    with (
+        torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter
+    ):  # fmt: skip
+        model(ids, use_cache=False, logits_to_keep=1)
+    made = model.model.record.decisions
+    kept = {Place(*place): made[place][0].flatten() for place in places}
     work = Work.of(json.loads((folder / "config.json").read_text()))
     assert products(counter) == work.prefill(LENGTH, kept) + unseen_pairs(work, kept)
 
