@@ -26,12 +26,13 @@ class IsoflopBenchmark(Options):
     At each size and with each seed: a dense model; every other block routed by the top k of its
     tokens (capacity 0.125 and 0.5); by as many drawn by lot; and these blocks left out. Each takes
     as many steps as the budget of counted operations allows, and is measured on the last part of
-    the text, by the true top k and by the causal rule. Others are trained in their place, or beside
-    them, if --models names them: mixtures of 8 experts of which a token's two cost what a dense
-    MLP does (moe), such blocks routed by the top k (mode_staged), and mixtures of which every other
-    has as many experts that return nothing (mode_integrated). At last the exports of those that
-    are routed by learning, or not at all, generate text in turn, which is timed. Prints a table and writes DIR/isoflop.json and
-    DIR/isoflop.png. What is already in DIR is not trained or measured again.
+    the text, by the true top k and by the causal rule. --models names others: mixtures of 8 experts
+    of which a token's two cost what a dense MLP does (moe), such blocks routed by the top k
+    (mode_staged), and with as many experts that return nothing in every other mixture
+    (mode_integrated), counted as if its gate favoured none. At last the exports of those whose
+    routers have learned, or that have none, generate text in turn, which is timed. Prints a table
+    and writes DIR/isoflop.json and DIR/isoflop.png. What is already in DIR is not trained or
+    measured again.
 
     Args:
         out: folder of the trainings and of what is found.

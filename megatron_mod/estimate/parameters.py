@@ -12,7 +12,9 @@ from megatron_mod.model.architecture import Architecture, padded_vocab_size
 from megatron_mod.parallel.topology import Topology
 
 # By an added tensor's first word.
-PARTS = {"router": "routers", "predictor": "routers", "stand_in": "stand_ins"}
+PARTS = {
+    "router": "routers", "noop_gate": "routers", "predictor": "routers", "stand_in": "stand_ins"
+}  # fmt: skip
 
 
 class Parameters(NamedTuple):
@@ -93,5 +95,6 @@ def _trained(placed: Placed) -> int:
 
 
 def _shapes(placed: Placed) -> dict[str, int]:
-    added = placed.job.routing.added_shapes(placed.job.arch.hidden_size)
+    arch = placed.job.arch
+    added = placed.job.routing.added_shapes(arch.hidden_size, num_experts=arch.num_experts)
     return {name: prod(shape) for name, shape in added.items()}

@@ -92,9 +92,9 @@ class Gates:
         number = {tuple(sample.ids): index for index, sample in enumerate(self.samples)}
         total, seen = torch.zeros(()), 0
         for block, documents in self.asked.items():
-            asked_again, rest = divmod(len(documents), len(self.samples))
-            assert asked_again and not rest
-            documents = documents[::asked_again]
+            times, rest = divmod(len(documents), len(self.samples))
+            assert not rest
+            documents = documents[::times]
             for micro_batch in cases.micro_batches(self.samples):
                 own = [documents[number[tuple(sample.ids)]] for sample in micro_batch]
                 logits = torch.cat([experts.gate_logits(block, *each) for each in own])
