@@ -83,4 +83,5 @@ def test_the_losses_are_those_of_one_rank(runs, model, name):
             assert (key in one) == (key in line)
             if key in one:
                 assert line[key] == pytest.approx(one[key], rel=1e-3), (line["step"], key)
-        assert line["capacity"] == pytest.approx(one["capacity"], abs=1e-6)
+        near = 0.01 if model == "integrated" else 1e-6  # a gate may have two experts alike
+        assert line["capacity"] == pytest.approx(one["capacity"], abs=near)
