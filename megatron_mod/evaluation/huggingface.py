@@ -129,7 +129,8 @@ def _class_of(folder: Path, config: Mapping[str, object]) -> type:
                 "tools/compare_logits.py), or take auto_map out if Transformers knows the model."
             )
         return AutoModelForCausalLM
-    name = f"MoD{model_type.removeprefix('mod_').capitalize()}ForCausalLM"
+    family = model_type.removeprefix("mod_")
+    name = f"MoD{''.join(map(str.capitalize, family.split('_')))}ForCausalLM"
     model_class = getattr(modeling_mod, name, None)
     differing = [file.name for file in FILES if not _is_copy(folder / file.name, file)]
     modules = {str(name).split(".")[0] for name in (auto_map or {}).values()}
