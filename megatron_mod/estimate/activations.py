@@ -139,9 +139,10 @@ def _attention(placed: Placed, layer: int) -> int:
     queries, keys = arch.query_channels, arch.key_channels
     width = 3 * queries + 3 * keys if context == 1 else 2 * queries + 2 * keys * context
     found = tokens * (width * e + 4 * arch.num_attention_heads)
-    if arch.qk_norm:  # in fp32 keys are read in place
+    if arch.qk_norm or arch.qk_norm_across_heads:  # in fp32 keys are read in place
         found += 4 * tokens * (queries + (keys if e < 4 else 0))
-        found += 4 * tokens * (arch.num_attention_heads + arch.num_query_groups)
+        roots = arch.num_attention_heads + arch.num_query_groups if arch.qk_norm else 2
+        found += 4 * tokens * roots
         found += tokens * e * (queries + keys) * placed.job.reach.trains_base
     mask = tokens * placed.length * e if _is_masked(placed, layer) else 0
     tables = 4 * placed.length // context * arch.kv_channels * e
@@ -177,8 +178,8 @@ def working(placed: Placed, rank: int) -> int:
     """Bytes that come and go within a layer, beside what is kept.
 
     Of an MLP forward: gate and up, the two that become their product, and it. Backward, when all is
-    kept: the gradients of these three, and what is computed again. Of experts also what they are
-    sent and give back, in both orders.
+    kept: the gradients of these three, and what is computed again. Of experts,
+    which follow one another, these are one's, and what all are sent and give back, in both orders.
     """
     layers = placed.layers_of(rank)
     if not layers:
@@ -186,7 +187,10 @@ def working(placed: Placed, rank: int) -> int:
     product = _product(placed)
     all_kept = sum(kept(placed, layer) for layer in layers)
     again = max(_kept(placed, layer, "none") - kept(placed, layer) for layer in layers)
-    sent = 4 * of_pairs(placed) if placed.job.arch.mixture else 0
+    sent, arch = 0, placed.job.arch
+    if arch.mixture:
+        sent = 5 * of_pairs(placed)
+        product //= arch.num_experts // placed.job.topology.expert
     return sent + max(5 * product - all_kept, 3 * product + again if all_kept else 0)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations, product
 
+from megatron_mod.config.ranks import SETTINGS
 from megatron_mod.config.recipes import NO_STAND_INS
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_values
@@ -14,9 +15,7 @@ from megatron_mod.estimate.estimate import Estimate, estimate
 
 MOST_CHANGES = 4
 MORE_NODES = (1, 2, 4, 8, 16)
-TENSOR, PIPELINE = (
-    "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
-)  # fmt: skip
+TENSOR, PIPELINE, EXPERT = (SETTINGS[name] for name in ("tensor", "pipeline", "expert"))
 
 _NO_STAND_INS = {n: None if value == "null" else value for n, value in NO_STAND_INS.items()}
 
@@ -79,6 +78,9 @@ def _choices(first: Estimate, *, nodes: int) -> dict[str, list]:
         "model.dtype": ["bfloat16"] if job.config.model.dtype == "float32" else [],
         TENSOR: [n for n in degrees if ranks.tensor < n <= per_node],
         PIPELINE: [n for n in degrees if ranks.pipeline < n <= nodes * per_node],
+        EXPERT: [n for n in degrees if ranks.expert < n <= job.arch.num_experts]
+        if job.arch.mixture
+        else [],
     }
     return {name: values for name, values in choices.items() if values}
 

@@ -131,4 +131,5 @@ def _solving(placed: Placed, rank: int) -> int:
 def _groups(placed: Placed) -> int:
     """Process groups of several ranks that a rank is a member of."""
     ranks = placed.job.topology
-    return sum(degree > 1 for degree in (ranks.tensor, ranks.pipeline, ranks.context, ranks.data))
+    degrees = ranks.tensor, ranks.pipeline, ranks.context, ranks.data, ranks.expert
+    return sum(degree > 1 for degree in degrees)

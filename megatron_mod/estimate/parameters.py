@@ -95,6 +95,5 @@ def _trained(placed: Placed) -> int:
 
 
 def _shapes(placed: Placed) -> dict[str, int]:
-    arch = placed.job.arch
-    added = placed.job.routing.added_shapes(arch.hidden_size, num_experts=arch.num_experts)
+    added = placed.job.routing.added_shapes(placed.job.arch.hidden_size)
     return {name: prod(shape) for name, shape in added.items()}

@@ -88,8 +88,7 @@ class Architecture:
     def mlp_weights(self) -> int:
         """Weights of a layer's MLP that a token is multiplied with; of a mixture the gate's and
         those of the experts that it is sent to."""
-        experts = self.top_k
-        return self.gate_weights + experts * self.expert_weights
+        return self.gate_weights + self.top_k * self.expert_weights
 
     @property
     def top_k(self) -> int:

@@ -259,7 +259,6 @@ def _products(arch: Architecture, text: _Text, shares: _Shares) -> _Products:
     width = 2 * text.tokens
     experts = shares.experts * arch.top_k * arch.expert_weights
     queries = shares.queries * arch.query_weights / 2  # of the query's projection, or the output's
-    experts = arch.mlp_weights - arch.gate_weights
     return _Products(
         width * (queries + shares.keys * arch.key_weights),
         4 * arch.query_channels * text.pairs * shares.pairs,

@@ -101,6 +101,10 @@ def run_batches(
     context, ranks = model.groups.cp, model.groups.tp.size() * model.groups.cp.size()
     filler = blank(1, 2 * ranks)  # a length that all who share a sequence can share
     batches = chain(batches, repeat(filler, passes - count))
+
+    def is_own(batch: MicroBatch) -> bool:
+        return passes == count or any(batch.documents)
+
     chunks = list(chunks or model)
     if len(chunks) > 1:
         batches = equal_lengths(list(batches))
@@ -112,8 +116,7 @@ def run_batches(
 
     def forward_step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, object]:
         cut = partial(zigzag, dim=1, rank=context.rank(), ranks=context.size())
-        given = next(data)
-        on_host = given.map(cut)
+        on_host = next(data).map(cut)
         batch = on_host.to(device.device())
         layout = TokenLayout.of(batch, context_ranks=context.size(), step=step)
         output = chunk(
@@ -124,11 +127,11 @@ def run_batches(
             packed_seq_params=layout,
             with_head=False,
         )
-        if watch is not None and given is not filler:
+        if watch is not None and is_own(on_host):
             watch(layout.decisions)
 
         def end(output: Tensor, *, non_loss_data: bool = False) -> object:
-            if given is filler:
+            if not is_own(on_host):
                 return None
             # Found on the host: on the device their number would have to be waited for.
             rows, columns = (on_device(place, device.device()) for place in label_places(on_host))

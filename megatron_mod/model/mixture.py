@@ -142,6 +142,19 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         return counts
 
 
+class _LaidOut(torch.autograd.Function):
+    """Forward: the tensor. Backward: its gradient, contiguous, which Megatron's sum over ranks
+    takes for granted: of another it sums a copy."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
 class MixtureOfExperts(MoELayer):
     """``y = sum over the chosen experts e of g_e * F_e(x)``, ``g`` and the choice its gate's.
 
@@ -230,5 +243,5 @@ class MixtureOfExperts(MoELayer):
             whole = self._mix(gather(tokens), gather(weights), gather(chosen.byte()).bool())
             return reduce_scatter_to_sequence_parallel_region(whole, group=group)
         copied = partial(copy_to_tensor_model_parallel_region, group=group)
-        whole = self._mix(copied(tokens), copied(weights), chosen)
+        whole = self._mix(copied(tokens), _LaidOut.apply(copied(weights)), chosen)
         return reduce_from_tensor_model_parallel_region(whole, group=group)

@@ -213,6 +213,8 @@ def _topology(config: Config, plan: Plan) -> dict:
     """All that the last bit of a step depends on besides what is computed."""
     ranks = {**dataclasses.asdict(config.parallel), "world_size": dist.get_world_size()}
     del ranks["pipeline_layout"]  # what became of it
+    if plan.topology.expert == 1:  # as steps of before there were experts have it
+        del ranks["expert_model_parallel_size"]
     if layout := plan.topology.pipeline_layout:
         ranks["pipeline_layout"] = list(layout)
     if config.train.frozen_prefix == "cache":

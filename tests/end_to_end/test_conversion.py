@@ -259,7 +259,8 @@ def test_every_family_uses_every_name_once():
         arch = family.architecture_of({
             "hidden_act": "silu", "num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 8,
             "num_attention_heads": 2, "vocab_size": 9, "max_position_embeddings": 8,
-            "rms_norm_eps": 1e-6, "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-6, "num_key_value_heads": 2, "moe_intermediate_size": 4,
+            "num_experts": 3, "num_experts_per_tok": 2,
         })  # fmt: skip
         rows = family.table(arch)
         for names in ([r.megatron for r in rows], [n for r in rows for n in r.hf]):
@@ -280,13 +281,28 @@ NOT_BUILT = {
         "llama",
         {"quantization_config": {"quant_method": "fp8"}},
     ),
+    "router_jitter_noise = 0.1": ("mixtral", {"router_jitter_noise": 0.1}),
+    "num_experts_per_tok = 9: must be at most the number of experts, 8": (
+        "mixtral",
+        {"num_experts_per_tok": 9, "num_local_experts": 8},
+    ),
+    "num_experts_per_tok is missing": ("mixtral", {"num_experts_per_tok": ...}),
+    "mlp_only_layers = [1]": ("qwen3_moe", {"mlp_only_layers": [1]}),
+    "decoder_sparse_step = 2": ("qwen3_moe", {"decoder_sparse_step": 2}),
+    "num_experts = 4: is not num_local_experts = 8": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_local_experts": 8},
+    ),
+    "moe_intermediate_size is missing": ("qwen3_moe", {"moe_intermediate_size": ...}),
+    "clip_qkv = 8.0": ("olmoe", {"clip_qkv": 8.0}),
 }
 
 
 @pytest.mark.parametrize("message", NOT_BUILT)
 def test_what_is_not_built_is_named_by_its_field(tmp_path, message):
     kind, changes = NOT_BUILT[message]
-    hf = tiny.save_model(tmp_path / "hf", kind)
+    small = {"num_experts": 8, "moe_intermediate_size": 8} if kind == "qwen3_moe" else {}
+    hf = tiny.save_model(tmp_path / "hf", kind, **small)
     dropped = [name for name, value in changes.items() if value is ...]
     edit_config(hf, *dropped, **{k: v for k, v in changes.items() if v is not ...})
     with pytest.raises(ValueError) as caught:

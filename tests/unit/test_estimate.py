@@ -25,6 +25,7 @@ from megatron_mod.estimate.estimate import estimate
 from megatron_mod.estimate.gpus import CPU, KINDS
 from megatron_mod.estimate.schedule import most_kept
 from megatron_mod.estimate.time import of_step
+from megatron_mod.model.architecture import Mixture
 from tests.helpers.memory import Live, kept_by_layer
 from tests.helpers.tools import run_tool
 
@@ -40,6 +41,7 @@ ALONE = {
     "router__stand_in_rank": None,
 }  # fmt: skip
 WHOLE = {"train__trainable": "all"}
+MIXTURE = Mixture(num_experts=4, top_k=2, ffn_hidden_size=256)
 CASES = [  # settings, and what of the shape is another
     ({}, {}),
     ({"train__recompute": "full", **WIDE}, {"window_size": 9}),
@@ -62,6 +64,10 @@ CASES = [  # settings, and what of the shape is another
     ({**WHOLE, "train__recompute": "selective"}, {"qk_norm": True}),
     ({**WHOLE, "train__recompute": "full"}, {}),
     ({**WHOLE, "router__layers": "[]", "router__stand_in_rank": None}, {}),
+    ({"router__granularity": "mlp_token"}, {"mixture": MIXTURE, "qk_norm_across_heads": True}),
+    ({"router__granularity": "attn_token"}, {"mixture": MIXTURE}),
+    ({"router__granularity": "block_token", "train__recompute": "selective"}, {"mixture": MIXTURE}),
+    ({"train__recompute": "full"}, {"mixture": MIXTURE}),
 ]  # fmt: skip
 
 
@@ -232,6 +238,9 @@ def test_a_step_waits_as_long_as_an_even_pipeline_does(estimated):
         ("llama3-405b", 405_853_388_800),
         ("mistral-7b", 7_248_023_552),
         ("qwen2.5-7b", 7_615_616_512),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("olmoe-1b-7b", 6_919_161_856),
         ("smollm2-135m", 134_515_008),
     ],
 )

@@ -15,8 +15,9 @@ def test_a_name_is_its_target_and_unit(name):
     assert scheme.per_sequence == (scheme.unit == "sequence")
     assert (scheme.attention_target, scheme.mlp_target) == {
         ("attn",): ("attn", None), ("mlp",): (None, "mlp"), ("block",): ("block", "block"),
-        ("attn", "mlp"): ("attn", "mlp"),
+        ("attn", "mlp"): ("attn", "mlp"), ("expert",): (None, None),
     }[scheme.targets]  # fmt: skip
+    assert scheme.per_expert == (name == "expert_token")
     assert scheme.chooses_keys == (name in ("attn_token", "block_token", "attn_token+mlp_token"))
 
 
