@@ -42,6 +42,9 @@ class RoutedConfig:
     routing: dict[str, Any]
     num_hidden_layers: int  # the family's, as what follows
     hidden_size: int
+    hidden_act: str
+    num_experts_per_tok: int  # of a family of mixtures, as what follows
+    output_router_logits: bool
 
     def __init__(self, routing: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.routing = dict(routing or NO_ROUTING)

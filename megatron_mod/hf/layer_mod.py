@@ -142,7 +142,7 @@ class RoutedLayer:
             self.stores_selected = config.stores_selected
             self.window = config.window(layer_idx)
 
-    def _make_router(self, config: RoutedConfig) -> Router:
+    def _make_router(self, config: RoutedConfig) -> Router | None:
         bias = config.routing.get("bias", False)
         return Router(config.hidden_size, bias, config.work_position())
 

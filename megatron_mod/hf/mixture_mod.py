@@ -6,7 +6,7 @@ tensors; later releases hold a layer's in one tensor each, which such a folder d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -83,10 +83,10 @@ class Mixture(nn.Module):
         owner = owner.flatten()
         order = owner.argsort(stable=True)
         counts = owner.new_zeros(others + 1).scatter_add_(0, owner, torch.ones_like(owner))
-        *counts, _ = counts.tolist()  # the one number of which the host must wait
+        *numbers, _ = counts.tolist()  # for which alone the host waits
         rows, weights = order // self.top_k, weights.to(tokens.dtype).flatten()[order, None]
         update, first = torch.zeros_like(tokens), 0
-        for expert, count in zip(self.experts, counts, strict=True):
+        for expert, count in zip(self.experts, numbers, strict=True):
             if count:
                 own = slice(first, first + count)
                 update.index_add_(0, rows[own], weights[own] * expert(tokens[rows[own]]))
@@ -98,13 +98,16 @@ class RoutedMixtureLayer(RoutedLayer):
     """Mixed into the decoder layer of a family of mixtures, whose experts it makes its own."""
 
     names: MixtureNames
+    input_layernorm: nn.Module  # the family's, as what follows
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
 
     def __init__(self, config: RoutedConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         for name in ("mlp", "block_sparse_moe"):  # Mixtral's by the release
             if hasattr(self, name):
                 delattr(self, name)
-        self.add_module(self.names.mixture, Mixture(config, self.names))
+        setattr(self, self.names.mixture, Mixture(config, self.names))
         self.by_expert = layer_idx in config.routing["layers"] and "expert" in config.targets
         self.renormalize = config.routing.get("renormalize", False)
         noops = config.routing.get("num_noop_experts") if self.by_expert else None
@@ -168,12 +171,16 @@ class RoutedMixtureLayer(RoutedLayer):
 class GateLogits:
     """Mixed into a model of mixtures before ``RoutedModel``: what its gates said, when asked."""
 
+    config: RoutedConfig
+    layers: Iterable[RoutedMixtureLayer]
+
     def forward(self, *args: Any, output_router_logits: bool | None = None, **kwargs: Any) -> Any:
         """As the model's; ``output_router_logits`` as the families mean it."""
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         with self._gates(output_router_logits) as found:
-            output = super().forward(*args, output_router_logits=False, **kwargs)
+            kwargs["output_router_logits"] = False  # they would be the family's modules'
+            output = super().forward(*args, **kwargs)  # type: ignore[misc]
         if output_router_logits and isinstance(output, tuple):
             return *output, tuple(found)
         if output_router_logits:
