@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -13,6 +14,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_mod.config.lora import LoraSettings
 from megatron_mod.conversion.convert import hf_to_megatron
+from megatron_mod.conversion.hf_reader import HFReader
 from megatron_mod.conversion.lora import Adapters, put_adapters
 from megatron_mod.conversion.restore import load_model, put_added
 from megatron_mod.conversion.routers import Added
@@ -100,6 +102,27 @@ def logit_differences(
             key = (base.name, *sorted(topology.items()), sequence_parallel)
             batches = [prompt_batch(ids), prompt_batch(ids[::-1])]
             found[key] = max_relative_difference(model, hf, batches)
+    return found
+
+
+def experts_read(bases: list[Path]) -> list[set[int]]:
+    """Whose tensors this of two ranks that share the experts reads of each of these folders, of one
+    tensor an expert or with all in one."""
+    ranks, read, whole = meet(expert=2), set(), HFReader.rows
+
+    def watched(self, name: str, start: int, stop: int, *columns: slice):
+        if ".experts." in name:
+            number = name.partition(".experts.")[2].partition(".")[0]
+            read.update([int(number)] if number.isdigit() else range(start, stop))
+        return whole(self, name, start, stop, *columns)
+
+    found = []
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(HFReader, "rows", watched)
+        for base in bases:
+            read.clear()
+            build(base, ranks)
+            found.append(set(read))
     return found
 
 

@@ -11,7 +11,14 @@ import torch
 
 from megatron_mod.checkpoint.distributed import load_tensors
 from megatron_mod.config import cli
-from megatron_mod.config.lora import TARGETS, LoraSettings, resolve_targets
+from megatron_mod.config.lora import (
+    TARGETS,
+    LoraSettings,
+    require_projections,
+    resolve_targets,
+)
+from megatron_mod.config.shapes import SHAPES
+from megatron_mod.conversion.families import family_of
 from megatron_mod.routing.config import NO_ROUTERS, RoutingConfig
 from tests.helpers.formula import SCHEMES, targets_of
 from tests.helpers.runs import DEFAULT, Trainer, metrics, saved
@@ -362,3 +369,13 @@ def test_the_frozen_prefix_ends_at_the_first_adapters(trainer, tmp_path, capsys)
 def test_no_routers_are_known_as_such():
     assert NO_ROUTERS.places == ()
     assert RoutingConfig.from_dict(json.loads(json.dumps(NO_ROUTERS.to_dict()))) == NO_ROUTERS
+
+
+def test_experts_have_no_adapters():
+    base, mixture = (
+        family_of(SHAPES[name]).architecture_of(SHAPES[name]) for name in ("tiny", "olmoe-1b-7b")
+    )
+    require_projections(tuple(TARGETS), list(base.projections))
+    require_projections(("q_proj", "o_proj"), list(mixture.projections))
+    with pytest.raises(ValueError, match=r"^lora.targets: gate_proj, up_proj, down_proj: are proj"):
+        require_projections(tuple(TARGETS), list(mixture.projections))
