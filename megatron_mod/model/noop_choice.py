@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +31,8 @@ class NoopChoice:
         experts = self.config.num_moe_experts
         computes = torch.arange(sent.shape[-1], device=sent.device) < experts
         valid = sent & layout.valid[..., None]
-        # Whatever a threshold is, a no-op computes nothing.
-        logits = torch.where(computes, math.inf, -math.inf).expand_as(weights)
+        # Of which no threshold is asked: the sign says what computes something.
+        logits = torch.where(computes, 1.0, -1.0).expand_as(weights)
         place = Place(self.index, EXPERT)
         layout.decisions[place] = Decisions(logits, (valid & computes).float(), valid)
         return weights[..., :experts], sent[..., :experts]

@@ -17,7 +17,8 @@ from tests.helpers.tools import run_tool
 LAYERS, NOOPS, EXPERTS = (1, 2), 3, 8
 WEIGHT = 0.1
 # Nothing said of routers that decide.
-UNSAID = dict.fromkeys((*DEFAULT, "router__stand_in_rank", "router__stand_in_tokens", "router__capacity", "router__layers__deepest"))  # fmt: skip
+_OTHERS = ("stand_in_rank", "stand_in_tokens", "capacity", "layers__deepest")
+UNSAID = dict.fromkeys([*DEFAULT, *(f"router__{name}" for name in _OTHERS)])
 WHOLE = {"train__trainable": "all", "router__layers": list(LAYERS), "optimizer__lr": 0.003}
 RUNS = {
     "staged": {**EXACT, **WHOLE, "router__layers__deepest": None},
@@ -141,6 +142,15 @@ def test_no_ops_have_no_thresholds(trained, trainer, monkeypatch, tmp_path, caps
     asked = ("--load", run, "--data", trainer.text, "--capacity", 0.5, "--save", tmp_path / "t")
     assert run_tool(monkeypatch, "calibrate_router.py", *asked) == 2
     assert "router.num_noop_experts" in capsys.readouterr().err
+
+
+def test_a_report_shows_what_each_expert_computed(trained, monkeypatch, tmp_path):
+    name, run, _ = trained
+    assert run_tool(monkeypatch, "report.py", run, "--samples", 4) == 0
+    found = json.loads((run / "report" / "report.json").read_text())
+    if name == "integrated":
+        layers = found["measured"]["experts"]
+        assert len(layers) == len(LAYERS)
 
 
 @pytest.mark.parametrize(
