@@ -129,10 +129,11 @@ def test_an_evaluation_counts_what_no_ops_take(trained, trainer, monkeypatch, tm
         asked = ("--load", load, "--perplexity", trainer.text, "--json", tmp_path / "found.json")
         assert run_tool(monkeypatch, "evaluate.py", *asked) == 0
         found.append(json.loads((tmp_path / "found.json").read_text()))
-    megatron, hf = (one["perplexity"] for one in found)
+    megatron, hf = found
     assert hf["perplexity"] == pytest.approx(megatron["perplexity"], rel=1e-4)
-    for key, value in megatron["capacity"].items():
-        assert hf["capacity"][key] == pytest.approx(value, abs=1e-6), name
+    for layer, share in megatron["capacity"]["per_layer"].items():
+        assert 0 < share < 1, name
+        assert hf["capacity"]["per_layer"][layer] == pytest.approx(share, abs=1e-3), name
 
 
 def test_no_ops_have_no_thresholds(trained, trainer, monkeypatch, tmp_path, capsys):
@@ -147,10 +148,14 @@ def test_no_ops_have_no_thresholds(trained, trainer, monkeypatch, tmp_path, caps
 def test_a_report_shows_what_each_expert_computed(trained, monkeypatch, tmp_path):
     name, run, _ = trained
     assert run_tool(monkeypatch, "report.py", run, "--samples", 4) == 0
-    found = json.loads((run / "report" / "report.json").read_text())
+    found = json.loads((run / "report.json").read_text())
+    assert bool(found["experts"]) == (name == "integrated")
+    for one in found["experts"]:
+        computes = one["expert"] < EXPERTS
+        assert one["executed"] == one["assigned"] * computes
     if name == "integrated":
-        layers = found["measured"]["experts"]
-        assert len(layers) == len(LAYERS)
+        assert len(found["experts"]) == len(LAYERS) * (EXPERTS + NOOPS)
+        assert sum(one["assigned"] for one in found["experts"] if one["expert"] >= EXPERTS) > 0
 
 
 @pytest.mark.parametrize(
