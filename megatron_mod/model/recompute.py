@@ -131,7 +131,7 @@ class DenseTransformerLayer(TransformerLayer):
         hidden_states: Tensor,
         *args: object,
         packed_seq_params: TokenLayout | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if isinstance(self.mlp, MoELayer):
             parts = self.pg_collection.tp if self.config.sequence_parallel else None
