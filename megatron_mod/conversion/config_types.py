@@ -88,12 +88,13 @@ DECODER = {
     "pad_token_id": TOKENS,
     "dtype": DTYPE,
     "torch_dtype": DTYPE,
-    # of mixtures
+}
+# Of those whose layers are mixtures; others do not know them.
+MIXTURE = {
     "num_experts": COUNT,
     "num_local_experts": COUNT,
     "num_experts_per_tok": COUNT,
     "moe_intermediate_size": COUNT,
-    "shared_expert_intermediate_size": NUMBER,
     "decoder_sparse_step": COUNT,
     "mlp_only_layers": Kind("a list of layers' indices", lambda value: is_list(value, is_whole)),
     "norm_topk_prob": BOOLEAN,
@@ -123,7 +124,7 @@ def check_types(config: Mapping[str, object], path: Path) -> None:
     check_fields(config, MODEL, path)
     if str(config.get("model_type")).removeprefix("mod_") not in FAMILIES:
         return
-    check_fields(config, DECODER, path)
+    check_fields(config, DECODER | MIXTURE, path)
     for name in ("rope_parameters", "rope_scaling"):
         check_fields(config.get(name) or {}, ROPE, path, within=f"{name}.")
 

@@ -19,7 +19,7 @@ from megatron_mod.conversion.config_types import (
     is_whole,
 )
 from megatron_mod.conversion.families.base import rope_theta_of
-from megatron_mod.hf import FILES, MODULE
+from megatron_mod.hf import FILES, MODULE, routed_name
 from megatron_mod.routing.config import AUTO, RoutingConfig
 from megatron_mod.routing.scheme import Causal
 
@@ -70,7 +70,7 @@ def add_routing(folder: Path, routing: RoutingConfig) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     family = config["model_type"]
-    name = "MoD" + "".join(part.capitalize() for part in family.split("_"))
+    name = routed_name(family)
     config.update(
         model_type=f"mod_{family}",
         architectures=[f"{name}ForCausalLM"],

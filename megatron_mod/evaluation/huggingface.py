@@ -20,7 +20,7 @@ from megatron_mod.conversion.hf_reader import HFReader, read_config
 from megatron_mod.conversion.merging import add_to
 from megatron_mod.conversion.peft import read_peft
 from megatron_mod.data.tokenizer import open_tokenizer, require_fit
-from megatron_mod.hf import FILES, MODULE, modeling_mod
+from megatron_mod.hf import FILES, MODULE, modeling_mod, routed_name
 from megatron_mod.process import is_first_rank
 from megatron_mod.verbosity import says
 
@@ -129,8 +129,7 @@ def _class_of(folder: Path, config: Mapping[str, object]) -> type:
                 "tools/compare_logits.py), or take auto_map out if Transformers knows the model."
             )
         return AutoModelForCausalLM
-    family = model_type.removeprefix("mod_")
-    name = f"MoD{''.join(map(str.capitalize, family.split('_')))}ForCausalLM"
+    name = f"{routed_name(model_type.removeprefix('mod_'))}ForCausalLM"
     model_class = getattr(modeling_mod, name, None)
     differing = [file.name for file in FILES if not _is_copy(folder / file.name, file)]
     modules = {str(name).split(".")[0] for name in (auto_map or {}).values()}

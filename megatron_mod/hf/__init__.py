@@ -9,3 +9,8 @@ from pathlib import Path
 
 MODULE = "modeling_mod"  # where Transformers finds the classes of an export
 FILES = tuple(sorted(Path(__file__).parent.glob("*_mod.py")))
+
+
+def routed_name(model_type: str) -> str:
+    """What a family's routed classes are called before ``Config``, ``Model`` or ``ForCausalLM``."""
+    return "MoD" + "".join(part.capitalize() for part in model_type.split("_"))

@@ -536,6 +536,21 @@ class OldOlmoeLayer:
         return (super().forward(hidden_states, routing=self.routing, **context),)
 
 
+class OldOlmoeCausalLM:
+    """Mixed in before OLMoE's language model of 4.57, which drops what it does not know; in
+    ``__call__``, as generation reads the signature of ``forward``."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        own = {name: kwargs.pop(name) for name in ("routing_mask", "borders") if name in kwargs}
+        hook = self.model.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {**kwargs, **own}), with_kwargs=True
+        )
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            hook.remove()
+
+
 def routed_family(
     config: type,
     layer: type,
@@ -549,12 +564,13 @@ def routed_family(
     def routed(mixins: Sequence[type], dense: type, **members: Any) -> type:
         return type(f"MoD{dense.__name__}", (*mixins, dense), {"__module__": __name__, **members})
 
-    layers, models = [RoutedLayer], [RoutedModel]
+    layers, models, whole = [RoutedLayer], [RoutedModel], [RoutedCausalLM]
     if names:
         layers, models = [RoutedMixtureLayer], [GateLogits, RoutedModel]
         takes_more = inspect.signature(model.forward).parameters.values()
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in takes_more):
             layers, models = [OldOlmoeLayer, *layers], [*models, OldOlmoeModel]
+            whole = [*whole, OldOlmoeCausalLM]
 
     routed_config = routed(
         [RoutedConfig],
@@ -568,7 +584,7 @@ def routed_family(
         routed_config,
         routed_layer,
         routed_model,
-        routed([RoutedCausalLM], causal_lm, config_class=routed_config, model_class=routed_model),
+        routed(whole, causal_lm, config_class=routed_config, model_class=routed_model),
     )
 
 

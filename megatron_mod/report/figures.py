@@ -103,7 +103,7 @@ def experts(found: Sequence[dict]) -> Figure:
         own = [entry for entry in found if entry["layer"] == layer]
         at = [entry["expert"] for entry in own]
         for axes, when in zip(row, ("_before", ""), strict=True):
-            for name, colour in (("assigned", DENSE), ("executed", ROUTED)):
+            for name, colour in (("assigned", "0.75"), ("executed", ROUTED)):
                 axes.bar(at, [entry[name + when] for entry in own], color=colour, label=name)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.tick_params(labelsize=7)

@@ -9,9 +9,11 @@ import torch
 
 from megatron_mod.data.chat import Sample
 from megatron_mod.routing.config import RoutingConfig
-from tests.distributed import cases
+from tests.distributed import cases, resume_cases
 from tests.distributed.test_granularities import check, expected_of
 from tests.helpers import experts, tiny
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import EXPERTS, Trainer, metrics
 
 PRICED = {"capacity_loss_weight": "auto", "bias": True}
 SEEDS = {"mixtral": 7, "qwen3_moe": 7, "olmoe": 8}  # no logit is near the border
@@ -127,3 +129,34 @@ def test_one_rank_equals_the_formula(any_case, trainings, world, topologies, tmp
 )
 def test_ranks_equal_the_formula(case, trainings, world, topologies, tmp_path):
     check(case, trainings, world, topologies, tmp_path)
+
+
+def test_a_run_goes_on_with_its_experts_elsewhere(tmp_path, single_process):
+    kind, changes = experts.FAMILIES["mixtral"]
+    trainer = Trainer(tmp_path / "trainer", kind=kind, **changes)
+    trainer.write_distinct()
+    jobs = []
+    for name, degree, before in (("two", 2, None), ("one", 1, "two"), ("again", 2, "one")):
+        settings = {**EXPERTS, "parallel__expert_model_parallel_size": degree}
+        arguments = trainer.arguments(tmp_path / name, **settings)
+        jobs.append((before and tmp_path / before, {"expert": degree}, arguments))
+    run_ranks(resume_cases.trainings, jobs, world=2, folder=tmp_path / "ranks", seconds=500)
+    expected = metrics(tmp_path / "two")
+    assert len({line["loss"] for line in expected}) == 6
+    for name in ("one", "again"):
+        for line, wanted in zip(metrics(tmp_path / name), expected, strict=True):
+            for key in ("loss", "grad_norm", "capacity"):
+                assert line[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-3), (name, key)
+
+
+def test_experts_that_compute_nothing_are_waited_for_by_nobody(case, tmp_path):
+    """The first half of the experts, all of one rank's, are sent tokens and compute none."""
+    half = torch.where(torch.arange(8) < 4, -50.0, 0.0)
+    added = {
+        layer: {**own, "router.bias": own["router.bias"] + half} for layer, own in case[3].items()
+    }
+    trainings = [
+        cases.Asked(routing(bias=True, training_compute="sparse"), added=added),
+        cases.Asked(routing(bias=True, renormalize=True), added=added),
+    ]
+    check(case, trainings, 2, [{"expert": 2}], tmp_path)

@@ -12,6 +12,7 @@ from megatron_mod.checkpoint.manifest import read_manifest
 from megatron_mod.evaluation.megatron_backend import MegatronBackend
 from megatron_mod.evaluation.rows import Row
 from tests.distributed import cases, resume_cases
+from tests.distributed import test_top_k as top_k
 from tests.distributed.test_granularities import (
     EVERY,
     SPARSE,
@@ -175,3 +176,24 @@ def test_a_run_goes_on_at_another_degree(tmp_path, single_process):
                 assert line[key] == pytest.approx(expected[key], rel=1e-3), (name, key)
     topology = read_manifest(next((tmp_path / "experts-again").glob("step_*6")))["topology"]
     assert topology["expert_model_parallel_size"] == 2
+
+
+def test_adapters_on_attention_equal_pefts(tmp_path, single_process):
+    """Below and above mixtures whose experts other ranks hold."""
+    pytest.importorskip("peft", reason="needs the 'test' extra")
+    from tests.distributed import test_adapters as adapters
+
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    hf, base, adapter, samples = adapters.made(
+        tmp_path, *tiny.MIXTURES["mixtral"], target_modules=attention
+    )
+    asked = adapters.question(base, adapter, samples, expert=2)
+    for found in run_ranks(cases.gradients, *asked, world=2, folder=tmp_path / "ranks"):
+        adapters.check(found, hf, adapter, samples)
+
+
+def test_exact_selections_equal_the_formula(tmp_path, single_process):
+    """Where some documents keep nothing, too."""
+    case = top_k.with_predictors(make_case(tmp_path, *tiny.MIXTURES["mixtral"]))
+    trainings = [top_k.EVERY[3], top_k.EVERY[4], top_k.ENDS[0], top_k.ENDS[2]]
+    top_k.check(case, trainings, 2, [{"expert": 2}], tmp_path / "ranks")

@@ -102,6 +102,25 @@ def test_greedy_generation_equals_the_formula_step_by_step(exports, family, name
 
 
 @families
+def test_a_sequences_decision_may_see_some_tokens_only(exports, family):
+    """A mask names them, and without a cache a generation's steps see the prompt alone."""
+    case, name = exports(family), "block_sequence"
+    model = case.model(name)
+    for prompt in case.prompts:
+        ids, length = torch.tensor([prompt]), len(prompt)
+        shown = (torch.arange(length) < length // 2)[None]
+        masks = case.formula(name, prompt[: length // 2])[1]
+        masks = {place: made[:1].expand(length) for place, made in masks.items()}
+        with torch.no_grad():
+            found = model(ids, routing_mask=shown).logits[0]
+        assert relative(found, case.formula(name, prompt, masks=masks)[0]) < 2e-5
+        made = model.generate(
+            ids, max_new_tokens=NEW, do_sample=False, use_cache=False, eos_token_id=None
+        )
+        assert made[0, -NEW:].tolist() == case.greedy(name, prompt, NEW)
+
+
+@families
 @by_expert
 def test_the_cache_may_be_reordered_repeated_and_cropped(exports, family, name):
     case = exports(family)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import subprocess
 import sys
@@ -13,13 +14,15 @@ import pytest
 import torch
 
 from megatron_mod.conversion.convert import megatron_to_hf
+from megatron_mod.conversion.routers import read_routers
+from megatron_mod.conversion.source import open_base
 from megatron_mod.parallel.topology import Topology
 from megatron_mod.report import figures
 from megatron_mod.report.measured import Measured, measure
 from megatron_mod.report.page import draw, write_page
 from megatron_mod.report.run import Run, read_run
-from tests.helpers import formula
-from tests.helpers.runs import Trainer
+from tests.helpers import experts, formula
+from tests.helpers.runs import EXPERTS, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE = Topology(tensor=1, pipeline=1, data=1)
@@ -140,6 +143,56 @@ def test_sequences_are_whole_and_have_no_tokens(trainer):
     html = write_page(run, found).read_text()
     assert "most skipped" not in html
     assert "decided on all of them" in html
+
+
+def test_tokens_of_each_expert_are_those_of_the_formula(tmp_path, single_process, monkeypatch):
+    from transformers import AutoTokenizer
+
+    from megatron_mod.evaluation.perplexity import read_rows
+
+    kind, changes = experts.FAMILIES["mixtral"]
+    trainer = Trainer(tmp_path, kind=kind, **changes)
+    trainer.write_distinct()
+    folder = tmp_path / "run"
+    trainer.train(folder, **EXPERTS, optimizer__average_fraction=0.0)
+    run, found = measured(folder)
+    write_page(run, found)
+    shown = json.loads((folder / "report.json").read_text())["experts"]
+    assert (folder / "report" / "experts.png").is_file()
+
+    routing, added = read_routers(folder, open_base(trainer.base).arch)
+    (place, other) = routing.places
+    routers = {layer: own["router.weight"] for layer, own in added.items()}
+    dense, sent = formula.load_dense(trainer.hf), []
+    ask = experts.gate
+
+    def gate(*args):
+        weights, assigned = ask(*args)
+        sent.append(assigned)
+        return weights, assigned
+
+    monkeypatch.setattr(experts, "gate", gate)
+    wanted = {(e["layer"], e["expert"]): [0, 0, 0, 0] for e in shown}
+    tokenizer = AutoTokenizer.from_pretrained(trainer.hf)
+    for row in read_rows(trainer.text, tokenizer, max_length=64):
+        for after in (0, 2):
+            sent.clear()
+            borders = [routing.logit_border(p) if after else -math.inf for p in routing.places]
+            with torch.no_grad():
+                _, masks, _ = formula.forward(
+                    dense, row.ids, routers, granularity="expert_token", more=added,
+                    borders=dict(zip(routing.places, borders, strict=True)),
+                )  # fmt: skip
+            # A routed layer's gate is asked what it sends, and once more by its mixture.
+            for layer, assigned in zip((place.layer, other.layer), sent[::2], strict=True):
+                kept = torch.zeros(assigned.shape).masked_scatter(assigned, masks[layer])
+                for number in range(assigned.shape[1]):
+                    wanted[layer, number][after] += int(assigned[:, number].sum())
+                    wanted[layer, number][after + 1] += int(kept[:, number].sum())
+    names = ("assigned_before", "executed_before", "assigned", "executed")
+    assert {(e["layer"], e["expert"]): [e[name] for name in names] for e in shown} == wanted
+    assert 0 < sum(e["executed"] for e in shown) < sum(e["assigned"] for e in shown)
+    assert all(e["executed_before"] == e["assigned_before"] for e in shown)
 
 
 def test_a_run_before_its_first_step_and_one_cut_short_have_a_page(trainer, by_token, tmp_path):
