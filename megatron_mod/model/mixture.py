@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,10 @@ class Gate(TopKRouter):
     a part, so that all ranks' together are the whole.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: Groups | None = None) -> None:
-        super().__init__(config, pg_collection)
+    def __init__(
+        self, config: TransformerConfig, pg_collection: Groups | None = None, **more: Any
+    ) -> None:
+        super().__init__(config, pg_collection, **more)
         shared = config.sequence_parallel  # the tokens, by tensor-parallel ranks too
         self.token_group = self.tp_cp_group if shared else self.cp_group
         self.copies = 1 if shared else self.tp_group.size()

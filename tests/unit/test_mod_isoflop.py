@@ -113,6 +113,6 @@ def test_mixtures_of_depths_and_experts_beside_mixtures(single_process, tmp_path
     assert integrated["forward_flops"] == moe + gate - 2 * n * 3 * h * ffn // 2
     assert integrated["parameters"] == models["moe", 1.0]["parameters"] + 8 * h
     assert 0 < integrated["kept"] < 1
-    assert models["mode_staged", 0.125]["kept"] == pytest.approx(0.125)
+    assert models["mode_staged", 0.125]["kept"] == pytest.approx(0.125, abs=0.02)  # of whole tokens
     assert [(row["kind"], row["capacity"]) for row in whole["sampling"]] == EXPERTS
-    assert run_tool(monkeypatch, "benchmark_mod_isoflop", *words[:12], "--models", "moe") == 2
+    assert run_tool(monkeypatch, "benchmark_mod_isoflop", *words[:14], "--models", "moe") == 2
