@@ -113,7 +113,7 @@ class DenseTransformerLayer(TransformerLayer):
         self.lora = None if lora is None else LayerAdapters(self, lora)
 
     def forward(
-        self, hidden_states: Tensor, *args: object, **kwargs: object
+        self, hidden_states: Tensor, *args: object, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As Megatron's."""
         forward = self._forward
