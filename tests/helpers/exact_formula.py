@@ -1,4 +1,4 @@
-"""Mixture-of-Depths on Hugging Face's own dense models, in plain torch; nothing of ours in it."""
+"""Mixture-of-Depths on Hugging Face's own models, in plain torch; nothing of ours in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.formula import feed_forward
+from tests.helpers.training_formula import feed_forward
 
 
 class Found(NamedTuple):
