@@ -1,5 +1,6 @@
 """Mixture-of-Depths from scratch beside dense models at equal training FLOPs (as figure 3 of arXiv
-2404.02258), and beside its controls: tokens drawn by lot, and the same blocks left out."""
+2404.02258), and beside its controls: tokens drawn by lot, and the same blocks left out; with
+mixtures of experts too (MoDE, as its figure 7)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from statistics import fmean, stdev
 from megatron_mod.benchmark.isoflop_figure import draw
 from megatron_mod.benchmark.isoflop_models import (
     DENSE,
-    MOD,
+    RANDOM,
+    STATIC,
     VARIANTS,
     Entry,
     Setup,
@@ -28,23 +30,31 @@ FOUND = "isoflop.json"
 
 
 def compare(
-    setup: Setup, *, sizes: Sequence[ModelSize], seeds: Sequence[int], sampling: bool
+    setup: Setup,
+    *,
+    kinds: Sequence[str],
+    sizes: Sequence[ModelSize],
+    seeds: Sequence[int],
+    sampling: bool,
 ) -> dict:
     """Train and measure everything, print a table, write ``isoflop.json`` and ``isoflop.png``.
 
     Args:
+        kinds: of models, ``DENSE`` among them.
         seeds: of which every training is repeated.
         sampling: whether generation is timed, of the models of the first seed.
     """
     tokenizer = setup.tokenizer
     measured = Measurements(setup.out / "measured.json")
-    entries = [Entry(v, size, seed) for seed in seeds for size in sizes for v in VARIANTS]
+    variants = [variant for variant in VARIANTS if variant.kind in kinds]
+    timed = [variant for variant in variants if variant.kind not in (RANDOM, STATIC)]
+    entries = [Entry(v, size, seed) for seed in seeds for size in sizes for v in variants]
     models = []
     for number, entry in enumerate(entries, start=1):
         print(f"{number}/{len(entries)}  {entry}: {setup.steps(entry)} steps", flush=True)
         found = measured.once(setup.key(entry), partial(_measure, setup, entry))
         models.append({**setup.describe(entry), **found})
-        if not (sampling and entry.seed == seeds[0] and entry.variant.kind in (DENSE, MOD)):
+        if not (sampling and entry.seed == seeds[0] and entry.variant in timed):
             _drop(setup, entry)
     settings = {
         **{name: value for name, value in asdict(setup).items() if name != "out"},
@@ -56,7 +66,9 @@ def compare(
     found = {"settings": settings, "models": models, "table": list(summarise(models))}
     if sampling:
         found["sampling"] = [
-            row for size in sizes for row in _sample(setup, measured, size, seed=seeds[0])
+            row
+            for size in sizes
+            for row in _sample(setup, measured, [Entry(v, size, seeds[0]) for v in timed])
         ]
     write_durably(setup.out / FOUND, json.dumps(found, indent=1) + "\n")
     draw(found).savefig(setup.out / "isoflop.png", dpi=150)
@@ -75,9 +87,8 @@ def _drop(setup: Setup, entry: Entry) -> None:
         remove(folder)
 
 
-def _sample(setup: Setup, measured: Measurements, size: ModelSize, *, seed: int) -> list[dict]:
-    """Tokens a second of the exports of the dense model and of those with routers, one a row."""
-    entries = [Entry(v, size, seed) for v in VARIANTS if v.kind in (DENSE, MOD)]
+def _sample(setup: Setup, measured: Measurements, entries: Sequence[Entry]) -> list[dict]:
+    """Tokens a second of exports, one a row."""
     key = " ".join(["sampling", *map(setup.key, entries)])
     found = measured.once(key, lambda: {"rows": time_sampling(setup, entries)})
     return found["rows"]
@@ -100,6 +111,7 @@ def summarise(models: Sequence[dict]) -> Iterator[dict]:
             "standard_error": stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None,
             "loss_causal": _mean([model["loss_causal"] for model in same]),
             "agreement": _mean([model["agreement"] for model in same]),
+            "kept": fmean(model["kept"] for model in same),
             "step_s": fmean(model["step_s"] for model in same),
         }
 
@@ -115,7 +127,9 @@ def print_table(found: dict) -> None:
     best = min((r for r in table if r["kind"] == DENSE), key=lambda row: row["loss_top_k"])
     print(
         "\n| model | size | parameters | steps | training FLOPs | forward pass, of the best dense"
-        " model's | loss | causal loss | agreement | steps a second |\n" + "| --- " * 10 + "|"
+        " model's | kept | loss | causal loss | agreement | steps a second |\n"
+        + "| --- " * 11
+        + "|"
     )
     for row in table:
         spread = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
@@ -126,7 +140,7 @@ def print_table(found: dict) -> None:
         print(
             f"| {name} | {row['size']} | {row['parameters']} | {row['steps']} |"
             f" {row['train_flops']:.3g} | {row['forward_flops'] / best['forward_flops']:.2f} |"
-            f" {row['loss_top_k']:.3f}{spread} | {causal} | {agreement} |"
+            f" {row['kept']:.2f} | {row['loss_top_k']:.3f}{spread} | {causal} | {agreement} |"
             f" {1 / row['step_s']:.2f} |"
         )
     for row in found.get("sampling", ()):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-COLORS = {"dense": "black", "static": "tab:gray", "mod": "tab:red", "random": "tab:blue"}
+COLORS = {
+    "dense": "black", "static": "tab:gray", "mod": "tab:red", "random": "tab:blue",
+    "moe": "tab:green", "mode_staged": "tab:orange", "mode_integrated": "tab:purple",
+}  # fmt: skip
 MARKERS = {1.0: "o", 0.0: "x", 0.125: "s", 0.5: "^"}
 
 
@@ -28,7 +31,7 @@ def draw(found: dict) -> Figure:
         losses = [row["loss_top_k"] for row in rows]
         axes.errorbar(flops, losses, yerr=errors, label=name, color=color, marker=marker)
         causal = [row["loss_causal"] for row in rows]
-        if kind == "mod" and None not in causal:
+        if None not in (row["agreement"] for row in rows):  # there is a causal rule
             axes.plot(
                 flops,
                 causal,

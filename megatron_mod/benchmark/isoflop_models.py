@@ -15,7 +15,7 @@ import torch
 
 from megatron_mod.benchmark.isoflop_text import TRAIN, VALIDATION, make_tokenizer, write_text
 from megatron_mod.config import cli
-from megatron_mod.config.model_size import ModelSize
+from megatron_mod.config.model_size import EXPERTS, ModelSize
 from megatron_mod.config.recipes import as_options
 from megatron_mod.config.schema import Config
 from megatron_mod.conversion.scratch import new_architecture
@@ -28,23 +28,36 @@ from megatron_mod.training.loop import train
 from megatron_mod.training.plan import prepare
 
 DENSE, MOD, RANDOM, STATIC = "dense", "mod", "random", "static"
-SELECTION = {MOD: "top_k", RANDOM: "random"}
+MOE, STAGED, INTEGRATED = "moe", "mode_staged", "mode_integrated"
+SELECTION = {MOD: "top_k", RANDOM: "random", STAGED: "top_k"}
+CAUSAL = (MOD, STAGED)  # that have a causal rule
+OF_EXPERTS = (MOE, STAGED, INTEGRATED)
 
 
 class Variant(NamedTuple):
-    """What becomes of every other block; ``capacity``: the share of the tokens it computes."""
+    """What becomes of every other block; ``capacity``: the share of the tokens it computes, or, of
+    a mixture with no-op experts, of the pairs of tokens and experts, if all experts are chosen
+    alike."""
 
     kind: str
     capacity: float
 
     def __str__(self) -> str:
-        return f"{self.kind}_{self.capacity:g}" if self.kind in SELECTION else self.kind
+        is_one_of_many = self.kind in SELECTION or self.kind == INTEGRATED
+        return f"{self.kind}_{self.capacity:g}" if is_one_of_many else self.kind
+
+    @property
+    def is_routed(self) -> bool:
+        return self.kind in SELECTION or self.kind == INTEGRATED
 
 
 VARIANTS = (
     Variant(DENSE, 1.0),
-    *(Variant(kind, capacity) for kind in SELECTION for capacity in (0.125, 0.5)),
+    *(Variant(kind, capacity) for kind in (MOD, RANDOM) for capacity in (0.125, 0.5)),
     Variant(STATIC, 0.0),
+    Variant(MOE, 1.0),
+    *(Variant(STAGED, capacity) for capacity in (0.125, 0.5)),
+    Variant(INTEGRATED, 0.5),
 )
 
 
@@ -117,9 +130,10 @@ class Setup:
     def describe(self, entry: Entry) -> dict:
         """What is counted of a model; ``forward_flops`` of one row with logits at every token."""
         arch, routing, step = _counted(self, entry)
-        kept = torch.arange(self.length) < int(entry.variant.capacity * self.length + 0.5)
-        is_routed = entry.variant.kind in SELECTION
+        is_routed = entry.variant.is_routed
         work = Work(arch, routing if is_routed else None)
+        units = work.entries(self.length)
+        kept = torch.arange(units) < int(entry.variant.capacity * units + 0.5)
         forward = work.prefill(self.length, dict.fromkeys(routing.places, kept))
         head = 2 * arch.hidden_size * arch.vocab_size * (self.length - 1)
         added = sum(map(prod, routing.added_shapes(arch.hidden_size).values())) if is_routed else 0
@@ -146,8 +160,15 @@ class Setup:
                 "router.layers": "{every: 2}",
                 "router.capacity": variant.capacity,
             }
+        elif variant.kind == INTEGRATED:
+            router = {
+                "router.granularity": "expert_token",
+                "router.layers": "{every: 2}",
+                "router.num_noop_experts": round(EXPERTS / variant.capacity) - EXPERTS,
+            }
+        fields = size.fields(layers=layers, experts=variant.kind in OF_EXPERTS)
         settings = {
-            "model.config": json.dumps(size.fields(layers=layers)),
+            "model.config": json.dumps(fields),
             "model.dtype": "float32",
             **router,
             "data.train": self.out / TRAIN,
@@ -184,7 +205,9 @@ class _Counted(NamedTuple):
 def _counted(setup: Setup, entry: Entry) -> _Counted:
     config = setup.config(entry)
     arch = new_architecture(config)
-    routing = config.router.resolve(num_layers=arch.num_layers, hidden_size=arch.hidden_size)
+    routing = config.router.resolve(
+        num_layers=arch.num_layers, hidden_size=arch.hidden_size, num_experts=arch.num_experts
+    )
     costs = training_costs(
         arch,
         routing,
@@ -197,8 +220,8 @@ def _counted(setup: Setup, entry: Entry) -> _Counted:
 
 def found_in(run: Path, kind: str) -> dict:
     """What a run measured at its end: nats a token by the true selection and by the causal rule,
-    on what share of the tokens both agree, and seconds a step, the median. Where nothing is
-    selected both losses are one; a lot has no causal rule."""
+    on what share of the tokens both agree, what share of the units is kept, and seconds a step, the
+    median. Where nothing is selected both losses are one; a lot has no causal rule."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = list(map(json.loads, lines))
     last = [record for record in records if "validation_loss" in record][-1]
@@ -207,7 +230,8 @@ def found_in(run: Path, kind: str) -> dict:
     return {
         "loss_top_k": loss,
         "loss_causal": None if kind == RANDOM else by_rule,
-        "agreement": last["causal_agreement"] if kind == MOD else None,
+        "agreement": last["causal_agreement"] if kind in CAUSAL else None,
+        "kept": last["validation_capacity_mean"],
         "step_s": median(_step_seconds(records)),
     }
 

@@ -35,6 +35,12 @@ def calibrate(request: BudgetRequest, ranks: Topology) -> dict:
     """
     settings = {name: getattr(request, name) for name in ("max_length", "batch_size", "pooling")}
     model = load_routed(request.load, ranks, dtype=request.dtype, base=request.base, **settings)
+    if noops := model.work.routing.num_noop_experts:
+        raise ValueError(
+            f"--load {request.load}: its gates choose among no-op experts "
+            f"(router.num_noop_experts = {noops}), and no threshold decides; there is nothing to "
+            "calibrate."
+        )
     rows = calibration_rows(request, model)
     if request.max_perplexity_increase is not None and model.work.routing.is_exact:
         raise ValueError(

@@ -143,6 +143,10 @@ class RouterConfig:
         renormalize: with expert_token, give the experts that are left to a token the weight of
             those that are skipped, in proportion to their own; else what a skipped expert would
             have added is dropped, as published.
+        num_noop_experts: with expert_token, in the place of routers (integrated
+            Mixture-of-Depths-and-Experts): so many experts, at least 1, that return nothing, among
+            which the gate of a routed layer chooses as among its own. Nothing holds a capacity: the
+            load-balancing loss counts them too. Needs train.trainable: all; unset: none.
         check_decisions_interval: steps between checks that all tensor-parallel ranks decide alike
             (a debugging aid, one host synchronisation per routed layer); 0: never.
     """
@@ -176,12 +180,14 @@ class RouterConfig:
     keys_values: Literal["all", "selected"] | None = None
     training_compute: Literal["dense", "sparse"] | None = None
     renormalize: bool = False
+    num_noop_experts: int | None = setting(COUNT, default=None)
     check_decisions_interval: int = setting(AT_LEAST_0, default=0)
 
     def __post_init__(self) -> None:
-        if self.capacity is None and self.work is None and self.layers != []:
+        decides = self.layers != [] and self.num_noop_experts is None
+        if self.capacity is None and self.work is None and decides:
             self.capacity = DEFAULT_CAPACITY
-        by_threshold = self.selection == "threshold"
+        by_threshold = self.selection == "threshold" and self.num_noop_experts is None
         defaults: dict[str, object] = _THRESHOLD if by_threshold else _EXACT
         if Scheme.parse(self.granularity).per_expert:
             defaults = {**defaults, "stand_in": "none"}
@@ -193,9 +199,9 @@ class RouterConfig:
             if self.causal == "auxiliary_loss" and self.causal_loss_weight is None:
                 self.causal_loss_weight = CAUSAL_LOSS_WEIGHT
 
-    def resolve(self, *, num_layers: int, hidden_size: int) -> RoutingConfig:
-        """These settings for a model of ``num_layers`` layers. With ``work`` the capacities are
-        still to be found: all of them 1.
+    def resolve(self, *, num_layers: int, hidden_size: int, num_experts: int = 1) -> RoutingConfig:
+        """These settings for a model of ``num_layers`` layers, each of ``num_experts`` MLPs. With
+        ``work`` the capacities are still to be found: all of them 1.
 
         Raises:
             ValueError: layers, capacities or a rank that do not fit the model, or settings without
@@ -205,6 +211,8 @@ class RouterConfig:
             return NO_ROUTERS
         layers = resolve_layers(self.layers, num_layers=num_layers)
         capacity = 1.0 if self.capacity is None else self.capacity
+        if self.num_noop_experts:
+            capacity = num_experts / (num_experts + self.num_noop_experts)
         return RoutingConfig(
             granularity=self.granularity,
             layers=layers,
@@ -228,6 +236,7 @@ class RouterConfig:
             bias=bool(self.bias),
             stand_in_rank=self._stand_in_rank(hidden_size),
             renormalize=self.renormalize,
+            num_noop_experts=self.num_noop_experts,
         )
 
     def _stand_in_rank(self, hidden_size: int) -> int | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mod.config import rules
 from megatron_mod.config.experts import check_experts
+from megatron_mod.config.noops import check_noops
 from megatron_mod.config.selection import check_selection, check_whole_model
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
     r, d, p, t = config.router, config.data, config.parallel, config.train
     _check_length(t, place)
     check_selection(r, place)
+    check_noops(config, place)
     check_experts(r, place)
     check_whole_model(config, place)
     _check_work(r, place)
@@ -43,7 +45,7 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
     _check_lora(config, place)
     if r.layers == []:
         _check_no_routers(config, place)
-    by_threshold = r.selection == "threshold"
+    by_threshold = r.selection == "threshold" and r.num_noop_experts is None
     if not r.bias and r.capacity_loss_weight == "auto" and by_threshold and r.layers != []:
         raise ValueError(
             "router.bias = false: router.capacity_loss_weight = auto needs biases, without which "

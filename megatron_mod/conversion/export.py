@@ -128,6 +128,9 @@ ROUTING = {
         "a whole number above 0, or null", lambda v: v is None or COUNT.accepts(v)
     ),
     "renormalize": BOOLEAN,
+    "num_noop_experts": Kind(
+        "a whole number above 0, or null", lambda v: v is None or COUNT.accepts(v)
+    ),
 }
 
 

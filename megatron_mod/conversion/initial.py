@@ -1,10 +1,11 @@
 """First weights of a model that is trained from scratch, drawn from a seed.
 
 As Megatron-core draws them (``init_method_normal`` and ``scaled_init_method_normal`` of
-``megatron/core/utils.py``): matrices and embeddings from a normal distribution around zero whose
-standard deviation is ``initializer_range``, in the projections that add to the residual stream
-divided by ``sqrt(2 * layers)``; norms are one, biases zero. A number depends on the seed, the name
-of its tensor and its place in that alone, so that every topology begins with the same model.
+``megatron/core/utils.py``): matrices and embeddings, gates of experts too, from a normal
+distribution around zero whose standard deviation is ``initializer_range``, in the projections that
+add to the residual stream divided by ``sqrt(2 * layers)``; norms are one, biases zero. A number
+depends on the seed, the name of its tensor and its place in that alone, so that every topology
+begins with the same model.
 """
 
 from __future__ import annotations

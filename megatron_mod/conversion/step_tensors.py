@@ -11,9 +11,15 @@ from megatron_mod.checkpoint.distributed import StateReader
 from megatron_mod.checkpoint.manifest import STATE, read_manifest
 from megatron_mod.conversion.finite import require_finite
 from megatron_mod.model.trainable import AVERAGE
-from megatron_mod.routing.config import PREDICTOR, ROUTER, STAND_IN
+from megatron_mod.routing.config import NOOP_GATE, PREDICTOR, ROUTER, STAND_IN
 
-ADDED = (ROUTER, PREDICTOR, STAND_IN, "lora")  # to a layer, by the first word of a name in it
+ADDED = (
+    ROUTER,
+    NOOP_GATE,
+    PREDICTOR,
+    STAND_IN,
+    "lora",
+)  # to a layer, by the first word of a name in it
 
 
 def is_added(key: str) -> bool:

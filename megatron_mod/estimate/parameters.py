@@ -12,7 +12,9 @@ from megatron_mod.model.architecture import Architecture, padded_vocab_size
 from megatron_mod.parallel.topology import Topology
 
 # By an added tensor's first word.
-PARTS = {"router": "routers", "predictor": "routers", "stand_in": "stand_ins"}
+PARTS = {
+    "router": "routers", "noop_gate": "routers", "predictor": "routers", "stand_in": "stand_ins"
+}  # fmt: skip
 
 
 class Parameters(NamedTuple):

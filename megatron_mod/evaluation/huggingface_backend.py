@@ -41,21 +41,23 @@ class HuggingFaceBackend(Backend):
         data_ranks: int = 1,
     ) -> None:
         routing = getattr(model.config, "routing", None)
+        settings = RoutingConfig.from_dict({"capacity": (), **routing}) if routing else None
         super().__init__(
             tokenizer,
             positions=model.config.max_position_embeddings,
             max_length=max_length,
             batch_size=batch_size,
-            routing=RoutingConfig.from_dict({"capacity": (), **routing}) if routing else None,
+            routing=settings,
             pooling=pooling,
             selection=selection,
             data_rank=data_rank,
             data_ranks=data_ranks,
         )
         self.model = model.eval()
-        self.places = tuple(Place(*place) for place in model.config.places) if routing else ()
+        self.places = settings.places if settings else ()
+        self._decides = bool(routing and model.config.places)  # gates with no-ops by no threshold
         self.thresholds = tuple(model.config.thresholds().values()) if routing else ()
-        self._prefix = KnownPrefix(model, self.places[0].layer) if self.places else None
+        self._prefix = KnownPrefix(model, self.places[0].layer) if self._decides else None
         self._borders: _WatchedBorders | None = None
         self._counted: Counter[tuple[str | None, str, Place]] = Counter()
         self._computed: dict[Place, Tensor] = {}
@@ -74,13 +76,13 @@ class HuggingFaceBackend(Backend):
     @contextmanager
     def _deciding_by(self, thresholds: Sequence[float]) -> Iterator[dict[Place, list[Tensor]]]:
         self._borders = _WatchedBorders(self.places, thresholds)
-        if self.places:
+        if self._decides:
             self.model.set_thresholds(list(thresholds))
         try:
             yield self._borders.watched
         finally:
             self._borders = None
-            if self.places:
+            if self._decides:
                 self.model.set_thresholds(list(self.thresholds))
 
     @torch.no_grad()

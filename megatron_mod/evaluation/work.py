@@ -212,7 +212,9 @@ class Work:
     @property
     def _router_weights(self) -> int:
         by_expert = self.routing is not None and self.routing.scheme.per_expert
-        return self.arch.hidden_size * (self.arch.num_experts if by_expert else 1)
+        noops = self.routing and self.routing.num_noop_experts
+        rows = noops or (self.arch.num_experts if by_expert else 1)
+        return self.arch.hidden_size * rows
 
     @property
     def _predictor_weights(self) -> int:

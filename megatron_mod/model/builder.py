@@ -24,6 +24,7 @@ from megatron_mod.model.architecture import Architecture, Mixture, padded_vocab_
 from megatron_mod.model.cost import forward_costs
 from megatron_mod.model.layer import RoutedTransformerLayer
 from megatron_mod.model.lora import LayerAdapters
+from megatron_mod.model.mixture import Gate, MixtureOfExperts
 from megatron_mod.model.pipeline import cheapest_layout, megatron_layout
 from megatron_mod.model.recompute import SETTINGS
 from megatron_mod.model.specs import get_routed_layer_specs
@@ -170,6 +171,12 @@ class ModelChunks(torch.nn.ModuleList):
         """This rank's routed layers by global layer index."""
         return {index: layer for chunk in self for index, layer in chunk.routed_layers().items()}
 
+    def gates(self) -> dict[int, Gate]:
+        """This rank's gates of mixtures of experts by global layer index."""
+        layers = [layer for chunk in self for layer in chunk.decoder.layers]
+        mixtures = {layer.layer_number - 1: getattr(layer, "mlp", None) for layer in layers}
+        return {k: m.router for k, m in mixtures.items() if isinstance(m, MixtureOfExperts)}
+
     def adapters(self) -> dict[int, LayerAdapters]:
         """This rank's adapters by global layer index."""
         layers = [layer for chunk in self for layer in chunk.decoder.layers]
@@ -265,7 +272,8 @@ def transformer_config(
 
 
 def _mixture_settings(mixture: Mixture | None) -> dict[str, object]:
-    """Megatron's, of a gate whose load-balancing loss is left out."""
+    """Megatron's, of gates whose load-balancing loss is ours (``model/balance.py``); its weight is
+    here."""
     if mixture is None:
         return {}
     return {
@@ -274,6 +282,7 @@ def _mixture_settings(mixture: Mixture | None) -> dict[str, object]:
         "moe_router_topk": mixture.top_k,
         "moe_router_pre_softmax": not mixture.normalizes_weights,
         "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": mixture.auxiliary_loss_weight,
         "moe_router_dtype": "fp32",
     }
 

@@ -209,8 +209,8 @@ class _Shares(NamedTuple):
 
 
 def _router(arch: Architecture, routing: RoutingConfig) -> int:
-    """Operations of a router on a token, its predictor's with it."""
-    rows = arch.num_experts if routing.scheme.per_expert else 1
+    """Operations of a router on a token, its predictor's with it, or of a gate's no-ops."""
+    rows = routing.num_noop_experts or (arch.num_experts if routing.scheme.per_expert else 1)
     predictor = (routing.predictor_size or 0) * (arch.hidden_size + 1)
     return 2 * (rows * arch.hidden_size + predictor)
 

@@ -32,7 +32,7 @@ class ExpertChoice:
     def _ask_experts(self, normed: Tensor, layout: TokenLayout) -> Tensor | None:
         """Logits ``[S, B, experts]`` of normed hidden states ``[S, B, H]``; ``None`` where experts
         are not routed, or not asked about."""
-        if layout.step.dense or not self.routing.scheme.per_expert:
+        if layout.step.dense or not self.routing.scheme.per_expert or self.router is None:
             return None
         return self.router(normed)
 

@@ -19,17 +19,20 @@ from torch import Tensor
 
 from megatron_mod.config.lora import LoraSettings
 from megatron_mod.model import recompute
+from megatron_mod.model.balance import Balance
 from megatron_mod.model.exact_choice import ExactChoice
 from megatron_mod.model.expert_choice import ExpertChoice
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
 from megatron_mod.model.lora import LayerAdapters
-from megatron_mod.model.mixture import Pairs
+from megatron_mod.model.mixture import MixtureOfExperts
+from megatron_mod.model.noop_choice import NoopChoice
 from megatron_mod.model.trainable import LORA, ROUTERS, STAND_INS
 from megatron_mod.parallel import device
 from megatron_mod.routing.auxiliary import beside
 from megatron_mod.routing.config import AUTO, RoutingConfig
 from megatron_mod.routing.decision import Decisions, keep_mask
 from megatron_mod.routing.expert_router import ExpertRouter
+from megatron_mod.routing.noop_gate import NoopGate
 from megatron_mod.routing.predictor import Predictor
 from megatron_mod.routing.router import Router
 from megatron_mod.routing.scheme import Place
@@ -45,7 +48,7 @@ from megatron_mod.routing.stand_in import StandIn
 _NO_GRAPH = "what a routed layer computes depends on its router's decisions, which no graph repeats"
 
 
-class RoutedTransformerLayer(ExactChoice, ExpertChoice, TransformerLayer):
+class RoutedTransformerLayer(ExactChoice, ExpertChoice, NoopChoice, TransformerLayer):
     """``y = x + m * F(x) + (1 - m) * S(x)`` with ``F`` attention, MLP or both, ``m`` its router's
     decision, and ``S`` its stand-in, or nothing; or so for the attention and then for the MLP, each
     with a router and a stand-in of its own, which decide when the layer is entered.
@@ -60,7 +63,8 @@ class RoutedTransformerLayer(ExactChoice, ExpertChoice, TransformerLayer):
     the router itself learns beside it which these are (``_choose_exactly``).
 
     Of a mixture of experts the router may decide about each expert: ``y = x + sum of g_e m_e
-    F_e(x)`` over those that the model's own gate sends a token to (``_choose_experts``).
+    F_e(x)`` over those that the model's own gate sends a token to (``_choose_experts``); or there
+    is none, and the gate chooses among experts that return nothing too (``_leave_noops``).
 
     With sequence parallelism the layer gathers its rows, works as if there were none, and
     scatters them again: its tensor-parallel ranks then decide on the same numbers, and
@@ -68,7 +72,8 @@ class RoutedTransformerLayer(ExactChoice, ExpertChoice, TransformerLayer):
     """
 
     adds: ClassVar[dict[str, str]] = {
-        "router": ROUTERS, "predictor": ROUTERS, "stand_in": STAND_INS, "lora": LORA
+        "router": ROUTERS, "noop_gate": ROUTERS, "predictor": ROUTERS, "stand_in": STAND_INS,
+        "lora": LORA,
     }  # fmt: skip
 
     def __init__(
@@ -93,7 +98,11 @@ class RoutedTransformerLayer(ExactChoice, ExpertChoice, TransformerLayer):
         self.routing = routing
         place = None if config.use_cpu_initialization else torch.cuda.current_device()
         targets = routing.scheme.targets
-        self.router = _for_each(targets, partial(self._make_router, device=place))
+        self.router = self.noop_gate = None
+        if num_noops := routing.num_noop_experts:
+            self.noop_gate = NoopGate(*self._of_experts, num_noops=num_noops, device=place)
+        else:
+            self.router = _for_each(targets, partial(self._make_router, device=place))
         self.predictor = None
         if size := routing.predictor_size:
             self.predictor = _for_each(
@@ -109,13 +118,7 @@ class RoutedTransformerLayer(ExactChoice, ExpertChoice, TransformerLayer):
     def _make_router(self, *, device: int | None) -> Router:
         config, routing = self.config, self.routing
         if routing.scheme.per_expert:
-            return ExpertRouter(
-                config.hidden_size,
-                config.num_moe_experts,
-                config.moe_router_topk,
-                bias=routing.bias,
-                device=device,
-            )
+            return ExpertRouter(*self._of_experts, bias=routing.bias, device=device)
         return Router(
             config.hidden_size,
             bias=routing.bias,
@@ -123,6 +126,11 @@ class RoutedTransformerLayer(ExactChoice, ExpertChoice, TransformerLayer):
             position=routing.budgets and routing.position(routing.budget),
             device=device,
         )
+
+    @property
+    def _of_experts(self) -> tuple[int, int, int]:
+        """Hidden size, experts, and those that a token is sent to."""
+        return self.config.hidden_size, self.config.num_moe_experts, self.config.moe_router_topk
 
     def forward(
         self,
@@ -165,6 +173,8 @@ class RoutedTransformerLayer(ExactChoice, ExpertChoice, TransformerLayer):
         x = recompute.again(self._compute, *rest) if self.recomputes else self._compute(*rest)
         if about_experts is not None:
             self._note_experts(normed, layout)
+        elif self.noop_gate is not None:
+            self._note_noops(layout)
         for loss in auxiliary:
             x = beside(x, loss)
         if self.gathers_rows:
@@ -184,20 +194,38 @@ class RoutedTransformerLayer(ExactChoice, ExpertChoice, TransformerLayer):
         ``[S, B, H]``."""
         if block := chosen.get("block"):
             update = self._attend(normed, block, layout, rotary_pos_emb)
-            update = update + self._feed_forward(block.take(x) + update)
+            told = self._about_mixture(block, layout)
+            update = update + self._feed_forward(block.take(x) + update, **told)
             self._show("block", layout, x, normed, update)
             return block.add(x, update, self._instead("block", normed))
         attending, feeding = (chosen.get(part) or Everything() for part in ("attn", "mlp"))
         update = self._attend(normed, attending, layout, rotary_pos_emb)
         self._show("attn", layout, x, normed, update)
         x = attending.add(x, update, self._instead("attn", normed))
-        pairs = {}
-        if about_experts is not None:
-            pairs = {"pairs": partial(self._choose_experts, about_experts, layout)}
-        update = self._feed_forward(feeding.take(x), **pairs)
+        told = self._about_mixture(feeding, layout, about_experts)
+        update = self._feed_forward(feeding.take(x), **told)
         if layout.step.watch_units and "mlp" in self.routing.scheme.targets:
             self._show("mlp", layout, x, self.pre_mlp_layernorm(x), update)
         return feeding.add(x, update, self._instead("mlp", x, self.pre_mlp_layernorm))
+
+    def _about_mixture(
+        self,
+        chosen: Selection | Everything,
+        layout: TokenLayout,
+        about_experts: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """What a mixture is told beside the tokens of a choice; an MLP nothing."""
+        if not isinstance(self.mlp, MixtureOfExperts):
+            return {}
+        balance = Balance.of(layout)
+        if balance is not None and isinstance(chosen, Selection):
+            balance = balance._replace(valid=None)  # no padding is chosen
+        told: dict[str, Any] = {"balance": balance}
+        if about_experts is not None:
+            told["pairs"] = partial(self._choose_experts, about_experts, layout)
+        elif self.noop_gate is not None:
+            told |= {"noops": self.noop_gate, "pairs": partial(self._leave_noops, layout)}
+        return told
 
     @property
     def index(self) -> int:
@@ -206,8 +234,8 @@ class RoutedTransformerLayer(ExactChoice, ExpertChoice, TransformerLayer):
 
     @property
     def routers(self) -> dict[Place, Router]:
-        """This layer's, by what they decide about."""
-        return self._by_place(self.router)
+        """This layer's, by what they decide about; no-ops of its gate stand for one."""
+        return self._by_place(self.noop_gate or self.router)
 
     @property
     def predictors(self) -> dict[Place, Predictor]:
@@ -424,21 +452,21 @@ class RoutedTransformerLayer(ExactChoice, ExpertChoice, TransformerLayer):
             return AttentionPlan(queries=layout.tokens, keys=layout.tokens, kept_keys=kept)
         return layout.attention
 
-    def _feed_forward(self, hidden_states: Tensor, **pairs: Pairs) -> Tensor:
-        """The MLP's update of a grid ``[S, B, H]`` or a stream ``[N, 1, H]``; of a mixture, of the
-        ``pairs`` of tokens and experts that are chosen.
+    def _feed_forward(self, hidden_states: Tensor, **told: Any) -> Tensor:
+        """The MLP's update of a grid ``[S, B, H]`` or a stream ``[N, 1, H]``; of a mixture that is
+        ``told`` so (``_about_mixture``).
 
         It is entered with no tokens too, because other ranks may wait in it.
         """
         trains = hidden_states.requires_grad or (self.lora is not None and self.lora.trains)
-        if self.recomputes_mlp and (trains or pairs):
-            return recompute.again(self._mlp, hidden_states, **pairs)
-        return self._mlp(hidden_states, **pairs)
+        if self.recomputes_mlp and (trains or "pairs" in told):
+            return recompute.again(self._mlp, hidden_states, **told)
+        return self._mlp(hidden_states, **told)
 
-    def _mlp(self, hidden_states: Tensor, **pairs: Pairs) -> Tensor:
+    def _mlp(self, hidden_states: Tensor, **told: Any) -> Tensor:
         if len(hidden_states):
             hidden_states = self.pre_mlp_layernorm(hidden_states)
-        output, bias = self.mlp(hidden_states, **pairs)
+        output, bias = self.mlp(hidden_states, **told)
         return output if bias is None else output + bias
 
     def _require_equal_decisions(self, kept: Tensor) -> None:

@@ -63,6 +63,8 @@ class StepContext:
         penalty_per_unit: the derivative of the capacity penalty by one unit's mask, by the
             router's place (``CapacityController.penalty_per_unit``); none without.
         causal_loss_share: what a token's causal loss is multiplied by.
+        balance_share: what a token's part in a gate's load-balancing loss is multiplied by, where
+            the gate trains.
         capacities: the shares of tokens that are kept with an exact selection, by the router's
             place, where they are not the settings'.
         lot: with a selection by lot: which.
@@ -78,6 +80,7 @@ class StepContext:
 
     penalty_per_unit: Mapping[Place, Tensor] = field(default_factory=dict)
     causal_loss_share: float = 0.0
+    balance_share: float = 0.0
     capacities: Mapping[Place, float] = field(default_factory=dict)
     lot: int = 0
     causal: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,16 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mod.model import recompute
+from megatron_mod.model.balance import Balance, imbalance, noted_beside
 from megatron_mod.parallel.topology import process_groups
+from megatron_mod.routing.noop_gate import NoopGate
 
 # Which pairs of tokens and experts count, and how much, ``[..., experts]``: from the gate's weights
 # and its choice, a bool, to others.
@@ -40,11 +43,46 @@ class Gate(TopKRouter):
 
     Its logits are in the model's dtype and all that follows on them in float32, as Hugging Face's
     models have it.
+
+    ``balance`` is what its load-balancing loss has come to in training, unsaved: the loss times
+    the tokens that it is of, and these tokens. Of ranks that have copies of the tokens each notes
+    a part, so that all ranks' together are the whole.
     """
 
-    def gating(self, input: Tensor) -> Tensor:
-        """Logits ``[..., experts]`` of ``[..., H]``."""
-        return F.linear(input, self.weight).float()
+    def __init__(
+        self, config: TransformerConfig, pg_collection: Groups | None = None, **more: Any
+    ) -> None:
+        super().__init__(config, pg_collection, **more)
+        shared = config.sequence_parallel  # the tokens, by tensor-parallel ranks too
+        self.token_group = self.tp_cp_group if shared else self.cp_group
+        self.copies = 1 if shared else self.tp_group.size()
+        self.register_buffer("balance", torch.zeros(2, dtype=torch.float32), persistent=False)
+
+    def gating(self, input: Tensor, noops: NoopGate | None = None) -> Tensor:
+        """Logits ``[..., experts]`` of ``[..., H]``, followed by those of no-ops, if there are."""
+        logits = F.linear(input, self.weight)
+        if noops is not None:
+            logits = torch.cat((logits, noops(input)), -1)
+        return logits.float()
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights and choice ``[N, E]`` of as many logits, by Megatron's rule."""
+        return topk_routing_with_score_function(
+            logits, self.topk, use_pre_softmax=self.config.moe_router_pre_softmax
+        )
+
+    def balanced(
+        self, output: Tensor, logits: Tensor, chosen: Tensor, balance: Balance | None
+    ) -> Tensor:
+        """The output, behind which there is the load-balancing loss of a choice ``[N, E]``, if it
+        is asked for and the gate trains."""
+        trains = self.training and self.weight.requires_grad and torch.is_grad_enabled()
+        if balance is None or not trains:
+            return output
+        valid = None if balance.valid is None else balance.valid.flatten()
+        loss, tokens = imbalance(logits, chosen, valid, top_k=self.topk, group=self.token_group)
+        found = torch.stack((loss.detach(), tokens / self.token_group.size())) / self.copies
+        return noted_beside(output, loss, share=balance.share, found=found, noted=self.balance)
 
 
 class Experts(SequentialMLP):
@@ -128,6 +166,7 @@ class MixtureOfExperts(MoELayer):
 
     experts_type: ClassVar[type[Experts]] = Experts
     recomputes = False  # a layer that does not see to it sets it: its input is all that is kept
+    balance: Balance | None = None  # of the next call, where Megatron's layer makes it
 
     def __init__(
         self,
@@ -142,7 +181,13 @@ class MixtureOfExperts(MoELayer):
         self.token_dispatcher = Dispatcher(self.local_expert_indices, config, groups)
 
     def forward(
-        self, hidden_states: Tensor, *, pairs: Pairs | None = None, **unused: object
+        self,
+        hidden_states: Tensor,
+        *,
+        pairs: Pairs | None = None,
+        noops: NoopGate | None = None,
+        balance: Balance | None = None,
+        **unused: object,
     ) -> tuple[Tensor, None]:
         """What the experts make of ``[S, B, H]``.
 
@@ -150,19 +195,32 @@ class MixtureOfExperts(MoELayer):
             pairs: is shown the gate's weights ``[S, B, experts]`` and its choice, and says which
                 count instead: what is not chosen is neither sent nor computed. Backward asks again
                 where activations are computed again.
+            noops: experts that return nothing, among which the gate chooses too; ``pairs`` is shown
+                them behind the others, and leaves them out.
+            balance: of the gate's load-balancing loss, if it trains; without, ``self.balance``.
         """
+        balance = balance or self.balance
         if self.recomputes and hidden_states.requires_grad:
-            return recompute.again(self._output, hidden_states, pairs), None
-        return self._output(hidden_states, pairs), None
+            return recompute.again(self._output, hidden_states, pairs, noops, balance), None
+        return self._output(hidden_states, pairs, noops, balance), None
 
-    def _output(self, hidden_states: Tensor, pairs: Pairs | None) -> Tensor:
-        tokens = hidden_states.flatten(0, -2)
-        weights, chosen = self.router(tokens)
+    def _output(
+        self,
+        hidden_states: Tensor,
+        pairs: Pairs | None,
+        noops: NoopGate | None,
+        balance: Balance | None,
+    ) -> Tensor:
+        tokens, gate = hidden_states.flatten(0, -2), self.router
+        logits = gate.gating(tokens, noops)
+        weights, chosen = gate.routing(logits)
+        made = chosen
         if pairs is not None:
             shape = (*hidden_states.shape[:-1], weights.shape[-1])
             weights, chosen = pairs(weights.view(shape), chosen.view(shape))
             weights, chosen = weights.flatten(0, -2), chosen.flatten(0, -2)
-        return self._over_ranks(tokens, weights, chosen).view_as(hidden_states)
+        output = self._over_ranks(tokens, weights, chosen)
+        return gate.balanced(output, logits, made, balance).view_as(hidden_states)
 
     def _mix(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """What this tensor-parallel rank's channels make of tokens, ``[N, H]``, with weights and a

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_mod.config.lora import LoraSettings
+from megatron_mod.model.balance import Balance
+from megatron_mod.model.layout import TokenLayout
 from megatron_mod.model.lora import LayerAdapters
 from megatron_mod.model.trainable import LORA
 
@@ -111,10 +113,10 @@ class DenseTransformerLayer(TransformerLayer):
         self.lora = None if lora is None else LayerAdapters(self, lora)
 
     def forward(
-        self, hidden_states: Tensor, *args: object, **kwargs: object
+        self, hidden_states: Tensor, *args: object, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As Megatron's."""
-        forward = super().forward
+        forward = self._forward
         trains = self.lora is not None and self.lora.trains
         if self.recomputes and (trains or hidden_states.requires_grad):
             return again(forward, hidden_states, *args, **kwargs)
@@ -123,6 +125,18 @@ class DenseTransformerLayer(TransformerLayer):
             # gradient.
             hidden_states = _asking(hidden_states)
         return forward(hidden_states, *args, **kwargs)
+
+    def _forward(
+        self,
+        hidden_states: Tensor,
+        *args: object,
+        packed_seq_params: TokenLayout | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(self.mlp, MoELayer):
+            parts = self.pg_collection.tp if self.config.sequence_parallel else None
+            self.mlp.balance = Balance.of(packed_seq_params, sequence_group=parts)
+        return super().forward(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
 
 
 def _asking(hidden_states: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ _NAMES = {
     "optimizer/lora_learning_rate": "lora_learning_rate",
     "optimizer/grad_norm": "grad_norm",
     "loss/causal": "causal_loss",
+    "loss/load_balancing": "load_balancing_loss",
     "loss/validation": "validation_loss",
     "loss/validation_causal": "validation_loss_causal",
     "capacity/mean": "capacity_mean",

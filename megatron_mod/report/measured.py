@@ -81,6 +81,8 @@ def measure(
         rows, pooling = [replace(row, context=len(row.ids)) for row in rows], "all"
     rows = evenly(rows, samples or len(rows))
     say(f"{len(rows)} documents, {sum(len(row.ids) for row in rows)} tokens of {source}")
+    if run.routing.num_noop_experts:
+        capacities = ()  # no threshold could set another
     with tqdm(desc="passes over the documents", unit="") as passes:
         calibration = Calibration(
             backend, rows, routed.work, scope=routed.trained_scope, after_pass=passes.update

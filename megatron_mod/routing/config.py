@@ -13,7 +13,7 @@ AUTO = "auto"
 Layers: TypeAlias = Literal["all"] | dict[str, int] | list[int]  # as ``resolve_layers`` reads them
 KNOTS = 5  # budgets of a range, evenly spaced, that borders are set at
 # What a routed layer has beside a dense one.
-ROUTER, STAND_IN, PREDICTOR = "router", "stand_in", "predictor"
+ROUTER, STAND_IN, PREDICTOR, NOOP_GATE = "router", "stand_in", "predictor", "noop_gate"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class RoutingConfig:
     logits an ``auxiliary_loss`` of weight ``causal_loss_weight`` draws there.
 
     ``renormalize``, of experts' routers: the weights that the gate gave the experts that compute a
-    token are scaled to the sum of what it gave all of the token's.
+    token are scaled to the sum of what it gave all of the token's. ``num_noop_experts``: in the
+    place of routers on experts, so many more that the gate chooses among, and that return nothing;
+    ``capacity`` is then what a gate that favours none sends to the others.
 
     Raises:
         ValueError: an unknown granularity, or a setting that this granularity would ignore.
@@ -64,6 +66,7 @@ class RoutingConfig:
     causal_loss_weight: float | None = None
     predictor_size: int | None = None
     renormalize: bool = False
+    num_noop_experts: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.work, tuple) and self.budget is None:
@@ -74,6 +77,8 @@ class RoutingConfig:
         self._own("keys_values", scheme.chooses_keys, "selected" if self.is_exact else "all", where)
         if self.renormalize:
             self._own("renormalize", scheme.per_expert, True, "expert_token")
+        if self.num_noop_experts:
+            self._own("num_noop_experts", scheme.per_expert, None, "expert_token")
         if scheme.per_expert and (self.is_exact or self.stand_in_rank or self.budgets):
             raise ValueError(
                 f"router.granularity = {self.granularity}: experts' routers decide by thresholds "
@@ -148,6 +153,8 @@ class RoutingConfig:
         ``num_experts``: of a layer, on each of which there may be a router.
         """
         shapes: dict[str, tuple[int, ...]] = {}
+        if self.num_noop_experts:
+            return {f"{NOOP_GATE}.weight": (self.num_noop_experts, hidden_size)}
         rows = num_experts if self.scheme.per_expert else 1
         for target in self.scheme.targets:
             router, stand_in = self.name_of(ROUTER, target), self.name_of(STAND_IN, target)

@@ -1,4 +1,4 @@
-"""Where the routers of an exact selection begin."""
+"""Where the routers of an exact selection begin, and experts that return nothing."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ def start_at_random(model: ModelChunks, routing: RoutingConfig, *, seed: int) ->
                 _fill(linear.weight, 1 / math.sqrt(linear.in_features), random)
                 linear.bias.zero_()
             predictor.out.bias.fill_(math.log(share / (1 - share)))
+
+
+@torch.no_grad()
+def start_noops(model: ModelChunks, *, seed: int) -> None:
+    """Fill gates' rows for no-ops as gates begin; the same at every topology."""
+    for index, module in model.routed_layers().items():
+        assert module.noop_gate is not None
+        random = torch.Generator().manual_seed(zlib.crc32(f"{seed} {index} no-ops".encode()))
+        _fill(module.noop_gate.weight, STD, random)
 
 
 def _fill(weight: torch.Tensor, std: float, random: torch.Generator) -> None:

@@ -129,7 +129,9 @@ def _require_same(
         settings = replace(settings, granularity=cast(Granularity, theirs.granularity))
     if "layers" not in given:
         settings = replace(settings, layers=list(theirs.layers))
-    ours = settings.resolve(num_layers=arch.num_layers, hidden_size=arch.hidden_size)
+    ours = settings.resolve(
+        num_layers=arch.num_layers, hidden_size=arch.hidden_size, num_experts=arch.num_experts
+    )
     for name in sorted(given):
         key = "stand_in_rank" if name == "stand_in" else name
         have = getattr(theirs, key)

@@ -64,17 +64,12 @@ def arrange(
         ValueError: naming the field, its value, the constraint and the remedy.
     """
     p = config.parallel
-    shape = {"num_layers": arch.num_layers, "hidden_size": arch.hidden_size}
-    routing = routing or config.router.resolve(**shape)
+    routing = routing or config.router.resolve(
+        num_layers=arch.num_layers, hidden_size=arch.hidden_size, num_experts=arch.num_experts
+    )
     check_mixture(routing.granularity, arch)
     if routing.work is not None and "routers" in config.train.parts:
         routing = evenly(routing, workload(arch, routing, [LENGTH]))
-    if arch.mixture is not None and "base" in config.train.parts:
-        raise ValueError(
-            f"train.trainable = {config.train.trainable}: this model's layers are mixtures of "
-            "experts, which do not train with it; set it to routers, or to lora with adapters on "
-            "the attention."
-        )
     lora = lora or config.lora.resolve(num_layers=arch.num_layers)
     if lora is not None:
         require_projections(lora.targets, list(arch.projections))

@@ -301,14 +301,17 @@ class Training:
         target = float(targets.mean()) if len(targets) else 1.0
         routing = self.plan.routing
         is_work = routing.work is not None
-        causal = {}
+        beside = {}
+        if self.model.config.moe_aux_loss_coeff and "base" in self.config.train.parts:
+            beside["load_balancing_loss"] = float(result.load_balancing)
+            penalty += float(result.balance_loss)
         if routing.causal:
-            causal = {
+            beside |= {
                 "causal_loss": float(result.causal_loss.sum()),
                 "causal_agreement": float(result.agreement.mean()),
             }
             if routing.causal == "auxiliary_loss":  # a predictor's is its own
-                penalty += routing.causal_weight * causal["causal_loss"]
+                penalty += routing.causal_weight * beside["causal_loss"]
         self.state.metrics.log(
             step,
             loss=float(result.loss) + penalty,
@@ -318,7 +321,7 @@ class Training:
             grad_norm=float(grad_norm),
             data_position=step * self.config.train.global_batch_size,
             penalty=penalty,
-            **causal,
+            **beside,
             capacity_target=None if is_work else target,
             work=self._work(result.kept, result.valid),
             work_target=self.plan.workload.work(target) if is_work else None,

@@ -155,7 +155,8 @@ class Metrics:
         ``values``: ``loss``, ``task_loss``, ``capacity`` (a list, of each router),
         ``learning_rate``, ``lora_learning_rate`` if adapters have their own, ``grad_norm``,
         ``causal_loss`` (nats a token, of all routers together) and ``causal_agreement`` of a
-        selection that has a causal rule,
+        selection that has a causal rule, ``load_balancing_loss`` (the mean of all gates'; 1: even)
+        of mixtures of experts that train,
         ``data_position`` (sequences taken so far), ``penalty``, ``capacity_target`` (mean over the
         routers), ``work`` (share of the dense model's operations) and ``work_target``; targets are
         ``None`` where there is none.

@@ -15,12 +15,16 @@ from megatron_mod.model.lora import initial_adapters
 from megatron_mod.parallel import topology
 from megatron_mod.routing.config import ROUTER, STAND_IN, RoutingConfig
 from megatron_mod.routing.stand_in import TOKENS
-from megatron_mod.training.exact_start import start_at_random
+from megatron_mod.training.exact_start import start_at_random, start_noops
 from megatron_mod.training.given import router_folder
 from megatron_mod.training.importance import leave_one_out, start_apart
 from megatron_mod.training.plan import Plan
 from megatron_mod.training.stand_ins import describe, fit_stand_ins
 
+# What routers that training starts from have to have as the settings have it.
+_OWN = (
+    "granularity", "layers", "threshold", "selection", "causal", "renormalize", "num_noop_experts"
+)  # fmt: skip
 LABELS = 600  # on which a layer's importance is measured
 
 
@@ -46,6 +50,10 @@ def start(model: ModelChunks, config: Config, plan: Plan, data: Loader) -> None:
     if found:
         put_added(model, found)
     if "routers" not in config.train.parts:
+        return
+    if routing.num_noop_experts:
+        if not found:
+            start_noops(model, seed=config.train.seed)
         return
     if routing.is_exact:
         if not found:
@@ -106,7 +114,7 @@ def _given(config: Config, plan: Plan) -> dict | None:
             "here; model.lora names them.",
             level=logging.WARNING,
         )
-    for field in ("granularity", "layers", "threshold", "selection", "causal", "renormalize"):
+    for field in _OWN:
         theirs, ours = getattr(found, field), getattr(plan.routing, field)
         if theirs != ours:
             raise ValueError(

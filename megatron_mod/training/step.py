@@ -29,7 +29,9 @@ class StepResult:
     ``[P, 2]``; ``num_units``: valid units of a place; ``kept``, ``valid``: units, tokens and pairs
     (``routing.costs.SIZES``) of the kept and of all units, fp64 ``[P, 3]``; with an exact
     selection ``agreement``, the share of a router's tokens on which the causal rule says the same,
-    and ``causal_loss``, its mean loss a token in nats, both ``[P]``.
+    and ``causal_loss``, its mean loss a token in nats, both ``[P]``; of gates that train
+    ``load_balancing``, the mean of their losses over their tokens (``model/balance.py``), and
+    ``balance_loss``, what it adds to what is minimised.
     """
 
     loss: Tensor
@@ -41,6 +43,8 @@ class StepResult:
     valid: Tensor
     agreement: Tensor
     causal_loss: Tensor
+    load_balancing: Tensor
+    balance_loss: Tensor
 
 
 def run_schedule(
@@ -77,7 +81,10 @@ def run_schedule(
     capacities = {} if controller is None else controller.capacities
     if controller is not None:
         penalty = dict(zip(routing.places, controller.penalty_per_unit(num_units), strict=True))
+    balance_share = (model.config.moe_aux_loss_coeff / batch.num_tokens) if training else 0.0
     loss.prepare(model, batch)
+    for gate in model.gates().values():
+        gate.balance.zero_()
     for router in model.routers().values():
         router.reset(notes_every=-(-num_units // NOTED) if note_units else 0)
     found: list[Shares] = []
@@ -97,21 +104,29 @@ def run_schedule(
         step=StepContext(
             penalty_per_unit=penalty,
             causal_loss_share=routing.causal_weight / num_units,
+            balance_share=balance_share,
             capacities=capacities,
             lot=lot,
             causal=causal,
             check_decisions=check_decisions,
         ),
     )
-    return _reduce(found, model, routing, num_units)
+    return _reduce(found, model, routing, num_units, balance_share=balance_share)
 
 
 def _reduce(
-    shares: list[Shares], model: ModelChunks, routing: RoutingConfig, num_units: int
+    shares: list[Shares],
+    model: ModelChunks,
+    routing: RoutingConfig,
+    num_units: int,
+    *,
+    balance_share: float,
 ) -> StepResult:
     """Add up what all ranks found; tensor-parallel ranks hold copies."""
     exact = {"dtype": torch.float64, "device": device.device()}
-    losses = torch.zeros(2, **exact)
+    losses, balance = torch.zeros(2, **exact), torch.zeros(2, **exact)
+    for gate in model.gates().values():
+        balance += gate.balance
     noted = torch.zeros(len(routing.places), 10, **exact)
     if model.groups.tp.rank() == 0:
         for share in shares:
@@ -123,9 +138,9 @@ def _reduce(
                 sizes = torch.cat((units, router.sizes), 1)
                 causal = torch.stack((router.agreed, router.causal_loss))
                 noted[number] = torch.cat((sizes.flatten(), router.pull, causal))
-    totals = torch.cat((losses, noted.flatten()))
+    totals = torch.cat((losses, balance, noted.flatten()))
     dist.all_reduce(totals)
-    noted = totals[2:].view_as(noted)
+    balance, noted = totals[2:4], totals[4:].view_as(noted)
     kept, valid = noted[:, :3], noted[:, 3:6]
     units = valid[:, :1].clamp(min=1)
     capacity, agreement, causal_loss = (
@@ -141,4 +156,6 @@ def _reduce(
         valid=valid,
         agreement=agreement,
         causal_loss=causal_loss,
+        load_balancing=(balance[0] / balance[1].clamp(min=1)).float(),
+        balance_loss=(balance[0] * balance_share).float(),
     )

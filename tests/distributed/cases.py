@@ -345,9 +345,12 @@ def disagreement(base: Path, samples: list[Sample], routing: RoutingConfig) -> s
 
 def gather_gradients(chunks: list) -> None:
     """Fill the gradient buffers of a distributed optimizer, of which each rank has its shard."""
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    data = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    experts = parallel_state.get_expert_data_parallel_group()
     for chunk in chunks:
-        for buffer in chunk.buffers:
+        buffers = [(each, data) for each in chunk.buffers]
+        buffers += [(each, experts) for each in chunk.expert_parallel_buffers]
+        for buffer, group in buffers:
             for bucket in buffer.buckets:
                 shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
@@ -377,6 +380,19 @@ def _loader(samples: list[Sample], ranks, sequence_parallel: bool, *, rows: int 
         multiple=(ranks.tensor if sequence_parallel else 1) * 2 * ranks.context,
         group=ranks.pipeline if ranks.virtual_pipeline else 1,
     )
+
+
+def micro_batches(samples: list[Sample], *, rows: int = 2) -> list[list[Sample]]:
+    """Which samples each micro-batch of the step holds, on whatever rank it is."""
+    by_ids = {tuple(sample.ids): sample for sample in samples}
+    loader = Loader(samples, global_batch_size=len(samples), micro_batch_size=rows, seed=5)
+    return [
+        [
+            by_ids[tuple(row[: lengths[0]].tolist())]
+            for row, lengths in zip(batch.input_ids, batch.documents, strict=True)
+        ]
+        for batch in loader.step(0).micro_batches
+    ]
 
 
 def batch_of(samples: list[Sample], ranks, sequence_parallel: bool) -> StepBatch:

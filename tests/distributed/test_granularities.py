@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,9 +126,13 @@ DISTRIBUTED = {"use_distributed_optimizer": True}
 
 
 def expected_of(
-    case, training: RoutingConfig | cases.Asked, *, dtype: torch.dtype = torch.float32
+    case,
+    training: RoutingConfig | cases.Asked,
+    *,
+    dtype: torch.dtype = torch.float32,
+    beside: Callable[[], torch.Tensor | float] = lambda: 0.0,
 ) -> dict:
-    """What the formula says, computed in ``dtype``."""
+    """What the formula says, computed in ``dtype``; ``beside``: what is then added to the loss."""
     from transformers import AutoModelForCausalLM
 
     hf, _, samples, tensors = case
@@ -167,13 +172,13 @@ def expected_of(
             pulls, slopes = (t.sum().expand(len(t)) for t in (pulls, slopes))
         found_price = (-pulls / slopes).tolist()
     for place, target in zip(routing.places, routing.capacity, strict=True):
-        if price is not None or is_fixed:
+        if price is not None or is_fixed or routing.num_noop_experts:
             break
         # The penalty, spelled out: before the first step the previous capacity is 1.
         mean = sum(routing.capacity) / len(routing.capacity)
         on = (mean if routing.scope == "model" else target) < 1.0
         loss = loss + routing.capacity_loss_weight * on * (capacity[place] - target)
-    (loss + cost).backward()
+    (loss + cost + beside()).backward()
     return {
         "logits": [logits.detach() for logits in found.logits],
         "price": found_price,

@@ -1,4 +1,5 @@
-"""A model trained from scratch, its routers with it: the same at every topology, to rounding."""
+"""Models trained from scratch, dense ones and mixtures of experts, and what is routed of them with
+them: the same at every topology, to rounding."""
 
 from __future__ import annotations
 
@@ -15,18 +16,31 @@ STEPS = 20
 TOPOLOGIES = {
     "parted": {"tensor": 2, "pipeline": 2},
     "data": {"pipeline": 2},  # and data 2
+    "experts": {"pipeline": 2, "expert": 2},
+}
+DENSE = {
+    "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+MIXTURE = {
+    **DENSE, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "norm_topk_prob": True, "router_aux_loss_coef": 0.05,
+}  # fmt: skip
+TOP_K = {
+    "router.granularity": "block_token", "router.selection": "top_k", "router.capacity": 0.25
+}  # fmt: skip
+NOOPS = {"router.granularity": "expert_token", "router.num_noop_experts": 2}
+MODELS = {
+    "mod": (DENSE, TOP_K, ("parted", "data")),
+    "staged": (MIXTURE, TOP_K, ("experts",)),
+    "integrated": (MIXTURE, NOOPS, ("experts", "parted")),
 }
 
 
-def arguments(folder, name: str, **changes: object) -> list[str]:
-    fields = {
-        "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    }  # fmt: skip
+def arguments(folder, name: str, fields: dict, **changes: object) -> list[str]:
     settings = {
         "model.config": json.dumps(fields), "model.dtype": "float32",
-        "router.granularity": "block_token", "router.layers": "{every: 2}",
-        "router.selection": "top_k", "router.capacity": 0.25,
+        "router.layers": "{every: 2}",
         "data.train": folder / "text.jsonl", "data.format": "text",
         "data.tokenizer": folder / "tokenizer", "data.max_length": 32,
         "train.trainable": "all", "train.steps": STEPS, "train.global_batch_size": 8,
@@ -42,24 +56,32 @@ def runs(tmp_path_factory):
     tiny.save_tokenizer(root / "tokenizer")
     texts = [f"text {n} {n * n % 97}: " + "abcdefghij"[n % 7 :] * (1 + n % 5) for n in range(96)]
     (root / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    jobs = [
-        (None, degrees, arguments(root, name, **{
-            **{f"parallel.{k}_model_parallel_size": n for k, n in degrees.items()},
-            "parallel.use_distributed_optimizer": str(name == "data").lower(),
-        }))
-        for name, degrees in TOPOLOGIES.items()
-    ]  # fmt: skip
+    jobs, alone = [], []
+    for model, (fields, router, topologies) in MODELS.items():
+        alone.append((None, {}, arguments(root, f"{model} alone", fields, **router)))
+        for name in topologies:
+            degrees = TOPOLOGIES[name]
+            changes = {
+                **{f"parallel.{k}_model_parallel_size": n for k, n in degrees.items()},
+                "parallel.use_distributed_optimizer": str(name != "parted").lower(),
+            }
+            asked = arguments(root, f"{model} {name}", fields, **router, **changes)
+            jobs.append((None, degrees, asked))
     run_ranks(resume_cases.trainings, jobs, world=4, folder=root / "ranks", seconds=900)
-    alone = [(None, {}, arguments(root, "alone"))]
     run_ranks(resume_cases.trainings, alone, world=1, folder=root / "rank", seconds=900)
     return root
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
-def test_the_losses_are_those_of_one_rank(runs, name):
-    wanted = metrics(runs / "alone")
+@pytest.mark.parametrize(
+    ("model", "name"), [(model, name) for model in MODELS for name in MODELS[model][2]]
+)
+def test_the_losses_are_those_of_one_rank(runs, model, name):
+    wanted = metrics(runs / f"{model} alone")
     assert wanted[-1]["loss"] < 0.9 * wanted[0]["loss"]
-    for line, one in zip(metrics(runs / name), wanted, strict=True):
-        for key in ("loss", "grad_norm"):
-            assert line[key] == pytest.approx(one[key], rel=1e-3), (line["step"], key)
-        assert line["capacity"] == pytest.approx(one["capacity"], abs=1e-6)
+    for line, one in zip(metrics(runs / f"{model} {name}"), wanted, strict=True):
+        for key in ("loss", "grad_norm", "load_balancing_loss"):
+            assert (key in one) == (key in line)
+            if key in one:
+                assert line[key] == pytest.approx(one[key], rel=1e-3), (line["step"], key)
+        near = 0.01 if model == "integrated" else 1e-6  # a gate may have two experts alike
+        assert line["capacity"] == pytest.approx(one["capacity"], abs=near)

@@ -26,10 +26,10 @@ def gradients(
     topologies: list[dict],
     trainings: list[cases.Asked],
     folder: Path,
-) -> list[tuple[float, dict[str, torch.Tensor]]]:
-    """Task loss of a step, and gradients of all parameters, whole and by their keys in a
-    checkpoint, of each model in each topology and training, in this order; ranks that hold the same
-    have to have found the same."""
+) -> list[tuple[float, dict[str, torch.Tensor], tuple[float, float]]]:
+    """Task loss of a step, gradients of all parameters, whole and by their keys in a checkpoint,
+    and the step's mean load-balancing loss with what it adds to the loss, of each model in each
+    topology and training, in this order; ranks that hold the same have to have found the same."""
     found = []
     for base, samples, added in models:
         for topology in topologies:
@@ -64,21 +64,22 @@ def gradients(
                 )
                 if distributed:
                     cases.gather_gradients(chunks)
-                losses.append(float(result.task_loss))
+                balance = float(result.load_balancing), float(result.balance_loss)
+                losses.append((float(result.task_loss), balance))
                 trainable, prefix = Trainable(model), f"{number}."
                 made = {key: each.main_grad for key, each in trainable.parameters.items()}
                 empty = {key: torch.empty_like(gradient) for key, gradient in made.items()}
                 own |= trainable.sharded(made, prefix=prefix)
                 read |= trainable.sharded(empty, prefix=prefix)
             whole = _whole(own, read, folder / str(len(found)))
-            for number, loss in enumerate(losses):
+            for number, (loss, balance) in enumerate(losses):
                 prefix = f"{number}."
                 gradients = {
                     key.removeprefix(prefix): gradient
                     for key, gradient in whole.items()
                     if key.startswith(prefix)
                 }
-                found.append((loss, gradients))
+                found.append((loss, gradients, balance))
     return found
 
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from megatron_mod.evaluation.work import Work
 from megatron_mod.routing.scheme import Place
-from tests.helpers import exact, formula
+from tests.helpers import exact, experts, formula
 from tests.helpers.counted import products
 from tests.helpers.exported import load, pad, positions, relative
 
@@ -26,6 +26,7 @@ CASES = {
     "block_predictor": ("llama", {"tie_word_embeddings": True}, {"bias": True}),
     "block_auxiliary_loss": ("qwen3", {}, {"threshold": 0.6}),
     "block_predictor_sliding": ("mistral", {"sliding_window": 5}, {}),
+    "block_predictor_experts": (*experts.FAMILIES["mixtral"], {}),
     "attn_predictor": ("qwen3", {"tie_word_embeddings": True}, {}),
     "attn_auxiliary_loss": ("llama", {}, {"bias": True}),
     "mlp_predictor": ("llama", {}, {}),
@@ -47,7 +48,8 @@ class Exports:
     def get(self, name: str):
         family, changes, settings = CASES[name]
         hf = formula.save_model(self.folder / f"dense_{name}", family, **changes)
-        target, causal = name.removesuffix("_sliding").split("_", 1)
+        plain = name.removesuffix("_sliding").removesuffix("_experts")
+        target, causal = plain.split("_", 1)
         routers = exact.draw(target, causal, CAPACITY, **settings)
         return formula.load_dense(hf), routers, exact.save(self.folder / name, hf, routers)
 

@@ -1,4 +1,4 @@
-"""Mixture-of-Depths on Hugging Face's own dense models, in plain torch; nothing of ours in it."""
+"""Mixture-of-Depths on Hugging Face's own models, in plain torch; nothing of ours in it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tests.helpers.training_formula import feed_forward
 
 
 class Found(NamedTuple):
@@ -47,7 +49,7 @@ def forward(
         if own is None:
             attended = _attend(model, layer, index, normed, cos, sin, everyone)
             hidden = hidden + attended
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            hidden = hidden + feed_forward(layer, layer.post_attention_layernorm(hidden))
             continue
         scores = F.linear(normed[0], own["router.weight"], own.get("router.bias"))[:, 0]
         guess = scores
@@ -72,21 +74,21 @@ def forward(
             if granularity == "mlp_token":
                 hidden = hidden + _attend(model, layer, index, normed, cos, sin, everyone)
             elif granularity == "attn_token":
-                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+                hidden = hidden + feed_forward(layer, layer.post_attention_layernorm(hidden))
             continue
         factor = scores[kept][None, :, None]
         if granularity == "mlp_token":
             hidden = hidden + _attend(model, layer, index, normed, cos, sin, everyone)
-            update = layer.mlp(layer.post_attention_layernorm(hidden[:, kept]))
+            update = feed_forward(layer, layer.post_attention_layernorm(hidden[:, kept]))
             hidden = hidden.index_add(1, kept, factor * update)
             continue
         update = _attend(model, layer, index, normed, cos, sin, kept)
         if granularity == "block_token":
             inner = hidden[:, kept] + update
-            update = update + layer.mlp(layer.post_attention_layernorm(inner))
+            update = update + feed_forward(layer, layer.post_attention_layernorm(inner))
         hidden = hidden.index_add(1, kept, factor * update)
         if granularity == "attn_token":
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            hidden = hidden + feed_forward(layer, layer.post_attention_layernorm(hidden))
     return model.lm_head(model.model.norm(hidden))[0], decisions, margin
 
 

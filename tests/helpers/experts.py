@@ -38,11 +38,16 @@ def count(model) -> int:
     return len(block_of(model.model.layers[0]).gate.weight)
 
 
-def gate(block, read: Tensor) -> tuple[Tensor, Tensor]:
+def gate_logits(block, read: Tensor, noops: Tensor | None = None) -> Tensor:
+    """Of tokens ``[T, H]``, ``[T, E]``, and after them those of no-ops, of weight ``[n, H]``."""
+    rows = block.gate.weight if noops is None else torch.cat((block.gate.weight, noops))
+    return read @ rows.t()
+
+
+def gate(block, read: Tensor, noops: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The weight of each expert for tokens ``[T, H]``, zero where they are not sent to it, and
-    whether they are: ``[T, E]`` both."""
-    own = block.gate
-    logits = read @ own.weight.t()
+    whether they are: ``[T, E]`` both, or ``[T, E + n]`` with no-ops."""
+    logits = gate_logits(block, read, noops)
     chosen = logits.topk(_of(block, "top_k"), dim=-1).indices
     assigned = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, chosen, True)
     weights = logits.softmax(-1) * assigned
@@ -60,20 +65,31 @@ def expert(block, number: int, read: Tensor) -> Tensor:
 
 
 def mixture(
-    block, read: Tensor, mask: Tensor | None = None, *, renormalize: bool = False
+    block,
+    read: Tensor,
+    mask: Tensor | None = None,
+    *,
+    renormalize: bool = False,
+    noops: Tensor | None = None,
 ) -> Tensor:
     """``sum over e of g_e m_e F_e`` of tokens ``[T, H]``, ``m`` ``[T, E]`` ones without a mask.
 
     ``renormalize``: the weights that are left get back the sum of all, where any is left.
+    ``noops``: weight of the gate's no-ops, of which nothing comes.
     """
-    weights, _ = gate(block, read)
+    weights, _ = gate(block, read, noops)
     if mask is not None:
         whole, weights = weights.sum(-1, keepdim=True), weights * mask
         left = weights.sum(-1, keepdim=True)
         if renormalize:
             weights = weights * torch.where(left > 0, whole / left.where(left > 0, 1.0), 1.0)
-    experts = range(weights.shape[-1])
+    experts = range(len(block.gate.weight))
     return sum(weights[:, e, None] * expert(block, e, read) for e in experts)
+
+
+def top_k(block) -> int:
+    """Experts that a token is sent to."""
+    return _of(block, "top_k")
 
 
 def _of(block, name: str, *, default: object = None) -> object:

@@ -142,17 +142,18 @@ def forward(
                 mask = torch.zeros_like(asked).masked_scatter(assigned, made[place])
                 hidden = hidden + experts.mixture(block, read[0], mask, renormalize=renormalize)
                 continue
-            hidden = hidden + choose("mlp", _feed_forward(layer, read), read)
+            hidden = hidden + choose("mlp", feed_forward(layer, read), read)
     if by_layer:
         made, logits = ({k: v for (k, _), v in found.items()} for found in (made, logits))
     return model.lm_head(model.model.norm(hidden))[0], made, logits
 
 
 def _mlp(layer, hidden: Tensor) -> Tensor:
-    return _feed_forward(layer, layer.post_attention_layernorm(hidden))
+    return feed_forward(layer, layer.post_attention_layernorm(hidden))
 
 
-def _feed_forward(layer, read: Tensor) -> Tensor:
+def feed_forward(layer, read: Tensor) -> Tensor:
+    """What a layer's MLP or mixture gives, ``[..., H]`` of ``[..., H]``."""
     found = experts.block_of(layer)(read)
     return found[0] if isinstance(found, tuple) else found
 

@@ -90,10 +90,12 @@ def stand_in(own: dict[str, Tensor], read: Tensor) -> Tensor:
     return inner @ own["stand_in.up.weight"].t() + own["stand_in.up.bias"]
 
 
-def feed_forward(layer, read: Tensor, *mask: Tensor, **how: bool) -> Tensor:
-    """The update ``[T, H]`` of a layer's MLP, or of its mixture (see ``experts.mixture``)."""
+def feed_forward(layer, read: Tensor, *mask: Tensor, **how: object) -> Tensor:
+    """The update ``[..., H]`` of a layer's MLP, or of its mixture (see ``experts.mixture``)."""
     block = experts.block_of(layer)
-    return experts.mixture(block, read, *mask, **how) if hasattr(block, "gate") else block(read)
+    if not hasattr(block, "gate"):
+        return block(read)
+    return experts.mixture(block, read.flatten(0, -2), *mask, **how).view_as(read)
 
 
 def forward(
@@ -114,7 +116,8 @@ def forward(
     for index, layer in enumerate(model.model.layers):
         normed = layer.input_layernorm(x)
         masks, owns, seen = {}, {}, causal
-        for target in scheme.targets if index in scheme.layers else ():
+        noops = added.get(index, {}).get("noop_gate.weight")
+        for target in scheme.targets if index in scheme.layers and noops is None else ():
             own = owns[target] = scheme.own(added[index], target)
             logit = (normed.double() @ own["router.weight"].double().t()).float()
             logit = logit + own.get("router.bias", torch.zeros(1))
@@ -150,6 +153,12 @@ def forward(
             continue
         x = x + choose("attn", update, normed)
         read = layer.post_attention_layernorm(x)
+        if noops is not None:
+            assigned = experts.gate(experts.block_of(layer), read, noops)[1]
+            kept = torch.arange(assigned.shape[1]) < assigned.shape[1] - len(noops)
+            made[index, "expert"] = kept.expand_as(assigned)[assigned].float()
+            x = x + feed_forward(layer, read, noops=noops)
+            continue
         if by_expert and index in scheme.layers:
             assigned = experts.gate(experts.block_of(layer), read)[1]
             margin = min(margin, float((logit.detach() - border)[assigned].abs().min()))

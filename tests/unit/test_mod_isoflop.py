@@ -16,8 +16,19 @@ KINDS = [
 ]  # fmt: skip
 KEYS = {
     "kind", "capacity", "parameters", "train_flops", "forward_flops", "loss_top_k", "loss_causal",
-    "agreement", "step_s", "size", "seed", "steps",
+    "agreement", "step_s", "size", "seed", "steps", "kept",
 }  # fmt: skip
+EXPERTS = [
+    ("dense", 1.0), ("moe", 1.0), ("mode_staged", 0.125), ("mode_staged", 0.5),
+    ("mode_integrated", 0.5),
+]  # fmt: skip
+
+
+TEXT = " ".join(f"Number {n} is {n * n % 97} and {'xyz' * (n % 5)}." for n in range(99))
+WORDS = [
+    "--sizes", "32x2", "--seeds", 0, "--length", 32, "--batch", 2, "--vocabulary", 300,
+    "--budget", 3e7,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +36,9 @@ def found(tmp_path_factory, single_process):
     """A folder and what the benchmark, called again, has written there; the budget is of two steps
     of the dense model."""
     out = tmp_path_factory.mktemp("isoflop") / "out"
-    text = " ".join(f"Number {n} is {n * n % 97} and {'xyz' * (n % 5)}." for n in range(99))
-    words = [
-        "--out", out, "--sizes", "32x2", "--seeds", 0, "--length", 32, "--batch", 2,
-        "--vocabulary", 300, "--budget", 3e7,
-    ]  # fmt: skip
+    words = ["--out", out, *WORDS]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(isoflop_text, "python_text", lambda: text)  # which takes seconds
+        monkeypatch.setattr(isoflop_text, "python_text", lambda: TEXT)  # which takes seconds
         assert run_tool(monkeypatch, "benchmark_mod_isoflop", *words) == 0
         whole = (out / "isoflop.json").read_text()
         before = (out / "measured.json").stat().st_mtime_ns
@@ -89,3 +96,23 @@ def test_sizes_are_refused_that_no_model_has():
     for text, said in (("96", "as 96x6"), ("90x6", "a multiple of 32"), ("96x5", "an even number")):
         with pytest.raises(ValueError, match=said):
             ModelSize.parse(text)
+
+
+def test_mixtures_of_depths_and_experts_beside_mixtures(single_process, tmp_path, monkeypatch):
+    """A token's experts cost what an MLP does; of the routed layer's half is left."""
+    monkeypatch.setattr(isoflop_text, "python_text", lambda: TEXT)
+    words = ["--out", tmp_path / "out", *WORDS, "--models", *dict(EXPERTS)]
+    assert run_tool(monkeypatch, "benchmark_mod_isoflop", *words) == 0
+    whole = json.loads((tmp_path / "out" / "isoflop.json").read_text())
+    models = {(one["kind"], one["capacity"]): one for one in whole["models"]}
+    assert list(models) == EXPERTS
+    n, h, ffn, gate = 32, 32, 96, 2 * 32 * 32 * 8
+    dense, moe = (models[kind, 1.0]["forward_flops"] for kind in ("dense", "moe"))
+    assert moe == dense + 2 * gate
+    integrated = models["mode_integrated", 0.5]
+    assert integrated["forward_flops"] == moe + gate - 2 * n * 3 * h * ffn // 2
+    assert integrated["parameters"] == models["moe", 1.0]["parameters"] + 8 * h
+    assert 0 < integrated["kept"] < 1
+    assert models["mode_staged", 0.125]["kept"] == pytest.approx(0.125, abs=0.02)  # of whole tokens
+    assert [(row["kind"], row["capacity"]) for row in whole["sampling"]] == EXPERTS
+    assert run_tool(monkeypatch, "benchmark_mod_isoflop", *words[:14], "--models", "moe") == 2
