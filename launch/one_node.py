@@ -49,8 +49,8 @@ KNOBS = (
          f"{'':22}what tools/mix_datasets.py wrote to data/mixed", "alpaca", ("data.train",)),
     Knob("MAX_TRAIN_SAMPLES", "samples of it, drawn once; `null`: all", "1000",
          ("data.max_train_samples",)),
-    Knob("GRANULARITY", "attn, mlp or block, each _sequence or _token", "attn_token",
-         ("router.granularity",)),
+    Knob("GRANULARITY", "attn, mlp or block, each _sequence or _token; of a mixture\n"
+         f"{'':22}also expert_token", "attn_token", ("router.granularity",)),
     Knob("ROUTER_LAYERS", "how many of the deepest layers but the last are routed, `all`, or a\n"
          f"{'':22}list of zero-based indices (formerly mod_n, mindskip_n)", "16",
          ("router.layers",)),

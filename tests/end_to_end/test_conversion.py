@@ -290,6 +290,10 @@ NOT_BUILT = {
         "mixtral",
         {"num_experts_per_tok": 1},
     ),
+    "router_aux_loss_coef = -1.0: must be 0 or more": (
+        "olmoe",
+        {"router_aux_loss_coef": -1},
+    ),
     "num_experts_per_tok is missing": ("mixtral", {"num_experts_per_tok": ...}),
     "mlp_only_layers = [1]": ("qwen3_moe", {"mlp_only_layers": [1]}),
     "decoder_sparse_step = 2": ("qwen3_moe", {"decoder_sparse_step": 2}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_mod.conversion.families.base import value_of
@@ -23,7 +24,8 @@ def read_mixture(
 
     Raises:
         ValueError: a field that is missing, fields that contradict each other, more experts for a
-            token than there are, or one whose weight is normalised; naming the field.
+            token than there are, or one whose weight is normalised, or a loss that rewards
+            imbalance; naming the field.
     """
     num_experts = _num_experts(hf_config)
     top_k = value_of(hf_config, "num_experts_per_tok")
@@ -38,12 +40,15 @@ def read_mixture(
             "one expert, as Mixtral and norm_topk_prob do; it must be at least 2 with them."
         )
     weight = hf_config.get("router_aux_loss_coef")
+    weight = float(auxiliary_loss if weight is None else weight)
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"config.json: router_aux_loss_coef = {weight}: must be 0 or more.")
     return Mixture(
         num_experts=num_experts,
         top_k=top_k,
         ffn_hidden_size=value_of(hf_config, ffn),
         normalizes_weights=normalizes_weights,
-        auxiliary_loss_weight=float(auxiliary_loss if weight is None else weight),
+        auxiliary_loss_weight=weight,
     )
 
 
