@@ -136,7 +136,8 @@ class Setup:
         kept = torch.arange(units) < int(entry.variant.capacity * units + 0.5)
         forward = work.prefill(self.length, dict.fromkeys(routing.places, kept))
         head = 2 * arch.hidden_size * arch.vocab_size * (self.length - 1)
-        added = sum(map(prod, routing.added_shapes(arch.hidden_size).values())) if is_routed else 0
+        shapes = routing.added_shapes(arch.hidden_size, num_experts=arch.num_experts)
+        added = sum(map(prod, shapes.values())) if is_routed else 0
         return {
             "kind": entry.variant.kind,
             "capacity": entry.variant.capacity,

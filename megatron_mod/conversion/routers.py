@@ -107,7 +107,7 @@ def read_step(step: Path, routing: RoutingConfig) -> Added:
     return read_layers(
         step,
         routing.layers,
-        routing.added_shapes(1),
+        routing.added_names,
         key=KEY,
         what="routers",
         is_one=lambda key: not is_adapter(key),

@@ -132,7 +132,7 @@ def default_tolerance(source: Source, hf_path: str | Path) -> float:
     with hf_weights(source.base) as weights, HFReader(hf_path) as reader:
         ours = {weight.name: weight.like.dtype for weight in weights}
         if source.routing is not None:
-            for layer, name in product(source.routing.layers, source.routing.added_shapes(1)):
+            for layer, name in product(source.routing.layers, source.routing.added_names):
                 ours[HF_KEY.format(layer, name)] = torch.float32
         if source.lora is not None and not Path(hf_path, LORA).is_dir():  # sums, not rounded here
             ours |= dict.fromkeys(adapted_weights(source.lora), torch.float32)

@@ -205,15 +205,18 @@ class Work:
         return min(tokens, window - 1) if window else tokens
 
     @property
+    def _by_expert(self) -> bool:
+        """Whether a unit is a pair of token and expert."""
+        return self.routing is not None and self.routing.scheme.per_expert
+
+    @property
     def _units_per_token(self) -> int:
-        by_expert = self.routing is not None and self.routing.scheme.per_expert
-        return self.arch.top_k if by_expert else 1
+        return self.arch.top_k if self._by_expert else 1
 
     @property
     def _router_weights(self) -> int:
-        by_expert = self.routing is not None and self.routing.scheme.per_expert
         noops = self.routing and self.routing.num_noop_experts
-        rows = noops or (self.arch.num_experts if by_expert else 1)
+        rows = noops or (self.arch.num_experts if self._by_expert else 1)
         return self.arch.hidden_size * rows
 
     @property

@@ -103,6 +103,7 @@ def run_batches(
     batches = chain(batches, repeat(filler, passes - count))
 
     def is_own(batch: MicroBatch) -> bool:
+        # A filler holds no document; what a caller gives always holds one where fillers are made.
         return passes == count or any(batch.documents)
 
     chunks = list(chunks or model)

@@ -147,7 +147,12 @@ class RoutingConfig:
             return self.threshold
         return (self.threshold,) * len(self.places)
 
-    def added_shapes(self, hidden_size: int, *, num_experts: int = 1) -> dict[str, tuple[int, ...]]:
+    @property
+    def added_names(self) -> tuple[str, ...]:
+        """Those of ``added_shapes``."""
+        return tuple(self.added_shapes(1, num_experts=1))
+
+    def added_shapes(self, hidden_size: int, *, num_experts: int) -> dict[str, tuple[int, ...]]:
         """What a routed layer has beside a dense one: shapes of tensors, by their names in it.
 
         ``num_experts``: of a layer, on each of which there may be a router.

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mod.checkpoint import shared
@@ -83,7 +84,8 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Own the folder, which is made if need be, and clear what a killed job left half done.
+        """Own the folder, which is made if need be, and clear what a killed job left half done. A
+        failure before anything was written leaves no folder that was made.
 
         Raises:
             ValueError: another job owns it, it cannot be made, not all nodes see it, or too many
@@ -93,10 +95,11 @@ class RunFolder:
             made = on_first_rank(lambda: self._hold(stack))
             try:
                 shared.require_shared(self.path, what=f"checkpoint.save = {self.path}")
-            except ValueError:
-                on_first_rank(lambda: _unmake(made))
+                yield
+            except BaseException:
+                if dist.get_rank() == 0:
+                    _unmake(made)
                 raise
-            yield
 
     def _hold(self, stack: contextlib.ExitStack) -> list[Path]:
         """Returns the folders that were made, each in the next."""
@@ -232,6 +235,7 @@ class RunFolder:
 
 
 def _unmake(folders: list[Path]) -> None:
+    """Remove folders, each in the next, as far as they are empty."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()

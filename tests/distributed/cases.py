@@ -302,7 +302,7 @@ def cheapest(base: Path, ranks, routing: RoutingConfig, samples: list[Sample]):
 
 def only(added: Added, routing: RoutingConfig) -> Added:
     """Those of the tensors that layers so routed have."""
-    return {k: {name: own[name] for name in routing.added_shapes(32)} for k, own in added.items()}
+    return {k: {name: own[name] for name in routing.added_names} for k, own in added.items()}
 
 
 def layers_with_backward(base: Path, samples: list[Sample], routing: RoutingConfig) -> list[int]:

@@ -43,7 +43,7 @@ def make_case(root: Path, kind: str, changes: dict) -> tuple:
     for granularity in ("attn_token", "attn_token+mlp_token"):
         routing = scheme(granularity, bias=True, stand_in_rank=RANK)
         for own in added.values():
-            for name, shape in routing.added_shapes(32).items():
+            for name, shape in routing.added_shapes(32, num_experts=1).items():
                 scale = 0.5 if name.startswith("router") else 0.3
                 own.setdefault(name, scale * torch.randn(shape, generator=generator))
     return hf, root / "megatron", samples, added

@@ -58,7 +58,7 @@ def with_predictors(case: tuple) -> tuple:
     """A case whose layers have the predictors that they may have, too."""
     hf, base, samples, added = case
     generator = torch.Generator().manual_seed(12)
-    shapes = scheme("block_token").added_shapes(32)
+    shapes = scheme("block_token").added_shapes(32, num_experts=1)
     for own in added.values():
         for name, shape in shapes.items():
             own.setdefault(name, 0.3 * torch.randn(shape, generator=generator))

@@ -104,7 +104,7 @@ def test_a_full_disk_at_the_first_start_is_said_and_leaves_nothing(trainer, tmp_
             ValueError, match=r"config.yaml: could not be written: the disk is full"
         ):
             trainer.train(tmp_path / "run", train__steps=1)
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
     trainer.train(tmp_path / "run", train__steps=1)
 
 
@@ -382,6 +382,9 @@ def test_a_base_that_has_lost_its_state_is_no_base(trainer, tmp_path):
         flip(file, 0)
         with pytest.raises(ValueError, match=f"{file}: its content is not what was written"):
             open_base(tmp_path / "base").fingerprint()
+        with pytest.raises(ValueError, match=f"{file}: its content is not what was written"):
+            trainer.train(tmp_path / "runs" / "new", model__checkpoint=tmp_path / "base")
+        assert not (tmp_path / "runs").exists()
         flip(file, 0)
 
 

@@ -27,7 +27,7 @@ def parted(hf, samples: Sequence[Sample], routing: RoutingConfig, seed: int) -> 
     for layer in routing.layers:
         own = {
             name: 0.1 * torch.randn(shape, generator=generator, dtype=torch.float64)
-            for name, shape in routing.added_shapes(hf.config.hidden_size).items()
+            for name, shape in routing.added_shapes(hf.config.hidden_size, num_experts=1).items()
         }
         states = seen_by(hf, samples, routing, added, layer)
         products = states @ states.t()
