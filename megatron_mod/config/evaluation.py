@@ -103,7 +103,7 @@ def check_load(request: RankOptions) -> None:
     if math.prod(degrees.values()) > 1 and not is_megatron(request.load):
         given = " ".join(f"{OPTIONS[name]} {value}" for name, value in degrees.items() if value > 1)
         raise ValueError(
-            f"{given}: a Hugging Face folder is "
-            "run whole on every rank; leave them out, or load the Megatron checkpoint."
+            f"{given}: a Hugging Face folder is run whole on every rank, which shares nothing; set "
+            "degrees to 1 or leave them out, or load the Megatron checkpoint."
         )
     check_base(request.base, request.load)

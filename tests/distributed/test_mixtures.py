@@ -66,7 +66,9 @@ def test_logits_equal_hugging_face(models, world, topologies, tmp_path):
             assert max(per_rank.values()) <= LOGITS, per_rank
 
 
-@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("mixtral", marks=pytest.mark.slow), "qwen3_moe"]
+)
 def case(request, tmp_path_factory, single_process):
     return make_case(tmp_path_factory.mktemp(request.param), *tiny.MIXTURES[request.param])
 

@@ -299,7 +299,7 @@ def test_more_than_all_that_is_routed_cannot_be_saved(case, tmp_path):
         ({"capacity": 0.5, "samples": -1}, "--samples -1"),
         ({"capacity": 0.5, "data": "nowhere"}, "--data nowhere: no such file"),
         ({"capacity": 0.5, "save": "/"}, "--save /: already exists"),
-        ({"capacity": 0.5, "tensor": 2}, "--tensor 2 --pipeline 1: a Hugging Face folder"),
+        ({"capacity": 0.5, "tensor": 2}, "--tensor 2: a Hugging Face folder"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(case, settings, message):

@@ -243,7 +243,7 @@ def test_a_request_that_makes_no_sense_is_refused(case, settings, message):
 
 
 def test_parallel_degrees_need_a_megatron_checkpoint(case):
-    with pytest.raises(ValueError, match="--tensor 1 --pipeline 2"):
+    with pytest.raises(ValueError, match="--pipeline 2: a Hugging Face folder"):
         Request(str(case[0]), tasks=("a",), pipeline=2)
 
 

@@ -157,6 +157,9 @@ class Model:
             found.append(Observation(score, dict(zip(PLACES, (logits[0], later), strict=True))))
         return found
 
+    def experts(self):
+        return {}
+
 
 def calibration(scope: str, **settings) -> Calibration:
     granularity = "block_sequence" if settings.get("by_sequence") else "block_token"
