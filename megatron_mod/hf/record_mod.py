@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from .layer_mod import RoutingCall
 
@@ -84,7 +84,7 @@ def _sum(entries: Iterable[dict[str, Any]], names: Sequence[str]) -> dict[str, A
 
 
 def _cache_bytes(
-    model: Any, layer: int, storage: DynamicLayer, length: int, *, batch: int
+    model: Any, layer: int, storage: Any, length: int, *, batch: int
 ) -> tuple[int, int]:
     """What a layer's cache holds, and what it would hold were all of ``length`` tokens stored."""
     routed = model.layers[layer]
