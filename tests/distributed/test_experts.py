@@ -44,7 +44,12 @@ def make_case(root: Path, family: str, *, seed: int | None = None) -> tuple:
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param("mixtral", marks=pytest.mark.slow), "qwen3_moe", "olmoe"]
+    scope="module",
+    params=[
+        pytest.param("mixtral", marks=pytest.mark.slow),
+        "qwen3_moe",
+        pytest.param("olmoe", marks=pytest.mark.slow),
+    ],
 )
 def any_case(request, tmp_path_factory, single_process):
     return make_case(tmp_path_factory.mktemp(request.param), request.param)
@@ -133,6 +138,7 @@ def test_ranks_equal_the_formula(case, trainings, world, topologies, tmp_path):
     check(case, trainings, world, topologies, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_experts_elsewhere(tmp_path, single_process):
     kind, changes = experts.FAMILIES["mixtral"]
     trainer = Trainer(tmp_path / "trainer", kind=kind, **changes)

@@ -50,14 +50,20 @@ def arguments(folder, name: str, fields: dict, **changes: object) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+@pytest.fixture(
+    scope="module",
+    params=[["mod"], pytest.param(["staged", "integrated"], marks=pytest.mark.slow)],
+    ids=["mod", "mixtures"],
+)
+def runs(request, tmp_path_factory):
+    """Folders of a model's runs, with one rank's; by the model's name."""
     root = tmp_path_factory.mktemp("runs")
     tiny.save_tokenizer(root / "tokenizer")
     texts = [f"text {n} {n * n % 97}: " + "abcdefghij"[n % 7 :] * (1 + n % 5) for n in range(96)]
     (root / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     jobs, alone = [], []
-    for model, (fields, router, topologies) in MODELS.items():
+    for model in request.param:
+        fields, router, topologies = MODELS[model]
         alone.append((None, {}, arguments(root, f"{model} alone", fields, **router)))
         for name in topologies:
             degrees = TOPOLOGIES[name]
@@ -69,19 +75,21 @@ def runs(tmp_path_factory):
             jobs.append((None, degrees, asked))
     run_ranks(resume_cases.trainings, jobs, world=4, folder=root / "ranks", seconds=900)
     run_ranks(resume_cases.trainings, alone, world=1, folder=root / "rank", seconds=900)
-    return root
+    return {
+        model: (root / f"{model} alone", [root / f"{model} {name}" for name in MODELS[model][2]])
+        for model in request.param
+    }
 
 
-@pytest.mark.parametrize(
-    ("model", "name"), [(model, name) for model in MODELS for name in MODELS[model][2]]
-)
-def test_the_losses_are_those_of_one_rank(runs, model, name):
-    wanted = metrics(runs / f"{model} alone")
-    assert wanted[-1]["loss"] < 0.9 * wanted[0]["loss"]
-    for line, one in zip(metrics(runs / f"{model} {name}"), wanted, strict=True):
-        for key in ("loss", "grad_norm", "load_balancing_loss"):
-            assert (key in one) == (key in line)
-            if key in one:
-                assert line[key] == pytest.approx(one[key], rel=1e-3), (line["step"], key)
+def test_the_losses_are_those_of_one_rank(runs):
+    for model, (alone, shared) in runs.items():
+        wanted = metrics(alone)
+        assert wanted[-1]["loss"] < 0.9 * wanted[0]["loss"]
         near = 0.01 if model == "integrated" else 1e-6  # a gate may have two experts alike
-        assert line["capacity"] == pytest.approx(one["capacity"], abs=near)
+        for run in shared:
+            for line, one in zip(metrics(run), wanted, strict=True):
+                for key in ("loss", "grad_norm", "load_balancing_loss"):
+                    assert (key in one) == (key in line), run
+                    if key in one:
+                        assert line[key] == pytest.approx(one[key], rel=1e-3), (run, key)
+                assert line["capacity"] == pytest.approx(one["capacity"], abs=near), run

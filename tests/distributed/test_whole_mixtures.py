@@ -213,6 +213,7 @@ def trainer(tmp_path_factory, single_process):
     return made
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_bit_and_at_another_degree(trainer, tmp_path):
     """With experts shared by ranks and the optimizer's state too; steps hold whole experts."""
     jobs = []

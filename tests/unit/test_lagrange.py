@@ -47,6 +47,9 @@ class Separable:
         score = Score(-LENGTH * (1 + loss), is_greedy=False)
         return [Observation(score, dict(zip(self.places, own, strict=True))) for own in self.logits]
 
+    def experts(self):
+        return {}
+
 
 @pytest.fixture
 def request_of(tmp_path):
