@@ -31,28 +31,19 @@ class RMSNorm(nn.Module):
 class _NormAcrossHeads(RMSNorm):
     """On all heads of a token at once, ``[..., heads, channels]``."""
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
-        super().__init__(config, self.heads(config) * hidden_size, eps)
-
-    @staticmethod
-    def heads(config) -> int:
-        raise NotImplementedError
-
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(-2)).view_as(x)
 
 
 class QueryNorm(_NormAcrossHeads):
-    """Of queries, which one rank holds whole."""
+    """Of queries, which one rank holds whole; ``hidden_size`` is a head's."""
 
-    @staticmethod
-    def heads(config) -> int:
-        return config.num_attention_heads
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
+        super().__init__(config, config.num_attention_heads * hidden_size, eps)
 
 
 class KeyNorm(_NormAcrossHeads):
-    """Of keys, which one rank holds whole."""
+    """Of keys, which one rank holds whole; ``hidden_size`` is a head's."""
 
-    @staticmethod
-    def heads(config) -> int:
-        return config.num_query_groups
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
+        super().__init__(config, config.num_query_groups * hidden_size, eps)

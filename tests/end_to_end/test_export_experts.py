@@ -12,7 +12,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import experts, formula
-from tests.helpers.exported import ROUTED, SCHEMES, Exports, load, pad, positions, relative
+from tests.helpers.exported import (
+    ROUTED,
+    SCHEMES,
+    Exports,
+    decode,
+    load,
+    pad,
+    positions,
+    prefill,
+    relative,
+)
 
 NEW = 6
 FAMILIES = {
@@ -41,23 +51,6 @@ def exports(tmp_path_factory):
         return Exports(tmp_path_factory.mktemp(family), kind, plain=False, **changes)
 
     return make
-
-
-@torch.no_grad()
-def prefill(model, prompts, side="left", **extra):
-    ids, mask = pad(prompts, side)
-    return model(ids, attention_mask=mask, position_ids=positions(mask), **extra), mask
-
-
-@torch.no_grad()
-def decode(model, cache, mask, token=9):
-    """Logits of one more token after a left-padded prefill."""
-    return model(
-        torch.full((len(mask), 1), token),
-        attention_mask=torch.cat([mask, mask.new_ones(len(mask), 1)], 1),
-        position_ids=mask.sum(1, keepdim=True),
-        past_key_values=cache,
-    ).logits[:, -1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,7 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import formula
-from tests.helpers.exported import RANK, ROUTED, Exports, load, pad, positions, relative
+from tests.helpers.exported import (
+    RANK,
+    ROUTED,
+    Exports,
+    decode,
+    load,
+    pad,
+    positions,
+    prefill,
+    relative,
+)
 
 NEW = 10
 
@@ -27,24 +37,6 @@ def plain(tmp_path_factory):
 
 
 schemes = pytest.mark.parametrize("name", formula.SCHEMES)
-
-
-@torch.no_grad()
-def prefill(model, prompts, side="left", **extra):
-    ids, mask = pad(prompts, side)
-    output = model(ids, attention_mask=mask, position_ids=positions(mask), **extra)
-    return output, mask
-
-
-@torch.no_grad()
-def decode(model, cache, mask, token=9):
-    """Logits of one more token after a left-padded prefill."""
-    return model(
-        torch.full((len(mask), 1), token),
-        attention_mask=torch.cat([mask, mask.new_ones(len(mask), 1)], 1),
-        position_ids=mask.sum(1, keepdim=True),
-        past_key_values=cache,
-    ).logits[:, -1]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

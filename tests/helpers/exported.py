@@ -110,3 +110,20 @@ class Exports:
 
     def greedy(self, name: str, prompt: Sequence[int], new: int) -> list[int]:
         return formula.greedy(self.dense, prompt, self.routers(name), new=new, **self.scheme(name))
+
+
+@torch.no_grad()
+def prefill(model, prompts, side="left", **extra):
+    ids, mask = pad(prompts, side)
+    return model(ids, attention_mask=mask, position_ids=positions(mask), **extra), mask
+
+
+@torch.no_grad()
+def decode(model, cache, mask, token=9):
+    """Logits of one more token after a left-padded prefill."""
+    return model(
+        torch.full((len(mask), 1), token),
+        attention_mask=torch.cat([mask, mask.new_ones(len(mask), 1)], 1),
+        position_ids=mask.sum(1, keepdim=True),
+        past_key_values=cache,
+    ).logits[:, -1]

@@ -52,6 +52,17 @@ def unseen_pairs(work: Work, kept: dict[int, torch.Tensor]) -> int:
     return 4 * work.arch.num_attention_heads * work.arch.kv_channels * total
 
 
+def prefilled(folder, generator: torch.Generator) -> tuple[dict, FlopCounterMode]:
+    """An export's decisions on a prefill of random tokens, and what torch counted of it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    ids = torch.randint(3, 100, (1, LENGTH), generator=generator)
+    with (
+        torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter
+    ):  # fmt: skip
+        model(ids, use_cache=False, logits_to_keep=1)
+    return model.model.record.decisions, counter
+
+
 @pytest.mark.parametrize("scheme", formula.SCHEMES)
 @pytest.mark.parametrize("threshold", [0.5, 0.0, 1.0], ids=["some", "all", "none"])
 def test_prefill_is_what_torch_counts(dense, scheme, threshold, tmp_path):
@@ -69,13 +80,7 @@ def test_prefill_is_what_torch_counts(dense, scheme, threshold, tmp_path):
         for name in [name for name in added if name.endswith("bias") and "router" in name]:
             added[name].fill_(0.1)
     folder = save_export(tmp_path / "export", dense, routers, more, **routing)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    ids = torch.randint(3, 100, (1, LENGTH), generator=generator)
-    with (
-        torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter
-    ):  # fmt: skip
-        model(ids, use_cache=False, logits_to_keep=1)
-    made = model.model.record.decisions
+    made, counter = prefilled(folder, generator)
     kept = {Place(*place): made[place][0].flatten().expand(LENGTH) for place in places}
     work = Work.of(json.loads((folder / "config.json").read_text()))
     assert products(counter) == work.prefill(LENGTH, kept) + unseen_pairs(work, kept)
@@ -90,13 +95,7 @@ def test_prefill_of_a_mixture_is_what_torch_counts(mixture, scheme, threshold, t
     rows = experts.count(formula.load_dense(mixture)) if scheme == "expert_token" else 1
     routers = {place: torch.randn(rows, 32, generator=generator) for place in places}
     folder = save_export(tmp_path / "export", mixture, routers, threshold=threshold, **settings)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    ids = torch.randint(3, 100, (1, LENGTH), generator=generator)
-    with (
-        torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter
-    ):  # fmt: skip
-        model(ids, use_cache=False, logits_to_keep=1)
-    made = model.model.record.decisions
+    made, counter = prefilled(folder, generator)
     kept = {Place(*place): made[place][0].flatten() for place in places}
     work = Work.of(json.loads((folder / "config.json").read_text()))
     assert products(counter) == work.prefill(LENGTH, kept) + unseen_pairs(work, kept)
