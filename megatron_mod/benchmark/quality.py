@@ -16,7 +16,7 @@ from megatron_mod.benchmark.quality_figure import draw
 from megatron_mod.benchmark.quality_models import Measurements, Model, Setup
 from megatron_mod.calibration.thresholds_file import write_thresholds
 from megatron_mod.checkpoint.folders import write_durably
-from megatron_mod.config.quality_budget import WORK, Budget
+from megatron_mod.config.quality_budget import Budget, trainings
 from megatron_mod.config.recipes import NO_STAND_INS, PUBLISHED
 from megatron_mod.evaluation.static import METHOD, Greedy, thresholds_without
 from megatron_mod.parallel import topology
@@ -32,27 +32,24 @@ def compare(
     """Train and measure everything, print a table, write ``quality.json`` and ``quality.png``.
 
     Args:
-        budgets: a granularity is trained for the least of its capacities, and of its shares of
-            work, and calibrated for each.
+        budgets: a granularity is trained for the least of its capacities and calibrated for each;
+            and for each budget of work, or range of them.
         seeds: of which every training is repeated.
         published: whether Router-Tuning's recipe, which knows no work, is trained too, with the
             first seed.
     """
     setup.out.mkdir(parents=True, exist_ok=True)
     measured = Measurements(setup.out / "measured.json")
-    shares: dict[tuple[str, str], list[float]] = {}
-    for granularity, of, share in budgets:
-        shares.setdefault((granularity, of), []).append(share)
     routed = [
         point
-        for (granularity, of), wanted in shares.items()
+        for budget in trainings(budgets)
         for recipe, own in (
             ("ours", seeds),
             (WITH_LORA, seeds if setup.lora else ()),
-            ("published", seeds[:1] if published and of == "capacity" else ()),
+            ("published", seeds[:1] if published and budget.of == "capacity" else ()),
         )
         for seed in own
-        for point in _train(setup, measured, recipe, granularity, of, wanted, seed=seed)
+        for point in _train(setup, measured, recipe, budget, seed=seed)
     ]
     least: dict[tuple[str, ...], float] = {}
     for point in routed:
@@ -86,21 +83,19 @@ def _train(
     setup: Setup,
     measured: Measurements,
     recipe: str,
-    granularity: str,
-    of: str,
-    shares: Sequence[float],
+    budget: Budget,
     *,
     seed: int,
 ) -> Iterator[dict]:
-    """A point for each share ``of`` ``capacity`` or ``work``, of one training for the least."""
-    least, prefix = min(shares), WORK if of == "work" else ""
-    keys = {at: f"{recipe} {granularity} {prefix}{least} {seed} at {at}" for at in shares}
+    """A point for each share of a budget, of one training."""
+    granularity, of, shares = budget
+    keys = {at: f"{recipe} {granularity} {budget.label} {seed} at {at}" for at in shares}
     if not measured.found.keys() >= set(keys.values()):
         own: dict[str, object] = {"published": PUBLISHED, WITH_LORA: setup.adapters}.get(recipe, {})
         run = setup.run(
-            f"{recipe}_{granularity}_{prefix}{least:g}_{seed}",
-            **{"router.granularity": granularity, f"router.{of}": least, "train.seed": seed},
-            **own,
+            f"{recipe}_{granularity}_{budget.label}_{seed}",
+            **{"router.granularity": granularity, f"router.{of}": budget.trained_for},
+            **{"train.seed": seed, **own},
         )
         with topology.single_process():
             model = Model(setup, run)
@@ -108,7 +103,7 @@ def _train(
                 measured.once(key, partial(model.at, of, share))
     for share, key in keys.items():
         point = {"recipe": recipe, "granularity": granularity, of: share, "seed": seed}
-        yield {**point, "texts": measured.found[key]}
+        yield {**point, "range": budget.range, "texts": measured.found[key]}
 
 
 def _remove(
@@ -227,9 +222,9 @@ def summarise(
     removal at equal work."""
     groups: dict[tuple, list[dict]] = {}
     for point in routed:
-        budget = (point.get("capacity"), point.get("work"))
+        budget = (point.get("capacity"), point.get("work"), point.get("range"))
         groups.setdefault((point["recipe"], point["granularity"], *budget), []).append(point)
-    for (recipe, granularity, capacity, share), points in groups.items():
+    for (recipe, granularity, capacity, share, of_range), points in groups.items():
         target = "+".join(Scheme.parse(granularity).targets)
         for text, without_routers in dense.items():
             found = [point["texts"][text] for point in points]
@@ -242,6 +237,7 @@ def summarise(
                 "granularity": granularity,
                 "target_capacity": capacity,
                 "target_work": share,
+                "trained_range": of_range,
                 "text": text,
                 "seeds": len(points),
                 "capacity": fmean(one["capacity"] for one in found),
@@ -285,8 +281,10 @@ def print_table(table: Sequence[dict], dense: dict[str, float]) -> None:
         spread = "" if error is None else f" ± {error:.2f}"
         fixed = [row["static_perplexity"], row["static_with_stand_ins_perplexity"]]
         shown = " | ".join("-" if value is None else f"{value:.2f}" for value in fixed)
+        served = row["trained_range"]
+        recipe = row["recipe"] + (f", for {served[0]:g} to {served[1]:g}" if served else "")
         print(
-            f"| {row['recipe']} | {row['granularity']} | {row['text']} | {row['capacity']:.3f} |"
+            f"| {recipe} | {row['granularity']} | {row['text']} | {row['capacity']:.3f} |"
             f" {row['counted_speedup']:.3f} | {row['perplexity']:.2f}{spread} |"
             f" {row['over_dense']:.3f} | {shown} |",
             flush=True,

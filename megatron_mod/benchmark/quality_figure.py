@@ -51,15 +51,16 @@ def _panel(axes: Axes, found: dict, text: str) -> None:
             scheme = Scheme.parse(row["granularity"])
             if "+".join(scheme.targets) != target or row["text"] != text:
                 continue
-            ours = row["recipe"] != "published"
+            ours, served = row["recipe"] != "published", row["trained_range"]
+            kind = KINDS[row["recipe"]] + (" for a range" if served else "")
             axes.errorbar(
                 row["work"],
                 row["perplexity"],
                 yerr=row["perplexity_standard_error"],
-                fmt=ADAPTED.get(row["recipe"], MARKERS[scheme.unit]),
+                fmt=ADAPTED.get(row["recipe"], "D" if served else MARKERS[scheme.unit]),
                 color=color,
                 markerfacecolor=color if ours else "none",
-                label=f"{row['granularity']}, {KINDS[row['recipe']]}",
+                label=f"{row['granularity']}, {kind}",
             )
     worst = max(row["perplexity"] for row in found["table"] if row["text"] == text)
     axes.set(

@@ -13,11 +13,13 @@ from megatron_mod.checkpoint.folders import write_durably
 from megatron_mod.config import cli
 from megatron_mod.config.model_folder import is_megatron
 from megatron_mod.config.recipes import as_options
+from megatron_mod.evaluation.megatron_backend import MegatronBackend
 from megatron_mod.evaluation.perplexity import read_rows
 from megatron_mod.evaluation.rows import Row, evenly
 from megatron_mod.evaluation.static import Greedy, thresholds_without
 from megatron_mod.parallel import topology
 from megatron_mod.routing.scheme import Place
+from megatron_mod.training.borders import serve
 from megatron_mod.training.loop import train
 from megatron_mod.training.plan import prepare
 
@@ -108,14 +110,18 @@ class Model:
             run, ranks, dtype="float32", max_length=None, batch_size=4, pooling=None
         )
         self.rows = {path.stem: self._rows(setup, path) for path in setup.texts}
-        self.calibrations = {
-            name: [self._calibration(half) for half in (rows[::2], rows[1::2])]
-            for name, rows in self.rows.items()
-        }
+        self.calibrations = self._calibrations()
 
     def _rows(self, setup: Setup, path: Path) -> list[Row]:
         rows = read_rows(path, self.routed.backend.tokenizer, max_length=setup.max_length)
         return evenly(rows, setup.samples)
+
+    def _calibrations(self) -> dict[str, list[Calibration]]:
+        """Of each text's halves."""
+        return {
+            name: [self._calibration(half) for half in (rows[::2], rows[1::2])]
+            for name, rows in self.rows.items()
+        }
 
     def _calibration(self, rows: Sequence[Row]) -> Calibration:
         work = self.routed.work
@@ -124,9 +130,14 @@ class Model:
 
     def at(self, of: str, share: float) -> dict[str, dict]:
         """Each text's measured half, with thresholds set on its other half for a share ``of``
-        ``capacity`` or ``work``."""
-        found = {}
-        for name, (setting, measured) in self.calibrations.items():
+        ``capacity`` or ``work``; routers that serve a range are told the share of work."""
+        routing, calibrations, found = self.routed.work.routing, self.calibrations, {}
+        assert routing is not None
+        if routing.budgets:
+            assert isinstance(self.routed.backend, MegatronBackend)
+            serve(self.routed.backend.model, routing, share)
+            calibrations = self._calibrations()  # the same thresholds decide otherwise now
+        for name, (setting, measured) in calibrations.items():
             if of == "work":
                 point = setting.at_work(share)
             else:

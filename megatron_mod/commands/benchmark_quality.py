@@ -26,9 +26,9 @@ class QualityBenchmark(Options):
 
         python tools/benchmark/quality.py --load BASE --train FILE --texts FILE [FILE ...] --out DIR
 
-    Each granularity is trained with every seed for the least of its capacities, and for the least
-    of its budgets of work, calibrated for each on one half of each held-out text and measured on
-    the other, as are the dense model, greedy removal of layers with and without stand-ins, and, of
+    Each granularity is trained with every seed for the least of its capacities, and for each of
+    its budgets of work, calibrated for each on one half of each held-out text and measured on the
+    other, as are the dense model, greedy removal of layers with and without stand-ins, and, of
     capacities, the published recipe. Prints a table and writes OUT/quality.json and
     OUT/quality.png. What is already in OUT is not trained or measured again. A training's settings
     (--section.field value) go to every training.
@@ -38,8 +38,9 @@ class QualityBenchmark(Options):
         train: conversations to train on.
         texts: held-out conversations (.jsonl, .json, .parquet) or texts, one for each kind.
         out: folder of the trainings.
-        budgets: granularities with a capacity, as attn_token:0.5, or with a share of the dense
-            model's work, as attn_token+mlp_token:work=0.8.
+        budgets: granularities with a capacity, as attn_token:0.5, with a share of the dense
+            model's work, as attn_token+mlp_token:work=0.8, or with several that the same routers
+            serve, trained for the range of them, as attn_token+mlp_token:work=0.7,0.8,0.9.
         seeds: of which every training is repeated.
         without_published: leave the published recipe out, which is trained with the first seed.
         layers: how many of the deepest layers but the last are routed.
