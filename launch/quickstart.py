@@ -27,6 +27,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bash launch/quickstart.sh", description=__doc__)
     parser.add_argument("--steps", type=int, help="training steps (default: the configuration's)")
     parser.add_argument(
+        "--held-out",
+        type=int,
+        default=48,
+        help="samples that everything is measured on (default: %(default)s); fewer take less time",
+    )
+    parser.add_argument(
         "--hf-path",
         type=Path,
         help="local Llama-architecture Hugging Face folder (default: SmolLM2-135M-Instruct)",
@@ -42,6 +48,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.steps is not None and args.steps < 0:
         parser.error(f"--steps {args.steps}: must be at least 0.")
+    if args.held_out < 1:
+        parser.error(f"--held-out {args.held_out}: must be at least 1.")
     if problem := NewFolder().problem(str(args.out)):
         parser.error(f"--out {args.out}: {problem}.")
     if args.pipeline is None:
@@ -125,7 +133,7 @@ def main() -> None:
     steps.script(
         "tools/convert_hf_to_megatron.py", "--hf-path", hf_path, "--save", out / "megatron"
     )
-    steps.script("tools/make_python_docs.py", "--save", data)
+    steps.script("tools/make_python_docs.py", "--save", data, "--held_out", args.held_out)
 
     overrides, max_length = fitting(arch, is_default=args.hf_path is None)
     overrides += ["--model.checkpoint", out / "megatron"]

@@ -6,7 +6,7 @@ them into one linear, so that each is one of PEFT's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 # Each projection, in the order of settings and files, and the linear that Megatron computes it in.
@@ -92,17 +92,25 @@ def lora_of(manifest: Mapping) -> LoraSettings | None:
     return None if values is None else LoraSettings.from_dict(values)
 
 
-def resolve_targets(names: str | Sequence[str], *, field: str = "lora.targets") -> tuple[str, ...]:
+def resolve_targets(
+    names: str | Sequence[str],
+    *,
+    projections: Collection[str] = tuple(TARGETS),
+    field: str = "lora.targets",
+) -> tuple[str, ...]:
     """Projections, in the order of ``TARGETS``, of what a user calls them.
 
-    ``names``: ``all-linear``, as PEFT says, or names of Hugging Face's (``q_proj``) or Megatron's
-    (``linear_qkv``, which stands for all projections in it).
+    Args:
+        names: ``all-linear``, as PEFT says, for all that may have adapters, or names of Hugging
+            Face's (``q_proj``) or Megatron's (``linear_qkv``, which stands for all projections in
+            it).
+        projections: those that the model's layers have one of (``Architecture.projections``).
 
     Raises:
         ValueError: naming ``field``: a name of nothing, no name at all, or one said twice.
     """
     if names == ALL_LINEAR:
-        return tuple(TARGETS)
+        return tuple(name for name in TARGETS if name in projections)
     named = [names] if isinstance(names, str) else list(names)
     known = (*TARGETS, *dict.fromkeys(TARGETS.values()))
     if not named:

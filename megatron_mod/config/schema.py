@@ -6,6 +6,7 @@ dataclasses, and ``--help`` is made from their docstrings.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -431,10 +432,10 @@ class LoraConfig:
         alpha: what an adapter adds is multiplied by alpha / rank; above 0; unset: twice the rank.
         dropout: share of its inputs that an adapter does not see in training; 0 to 1, the latter
             excluded; unset: 0.
-        targets: the projections that have one: `all-linear` (unset), all of a layer's; or some, by
-            Hugging Face's names (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj) or
-            Megatron's, each for all projections in it (linear_qkv, linear_proj, linear_fc1,
-            linear_fc2); of a mixture of experts the attention's only.
+        targets: the projections that have one: `all-linear` (unset), all of a layer's, of a mixture
+            of experts the attention's, which are all that may; or some, by Hugging Face's names
+            (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj) or Megatron's, each for
+            all projections in it (linear_qkv, linear_proj, linear_fc1, linear_fc2).
         layers: the layers that have them: `all` (unset), or as router.layers.
         lr: peak learning rate of the adapters, above 0; unset: optimizer.lr.
     """
@@ -446,8 +447,9 @@ class LoraConfig:
     layers: Layers | None = setting(AT_LEAST_0, default=None)
     lr: float | None = setting(Range(above=0), default=None)
 
-    def resolve(self, *, num_layers: int) -> LoraSettings | None:
-        """These settings for a model of ``num_layers`` layers; ``None``: it has no adapters.
+    def resolve(self, *, num_layers: int, projections: Collection[str]) -> LoraSettings | None:
+        """These settings for a model of ``num_layers`` layers, which have one of each of
+        ``projections``; ``None``: it has no adapters.
 
         Raises:
             ValueError: layers or projections that the model does not have.
@@ -459,7 +461,9 @@ class LoraConfig:
             rank=self.rank,
             alpha=2.0 * self.rank if self.alpha is None else self.alpha,
             dropout=self.dropout or 0.0,
-            targets=resolve_targets(ALL_LINEAR if self.targets is None else self.targets),
+            targets=resolve_targets(
+                ALL_LINEAR if self.targets is None else self.targets, projections=projections
+            ),
             layers=resolve_layers(layers, num_layers=num_layers, field="lora.layers"),
         )
 

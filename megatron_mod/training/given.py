@@ -95,7 +95,7 @@ def given_adapters(config: Config, arch: Architecture) -> LoraSettings | None:
         return lora_of(before)
     theirs = read_settings(folder, arch)
     ours = replace(config.lora, rank=config.lora.rank or theirs.rank)
-    resolved = ours.resolve(num_layers=arch.num_layers)
+    resolved = ours.resolve(num_layers=arch.num_layers, projections=list(arch.projections))
     for name in ("rank", "alpha", "targets", "layers"):
         value, have = getattr(resolved, name), getattr(theirs, name)
         if getattr(config.lora, name) is not None and value != have:

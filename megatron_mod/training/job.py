@@ -70,9 +70,10 @@ def arrange(
     check_mixture(routing.granularity, arch)
     if routing.work is not None and "routers" in config.train.parts:
         routing = evenly(routing, workload(arch, routing, [LENGTH]))
-    lora = lora or config.lora.resolve(num_layers=arch.num_layers)
+    projections = list(arch.projections)
+    lora = lora or config.lora.resolve(num_layers=arch.num_layers, projections=projections)
     if lora is not None:
-        require_projections(lora.targets, list(arch.projections))
+        require_projections(lora.targets, projections)
     computed = _computed(config, routing, lora, num_layers=arch.num_layers)
     ranks = topology.plan(
         tensor=p.tensor_model_parallel_size,

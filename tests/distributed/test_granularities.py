@@ -255,12 +255,13 @@ def test_the_batch_skips_some_units_in_every_scheme(case):
     [
         ([*ALL, *ADDED], 1, [{}, {"packed": True}]),
         ([*EVERY, *SPARSE], 1, [{"rows": 1}]),
-        ([*ALL, *ADDED_DEEP], 2, [TENSOR, PIPELINE]),
+        pytest.param([*ALL, *ADDED_DEEP], 2, [TENSOR, PIPELINE], marks=pytest.mark.slow),
         (
             [*DEEP, *ADDED_DEEP],
             2,
             [
                 {"tensor": 2},
+                TENSOR,
                 {},
                 DISTRIBUTED,
                 {"pipeline": 2, "layout": (1, 3)},

@@ -83,8 +83,9 @@ assert [(each.routing.granularity, each.routing.keys_values) for each in DEEP[:3
 ]
 
 
-def test_one_rank(case, tmp_path):
-    check(case, [*EACH, *DEEP], 1, [{}], tmp_path)
+@pytest.mark.parametrize("each", [EACH[::3], pytest.param(EACH, marks=pytest.mark.slow)])
+def test_one_rank(case, each, tmp_path):
+    check(case, [*each, *DEEP], 1, [{}], tmp_path)
 
 
 def test_two_ranks(case, tmp_path):

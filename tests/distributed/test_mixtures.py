@@ -96,7 +96,7 @@ def recomputed(topology: dict) -> list[dict]:
             ],
         ),
         (
-            [SPARSE[3], SPARSE[-2], *SKIPS_ALL],
+            [SPARSE[-2], SKIPS_ALL[0]],
             4,
             [
                 {"expert": 2, "pipeline": 2, "rows": 1},

@@ -12,7 +12,7 @@ from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import metrics
 
-STEPS = 20
+STEPS = 8
 TOPOLOGIES = {
     "parted": {"tensor": 2, "pipeline": 2},
     "data": {"pipeline": 2},  # and data 2

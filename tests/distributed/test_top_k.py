@@ -145,12 +145,16 @@ def test_the_rules_differ_in_the_batch(case):
     [
         ([*EVERY, *ENDS], 1, [{}, {"packed": True}, {"recompute": "full"}]),
         ([EVERY[4]], 1, [{"rows": 1}, {"rows": 8}]),
-        ([*EVERY, *ENDS], 2, [TENSOR, PIPELINE, {"context": 2}]),
+        pytest.param(
+            [*EVERY, *ENDS], 2, [TENSOR, PIPELINE, {"context": 2}], marks=pytest.mark.slow
+        ),
         (
             DEEP,
             2,
             [
                 {"tensor": 2},
+                TENSOR,
+                PIPELINE,
                 {},
                 DISTRIBUTED,
                 {"pipeline": 2, "virtual_pipeline": 2},

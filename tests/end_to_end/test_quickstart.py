@@ -57,8 +57,9 @@ def quickstart(tiny_hf, tmp_path_factory):
     """What ``launch/quickstart.py`` printed, and where it put everything."""
     out = tmp_path_factory.mktemp("quickstart") / "out"
     printed = run(
-        sys.executable, "launch/quickstart.py", "--hf-path", tiny_hf, "--steps", 3, "--out", out
-    )
+        sys.executable, "launch/quickstart.py", "--hf-path", tiny_hf,
+        "--steps", 3, "--held-out", 12, "--out", out,
+    )  # fmt: skip
     return printed, out
 
 
@@ -106,6 +107,7 @@ def test_quickstart_report(quickstart):
     check_shape(report, SHAPE)
     assert report["parallel"] == {"tensor": 1, "pipeline": 2, "data": 1}
     assert report["train"]["steps"] == 3
+    assert len((out / "data" / "held_out.jsonl").read_text().splitlines()) == 12
     assert report["train"]["trainable_parameters"] == 2 * 33  # with biases
     assert report["train"]["frozen_parameters_changed"] == 0
     assert max(report["parity"].values()) <= 2e-5
@@ -383,6 +385,7 @@ def test_tools_refuse_with_a_message(tmp_path):
 def test_quickstart_refuses_before_it_starts(tiny_hf, tmp_path):
     cases = [
         (["--out", tmp_path], "already exists"),
+        (["--held-out", 0], "--held-out 0: must be at least 1"),
         (["--hf-path", tmp_path / "none"], "no such folder"),
         (["--hf-path", tiny_hf, "--tensor", 3], "4 attention heads; use one of [1, 2, 4]"),
         (["--hf-path", tiny_hf, "--pipeline", 5], "4 layers; use at most 4"),

@@ -59,12 +59,14 @@ def test_targets_are_named_as_hugging_face_or_megatron_does():
 def test_what_is_unset_follows():
     lora = parse("--lora.rank=8", "--train.trainable=routers+lora").lora
     every = LoraSettings(8, 16.0, 0.0, tuple(TARGETS), (0, 1, 2))
-    assert lora.resolve(num_layers=3) == every
+    assert lora.resolve(num_layers=3, projections=TARGETS) == every
     assert LoraSettings.from_dict(json.loads(json.dumps(every.to_dict()))) == every
     some = ("--lora.layers.deepest=1", "--lora.alpha=3", "--lora.dropout=0.5")
     lora = parse("--lora.rank=8", "--train.trainable=lora", "--router.layers=[]", *some).lora
-    assert lora.resolve(num_layers=3) == LoraSettings(8, 3.0, 0.5, tuple(TARGETS), (1,))
-    assert parse().lora.resolve(num_layers=3) is None
+    assert lora.resolve(num_layers=3, projections=TARGETS) == LoraSettings(
+        8, 3.0, 0.5, tuple(TARGETS), (1,)
+    )
+    assert parse().lora.resolve(num_layers=3, projections=TARGETS) is None
 
 
 @pytest.mark.parametrize(
@@ -379,3 +381,8 @@ def test_experts_have_no_adapters():
     require_projections(("q_proj", "o_proj"), list(mixture.projections))
     with pytest.raises(ValueError, match=r"^lora.targets: gate_proj, up_proj, down_proj: are proj"):
         require_projections(tuple(TARGETS), list(mixture.projections))
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    for names in ([], ["--lora.targets=all-linear"]):
+        lora = parse("--lora.rank=8", "--train.trainable=routers+lora", *names).lora
+        resolved = lora.resolve(num_layers=16, projections=list(mixture.projections))
+        assert resolved.targets == attention
