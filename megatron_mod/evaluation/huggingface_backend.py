@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from megatron_mod.data.batch import label_places
 from megatron_mod.evaluation.backend import NOT_FINITE, Backend
-from megatron_mod.evaluation.known_prefix import KnownPrefix
+from megatron_mod.evaluation.known_prefix import KnownPrefix, WatchedBorders
 from megatron_mod.evaluation.rows import (
     Row,
     Score,
@@ -20,7 +20,7 @@ from megatron_mod.evaluation.rows import (
     label_scores,
     scores,
 )
-from megatron_mod.routing.config import RoutingConfig, logit_border
+from megatron_mod.routing.config import RoutingConfig
 from megatron_mod.routing.masks import TokenRole, valid_tokens
 from megatron_mod.routing.scheme import EXPERT, Place
 
@@ -57,10 +57,16 @@ class HuggingFaceBackend(Backend):
         self.places = settings.places if settings else ()
         self._decides = bool(routing and model.config.places)  # gates with no-ops by no threshold
         self.thresholds = tuple(model.config.thresholds().values()) if routing else ()
-        self._prefix = KnownPrefix(model, self.places[0].layer) if self._decides else None
-        self._borders: _WatchedBorders | None = None
+        self._prefix = KnownPrefix(model, self._beginnings()) if self._decides else None
+        self._borders: WatchedBorders | None = None
         self._counted: Counter[tuple[str | None, str, Place]] = Counter()
         self._computed: dict[Place, Tensor] = {}
+
+    def _beginnings(self) -> list[int]:
+        """Layers at which a call may begin: what experts compute is told by a call alone, so that
+        all of them have to run."""
+        layers = sorted({place.layer for place in self.places})
+        return layers[:1] if any(place.target == EXPERT for place in self.places) else layers
 
     def _experts(self) -> dict[Place, Tensor]:
         return self._computed
@@ -75,7 +81,7 @@ class HuggingFaceBackend(Backend):
 
     @contextmanager
     def _deciding_by(self, thresholds: Sequence[float]) -> Iterator[dict[Place, list[Tensor]]]:
-        self._borders = _WatchedBorders(self.places, thresholds)
+        self._borders = WatchedBorders(self.places, thresholds)
         if self._decides:
             self.model.set_thresholds(list(thresholds))
         try:
@@ -151,8 +157,13 @@ class HuggingFaceBackend(Backend):
             self.model.set_selection(self.selection)
 
     def _count(self) -> None:
-        """Add up what the model reports of its last call."""
-        if self.places:
+        """Add up what the model reports of its last call, or what its routers were seen to say."""
+        if self._borders and EXPERT not in {place.target for place in self.places}:
+            for place, found in self._borders.watched.items():
+                kept = int((found[-1] >= self._borders.borders[place]).sum())
+                self._counted[self.selection, "kept", place] += kept
+                self._counted[self.selection, "units", place] += found[-1].numel()
+        elif self.places:
             for layer, report in self.model.routing_report()["layers"].items():
                 for place in self.places:
                     if place.layer == layer:
@@ -163,20 +174,6 @@ class HuggingFaceBackend(Backend):
                             counts = own["tokens_executed"], own["tokens_assigned"]
                             found = torch.tensor(counts, dtype=torch.float32)
                             self._computed[place] = self._computed.get(place, 0) + found
-
-
-class _WatchedBorders:
-    """Tells an export its borders, as its ``CapacityBorders`` does, and keeps the logits."""
-
-    def __init__(self, places: Sequence[Place], thresholds: Sequence[float]) -> None:
-        pairs = zip(places, thresholds, strict=True)
-        self.borders = {place: logit_border(threshold) for place, threshold in pairs}
-        self.watched: dict[Place, list[Tensor]] = {place: [] for place in places}
-
-    def find(self, place: tuple[int, str], logits: Tensor) -> float:
-        at = Place(*place)
-        self.watched[at].append(logits)
-        return self.borders[at]
 
 
 class _WatchedLogits(LogitsProcessor):

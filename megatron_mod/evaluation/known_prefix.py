@@ -1,67 +1,115 @@
-"""Runs an export over the same texts again and again, below its first routed layer only once."""
+"""Runs an export over the same texts again and again, below the first new decision only once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-MOST_BYTES = 1 << 30  # of hidden states that are kept; later texts are run whole
+from megatron_mod.routing.config import logit_border
+from megatron_mod.routing.scheme import Place
+
+MOST_BYTES = 1 << 30  # of hidden states that are kept, of first routed layers and of later ones
+
+
+class WatchedBorders:
+    """Tells an export its borders, as its ``CapacityBorders`` does, and keeps the logits."""
+
+    def __init__(self, places: Sequence[Place], thresholds: Sequence[float]) -> None:
+        pairs = zip(places, thresholds, strict=True)
+        self.borders = {place: logit_border(threshold) for place, threshold in pairs}
+        self.watched: dict[Place, list[Tensor]] = {place: [] for place in places}
+
+    def find(self, place: tuple[int, str], logits: Tensor) -> float:
+        at = Place(*place)
+        self.watched[at].append(logits)
+        return self.borders[at]
+
+    def below(self, layer: int) -> dict[Place, float]:
+        """Those of the routers below a layer."""
+        return {place: border for place, border in self.borders.items() if place.layer < layer}
+
+
+class Known(NamedTuple):
+    """What enters a layer, ``[B, S, H]``, where the routers below had these borders, and logits."""
+
+    states: Tensor
+    borders: dict[Place, float]
+    logits: dict[Place, Tensor]
 
 
 class KnownPrefix:
-    """An export to call with any thresholds, without a cache: no threshold changes what enters its
-    first routed layer, so that is kept.
+    """An export to call with any borders, without a cache: a border changes nothing of what enters
+    its own layer, so that is kept.
 
     It takes the place of embeddings, and the layers below pass it on. None of the exports' families
     does anything to embeddings before its first layer.
 
     Args:
-        first: index of the export's first routed layer.
+        layers: routed ones at which a call may begin, in ascending order; ``routing_report`` says
+            nothing of those that a call has passed on.
     """
 
-    def __init__(self, model, first: int) -> None:
-        self.model, self.first = model, first
-        self.known: dict[tuple[str, ...], Tensor] = {}  # what enters, [B, S, H], by text and mask
-        self.held = 0
+    def __init__(self, model, layers: Sequence[int]) -> None:
+        self.model, self.layers = model, layers
+        self.known: dict[tuple[str, ...], dict[int, Known]] = {}  # by text and masks, and layer
+        self.room = dict.fromkeys((True, False), MOST_BYTES)  # of the first layer's, and of others'
 
-    def __call__(self, input_ids: Tensor, *, attention_mask: Tensor, **settings: Any) -> Any:
+    def __call__(
+        self, input_ids: Tensor, *, attention_mask: Tensor, borders: WatchedBorders, **settings: Any
+    ) -> Any:
         """As the model."""
-        text = tuple(str(part.tolist()) for part in (input_ids, attention_mask))
-        if text in self.known:
-            with self._passing_on():
-                states = self.known[text]
-                return self.model(inputs_embeds=states, attention_mask=attention_mask, **settings)
-        with self._keeping(text):
-            return self.model(input_ids, attention_mask=attention_mask, **settings)
+        masks = (attention_mask, settings.get("routing_mask"))
+        parts = [part.tolist() for part in (input_ids, *masks) if part is not None]
+        known = self.known.setdefault(tuple(map(str, parts)), {})
+        settings |= {"attention_mask": attention_mask, "borders": borders}
+        alike = [layer for layer, its in known.items() if its.borders == borders.below(layer)]
+        at = max(alike, default=None)
+        with self._keeping(known, borders, above=-1 if at is None else at):
+            if at is None:
+                return self.model(input_ids, **settings)
+            for place, logits in known[at].logits.items():
+                borders.watched[place].append(logits)
+            with self._passing_on(at):
+                return self.model(inputs_embeds=known[at].states, **settings)
 
     @contextmanager
-    def _passing_on(self) -> Iterator[None]:
+    def _passing_on(self, first: int) -> Iterator[None]:
         decoder = self.model.model
         layers = decoder.layers
-        below = [_PassingLayer(layer) for layer in layers[: self.first]]
-        decoder.layers = nn.ModuleList([*below, *layers[self.first :]])
+        below = [_PassingLayer(layer) for layer in layers[:first]]
+        decoder.layers = nn.ModuleList([*below, *layers[first:]])
         try:
             yield
         finally:
             decoder.layers = layers
 
     @contextmanager
-    def _keeping(self, text: tuple[str, ...]) -> Iterator[None]:
-        def keep(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            (states,) = arguments
-            size = states.numel() * states.element_size()
-            if self.held + size <= MOST_BYTES:
-                self.known[text] = states
-                self.held += size
+    def _keeping(
+        self, known: dict[int, Known], borders: WatchedBorders, *, above: int
+    ) -> Iterator[None]:
+        """Takes what enters layers into ``known``, and gives up what entered them before."""
 
-        handle = self.model.model.layers[self.first].register_forward_pre_hook(keep)
-        try:
+        def keep(layer: int, states: Tensor) -> None:
+            size, is_first = states.numel() * states.element_size(), layer == self.layers[0]
+            if layer not in known:
+                if size > self.room[is_first]:
+                    return
+                self.room[is_first] -= size
+            below = borders.below(layer)
+            logits = {place: borders.watched[place][-1] for place in below}
+            known[layer] = Known(states, below, logits)
+
+        with ExitStack() as hooks:
+            for layer in self.layers:
+                if layer > above:
+                    hook = self.model.model.layers[layer].register_forward_pre_hook(
+                        lambda _, arguments, layer=layer: keep(layer, *arguments)
+                    )
+                    hooks.callback(hook.remove)
             yield
-        finally:
-            handle.remove()
 
 
 class _PassingLayer(nn.Module):

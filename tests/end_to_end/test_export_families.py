@@ -7,7 +7,9 @@ import functools
 import pytest
 import torch
 
-from megatron_mod.evaluation.known_prefix import KnownPrefix
+from megatron_mod.evaluation import known_prefix
+from megatron_mod.evaluation.known_prefix import KnownPrefix, WatchedBorders
+from megatron_mod.routing.scheme import Place
 from tests.helpers import formula
 from tests.helpers.exported import Exports, pad, positions, relative
 
@@ -50,21 +52,73 @@ def test_the_formula_without_routers_is_the_dense_model(exports, family):
 
 
 @families
+@pytest.mark.parametrize("name", ["attn_sequence", "block_token_all"])
 @torch.no_grad()
-def test_what_no_threshold_changes_is_computed_once(exports, family):
-    """Layers 2 and 3 decide otherwise each time; what enters layer 2 is run once."""
-    model = exports(family).model("block_token_all")
+def test_what_no_border_changes_is_computed_once(exports, family, name):
+    """A call begins at the layer of the first border that another call before it had not."""
+    model = exports(family).model(name)
     ids, mask = pad(exports(family).prompts, "right")
-    known, runs = KnownPrefix(model, 2), []
-    handle = model.model.layers[1].register_forward_hook(lambda *_: runs.append(1))
-    for thresholds in ([0.5, 0.5, 0.5], [0.5, 1.0, 0.2], [0.5, 0.1, 1.0]):
-        model.set_thresholds(thresholds)
-        found = known(ids, attention_mask=mask, use_cache=False).logits
-        wanted = model(ids, attention_mask=mask, use_cache=False).logits
-        assert torch.equal(found, wanted)
-    handle.remove()
-    model.set_thresholds(0.5)
-    assert len(runs) == 1 + 3  # the model by itself ran it each time
+    places = [Place(*place) for place in model.config.places]
+    layers = [place.layer for place in places]
+    assert layers == [0, 2, 3]
+    known, runs = KnownPrefix(model, layers), []
+    hooks = [
+        layer.register_forward_hook(lambda *_, index=index: runs.append(index))
+        for index, layer in enumerate(model.model.layers)
+    ]
+    for thresholds, begins in (
+        ([0.5, 0.5, 0.5], 0),
+        ([0.5, 1.0, 0.2], 2),
+        ([0.5, 1.0, 1.0], 3),
+        ([0.5, 0.1, 1.0], 2),  # what entered layer 3 was of 1.0
+        ([0.5, 0.1, 0.3], 3),
+        ([0.2, 0.1, 0.3], 0),
+        ([0.2, 0.1, 0.3], 3),  # all that is kept is of the last call
+    ):
+        calls = {"attention_mask": mask, "use_cache": False}
+        borders, alone = (WatchedBorders(places, thresholds) for _ in range(2))
+        wanted = model(ids, borders=alone, **calls).logits
+        runs.clear()
+        assert torch.equal(known(ids, borders=borders, **calls).logits, wanted)
+        assert runs == list(range(begins, 4)), thresholds
+        for place in places:
+            (seen,), (said,) = borders.watched[place], alone.watched[place]
+            assert torch.equal(seen, said)
+    for hook in hooks:
+        hook.remove()
+
+
+@torch.no_grad()
+def test_other_masks_are_other_texts(exports):
+    """What a sequence's decision may see is a part of what enters later layers."""
+    model = exports("qwen3").model("attn_sequence")
+    ids, mask = pad(exports("qwen3").prompts, "right")
+    places = [Place(*place) for place in model.config.places]
+    known = KnownPrefix(model, [place.layer for place in places])
+    seen = mask.bool() & (torch.arange(mask.shape[1]) < 2)
+    for routing_mask in (mask.bool(), seen):
+        calls = {"attention_mask": mask, "use_cache": False, "routing_mask": routing_mask}
+        for _ in range(2):
+            wanted = model(ids, borders=WatchedBorders(places, [0.5] * 3), **calls).logits
+            found = known(ids, borders=WatchedBorders(places, [0.5] * 3), **calls).logits
+            assert torch.equal(found, wanted)
+    assert len(known.known) == 2
+
+
+@torch.no_grad()
+def test_where_there_is_no_room_nothing_is_kept(exports, monkeypatch):
+    model = exports("qwen3").model("block_token_all")
+    ids, mask = pad(exports("qwen3").prompts, "right")
+    places = [Place(*place) for place in model.config.places]
+    size = ids.numel() * model.config.hidden_size * 4
+    for room, kept in ((size, {0, 2}), (2 * size, {0, 2, 3}), (size - 1, set())):
+        monkeypatch.setattr(known_prefix, "MOST_BYTES", room)
+        known = KnownPrefix(model, [place.layer for place in places])
+        for _ in range(2):
+            borders = WatchedBorders(places, [0.5] * 3)
+            known(ids, attention_mask=mask, borders=borders, use_cache=False)
+        (layers,) = known.known.values()
+        assert layers.keys() == kept
 
 
 SOME = ("attn_sequence", "mlp_token", "attn_token_all", "block_token_selected")
