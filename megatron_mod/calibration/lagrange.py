@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,6 @@ MEASURED = 2000  # tokens that trades are measured on: two passes over them for 
 REACHES = (0.5, 0.2)  # how far from a router's capacity, in each round
 MOST = 80  # passes after which there is no second round
 LENGTHS = (1.0, 0.5, 0.25)  # of the way to where a round leads, until the loss is less
-PASSES = 5  # over the samples, to meet the budget there
-NEAR = 0.003  # of the dense model's work, below the budget
 GRID = 41  # capacities that a trade is looked up at
 
 
@@ -133,46 +131,14 @@ def _meet(
     calibration: Calibration, start: Point, capacities: Sequence[float], flops: float
 ) -> Point | None:
     """The model near these capacities, all moved together so that it takes ``flops``, or a little
-    less; ``None`` if no pass comes to less. A border moves what later routers see, and with it
-    their scores, so it is found by repetition."""
-    point, aim, met = start, flops, []
-    for _ in range(PASSES):
-        point = calibration.at(_thresholds(calibration, point, capacities, aim))
-        if point.flops <= flops:
-            met.append(point)
-            if flops - point.flops <= NEAR * calibration.dense_flops:
-                break
-        aim += flops - point.flops - NEAR / 2 * calibration.dense_flops
-    found = max(met, key=lambda point: point.flops, default=None)
-    return found and _settled(calibration, found)
+    less; ``None`` if no pass comes to less."""
 
-
-def _thresholds(
-    calibration: Calibration, point: Point, capacities: Sequence[float], flops: float
-) -> list[float]:
-    """Those at which the scores of ``point`` give these capacities, all moved by as much as it
-    takes to come to ``flops``."""
-
-    def at(shift: float) -> list[float]:
+    def borders(point: Point, shift: float) -> list[float]:
         shares = [min(max(capacity + shift, 0.0), 1.0) for capacity in capacities]
-        scores = point.logits.values()
-        return [
-            threshold_at(border_at(logits, share))
-            for logits, share in zip(scores, shares, strict=True)
-        ]
+        return [border_at(*pair) for pair in zip(point.logits.values(), shares, strict=True)]
 
-    def is_more(shift: float) -> bool:
-        return calibration.flops(tuple(at(shift)), point.logits) > flops
-
-    return at(_last_without(is_more, -1.0, 1.0))
-
-
-def _last_without(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """The largest number that does not hold, of a rule that holds from some number on."""
-    for _ in range(12):
-        middle = (low + high) / 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return low
+    found = calibration.meet(start, borders, flops, least=-1.0)
+    return found and _settled(calibration, found)
 
 
 def _settled(calibration: Calibration, point: Point) -> Point:

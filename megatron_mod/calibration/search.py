@@ -19,6 +19,8 @@ from megatron_mod.routing.scheme import Place
 
 TOLERANCE = 0.005  # between capacities that are told apart
 HALVINGS = 6  # of the capacities between which a speed-up or a perplexity lies
+PASSES = 5  # over the rows, to meet a budget of work
+NEAR = 0.003  # of the dense model's work, below the budget
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,9 +227,53 @@ class Calibration:
         return self._at_flops(work * self.dense_flops)
 
     def _at_flops(self, flops: float) -> Point:
+        def borders(point: Point, capacity: float) -> list[float]:
+            if self.scope == "model":
+                return [border_at(point.all_logits, capacity)] * len(point.logits)
+            return [border_at(logits, capacity) for logits in point.logits.values()]
+
+        start = min(self.points, key=lambda point: abs(point.flops - flops))
+        near = self.meet(start, borders, flops, least=0.0)
+        if near and flops - near.flops <= NEAR * self.dense_flops:
+            return self._try(list(map(logit_border, near.thresholds)))
         found = self._border_of(lambda point: point.flops <= flops)[0]
         assert found is not None, "more work than skipping everything"
         return found
+
+    def meet(
+        self,
+        start: Point,
+        borders: Callable[[Point, float], Sequence[float]],
+        flops: float,
+        *,
+        least: float,
+    ) -> Point | None:
+        """The model where it takes ``flops``, or a little less; ``None`` if no pass comes to less.
+
+        A border moves what later routers see, and with it their scores, so it is found by
+        repetition, each time by the scores of the time before.
+
+        Args:
+            start: whose scores it begins with.
+            borders: one per router by the scores of a point and a share, from ``least`` to 1; more
+                is kept of a larger one.
+        """
+        point, aim, met = start, flops, []
+
+        def at(share: float) -> tuple[float, ...]:
+            return tuple(map(threshold_at, borders(point, share)))
+
+        def is_more(share: float) -> bool:
+            return self.flops(at(share), point.logits) > aim
+
+        for _ in range(PASSES):
+            point = self.at(at(_last_without(is_more, least, 1.0)))
+            if point.flops <= flops:
+                met.append(point)
+                if flops - point.flops <= NEAR * self.dense_flops:
+                    break
+            aim += flops - point.flops - NEAR / 2 * self.dense_flops
+        return max(met, key=lambda point: point.flops, default=None)
 
     def at_perplexity(self, largest: float) -> Point:
         """The point of least capacity whose perplexity is at most ``largest`` (no less than the
@@ -255,3 +301,11 @@ class Calibration:
         above = min((p for p in self.points if not holds(p)), key=capacity)
         below = [p for p in self.points if holds(p) and capacity(p) < capacity(above)]
         return max(below, key=capacity, default=None), above
+
+
+def _last_without(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """The largest number that does not hold, of a rule that holds from some number on."""
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return low

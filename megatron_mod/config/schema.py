@@ -132,6 +132,8 @@ class RouterConfig:
         stand_in_rank: rank of that map, at least 1; unset: 32 for attention alone, 64 for MLPs
             and blocks, or half the hidden size where that is less.
         stand_in_tokens: tokens it is solved on, at least 1; unset: 16384.
+        stand_in_lr: peak learning rate of stand-ins that train (train.trainable), above 0; unset:
+            optimizer.lr.
         threshold: a unit keeps a layer when sigmoid(logit) is at least this; between 0 and 1.
         pooling: tokens a sequence's decision averages over: `prompt` (the default) those before
             the first label, what a generation's prefill sees; `all` every token but padding.
@@ -174,6 +176,7 @@ class RouterConfig:
     stand_in: Literal["none", "linear"] | None = None
     stand_in_rank: int | None = setting(COUNT, default=None)
     stand_in_tokens: int | None = setting(COUNT, default=None)
+    stand_in_lr: float | None = setting(Range(above=0), default=None)
     threshold: float = setting(
         Range(above=0, below=1, why=" (0 keeps everything, 1 nothing)"), default=0.5
     )
@@ -406,7 +409,8 @@ class OptimizerConfig:
     """Adam with a cosine schedule down to zero.
 
     Args:
-        lr: peak learning rate, above 0; that of adapters may be another (lora.lr).
+        lr: peak learning rate, above 0; that of adapters (lora.lr) and of stand-ins
+            (router.stand_in_lr) may be another.
         warmup_fraction: share of the steps over which the learning rate rises to lr; 0 to 1.
         weight_decay: decoupled weight decay, at least 0; norms and biases have none.
         clip_grad: largest gradient norm; 0 does not clip.

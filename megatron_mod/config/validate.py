@@ -72,6 +72,12 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
             f"train.trainable = {t.trainable}: there are no stand-ins to train; set "
             "router.stand_in to linear, or train.trainable to routers."
         )
+    if r.stand_in_lr is not None and "stand_ins" not in t.parts:
+        raise ValueError(
+            f"router.stand_in_lr = {r.stand_in_lr}: would be ignored, because train.trainable = "
+            f"{t.trainable} trains no stand-ins; set that to {t.trainable}+stand_ins, or leave "
+            "the rate out."
+        )
     if t.prefix_cache is not None and t.frozen_prefix == "recompute":
         raise ValueError(
             f"train.prefix_cache = {t.prefix_cache}: would be ignored, because train.frozen_prefix "

@@ -48,6 +48,7 @@ _NAMES = {
     "loss/penalty": "penalty",
     "optimizer/learning_rate": "learning_rate",
     "optimizer/lora_learning_rate": "lora_learning_rate",
+    "optimizer/stand_in_learning_rate": "stand_in_learning_rate",
     "optimizer/grad_norm": "grad_norm",
     "loss/causal": "causal_loss",
     "loss/load_balancing": "load_balancing_loss",

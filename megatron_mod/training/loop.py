@@ -40,7 +40,7 @@ from megatron_mod.training.ending import next_steps, summary
 from megatron_mod.training.faults import FaultCounter, not_finite
 from megatron_mod.training.frozen_prefix import with_states
 from megatron_mod.training.metrics import CHECKPOINT, VALIDATION, Metrics, Validation
-from megatron_mod.training.optimizer import build_optimizer, wrap_ddp
+from megatron_mod.training.optimizer import build_optimizer, own_rates, wrap_ddp
 from megatron_mod.training.plan import DTYPES, Plan, description, make_loader
 from megatron_mod.training.resume import RunCheckpoints
 from megatron_mod.training.run_folder import SUMMARY, RunFolder
@@ -165,9 +165,9 @@ class Training:
         state.controller.start_step((step - 1) / self.plan.steps, work)
         groups = state.optimizer.param_groups
         rates = {"learning_rate": groups[0]["lr"] if groups else 0.0}
-        for group in groups:
-            if group["max_lr"] == config.lora.lr:
-                rates["lora_learning_rate"] = group["lr"]
+        for name, peak in own_rates(config).items():
+            alike = (group["lr"] for group in groups if group["max_lr"] == peak)
+            rates |= {f"{name}_learning_rate": rate for rate in alike}
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()

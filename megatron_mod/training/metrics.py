@@ -153,7 +153,8 @@ class Metrics:
         """Record a step (counted from 1), and how it went since the last one recorded.
 
         ``values``: ``loss``, ``task_loss``, ``capacity`` (a list, of each router),
-        ``learning_rate``, ``lora_learning_rate`` if adapters have their own, ``grad_norm``,
+        ``learning_rate``, ``lora_learning_rate`` and ``stand_in_learning_rate`` if adapters or
+        stand-ins have their own, ``grad_norm``,
         ``causal_loss`` (nats a token, of all routers together) and ``causal_agreement`` of a
         selection that has a causal rule, ``load_balancing_loss`` (the mean of all gates'; 1: even)
         of mixtures of experts that train,

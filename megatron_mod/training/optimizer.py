@@ -59,12 +59,18 @@ class _OneShape(OptimizerParamScheduler):
         return super().get_lr({}) * (param_group["max_lr"] / self.max_lr)
 
 
+def own_rates(config: Config) -> dict[str, float]:
+    """Peak learning rates of what has another than the rest, by its name in a layer."""
+    asked = {"lora": config.lora.lr, "stand_in": config.router.stand_in_lr}
+    return {name: rate for name, rate in asked.items() if rate is not None}
+
+
 def build_optimizer(
     chunks: list[DistributedDataParallel], config: Config, *, steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Adam over what trains and a cosine schedule with warm-up, down to zero after ``steps``;
-    adapters may have a peak of their own. What the model has in bfloat16 is stepped in fp32
-    (Megatron's main parameters); norms and biases do not decay."""
+    adapters and stand-ins may have a peak of their own. What the model has in bfloat16 is stepped
+    in fp32 (Megatron's main parameters); norms and biases do not decay."""
     o, trained = config.optimizer, [p for c in chunks for p in c.parameters() if p.requires_grad]
     in_bfloat16 = any(parameter.dtype == torch.bfloat16 for parameter in trained)
     settings = MegatronOptimizerConfig(
@@ -85,9 +91,9 @@ def build_optimizer(
         # parameters of a group of two dtypes as it saves it.
         wide = ParamPredicate(name="float32", fn=lambda param: param.dtype == torch.float32)
         groups[ParamKey(predicate=wide)] = ParamGroupOverride(max_lr=o.lr)  # type: ignore[typeddict-item]
-    if config.lora.lr is not None:
-        own = ParamGroupOverride(max_lr=config.lora.lr)  # type: ignore[typeddict-item]  # the rest
-        groups[ParamKey(name="*.lora.*")] = own
+    for name, rate in own_rates(config).items():
+        own = ParamGroupOverride(max_lr=rate)  # type: ignore[typeddict-item]  # the rest
+        groups[ParamKey(name=f"*.{name}.*")] = own
     optimizer = get_megatron_optimizer(settings, chunks, groups)
     warmup = min(round(o.warmup_fraction * steps), max(steps - 1, 0))
     scheduler = _OneShape(

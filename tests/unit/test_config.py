@@ -134,6 +134,12 @@ def test_what_is_saved_parses_to_the_same(parse, tmp_path):
             "router.stand_in_tokens = 9: nothing stands in",
         ),
         (
+            ["--router.stand_in_lr", "0.1"],
+            {},
+            "router.stand_in_lr = 0.1: would be ignored, because train.trainable = routers trains "
+            "no stand-ins",
+        ),
+        (
             ["--router.stand_in", "none"],
             {"train": {"trainable": "routers+stand_ins"}},
             "there are no stand-ins to train",

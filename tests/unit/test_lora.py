@@ -32,7 +32,7 @@ DENSE = {
 WITH = {
     **DEFAULT, "router__init": "zeros", "train__trainable": "routers+stand_ins+lora",
     "lora__rank": 4, "lora__lr": 0.02, "lora__dropout": 0.2, "lora__layers": "[1,3]",
-    "checkpoint__interval": 4,
+    "router__stand_in_lr": 0.005, "checkpoint__interval": 4,
 }  # fmt: skip
 ALONE = {
     **dict.fromkeys((*DEFAULT, "router__layers__deepest")), "train__trainable": "lora",
@@ -239,6 +239,26 @@ def test_adapters_train_with_routers_and_nothing_else_is_kept(trainer, both):
     )
     for line in metrics(run):
         assert line["lora_learning_rate"] == pytest.approx(0.4 * line["learning_rate"])
+        assert line["stand_in_learning_rate"] == pytest.approx(0.1 * line["learning_rate"])
+
+
+def test_each_part_has_its_own_rate(trainer, tmp_path):
+    """A step of Adam's moves nothing much farther than the learning rate."""
+    settings = {
+        **WITH, "optimizer__lr": 1e-2, "optimizer__average_fraction": 0, "lora__lr": 3e-3,
+        "router__stand_in_lr": 1e-3, "router__capacity_warmup_fraction": 0,
+    }  # fmt: skip
+    states = []
+    for steps in (0, 3):
+        trainer.train(tmp_path / str(steps), **settings, train__steps=steps)
+        states.append(tensors(tmp_path / str(steps), steps))
+    for name, rate in (("router.weight", 1e-2), ("stand_in.up.weight", 1e-3), ("lora", 3e-3)):
+        moved = max(
+            float((after - states[0][key]).abs().max())
+            for key, after in states[1].items()
+            if key.startswith("decoder") and f".{name}" in key
+        )
+        assert 0.3 * rate < moved < 3.3 * rate, name
 
 
 def test_going_on_is_the_same_to_the_last_bit(trainer, both, tmp_path):
