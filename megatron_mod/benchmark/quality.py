@@ -22,7 +22,7 @@ from megatron_mod.evaluation.static import METHOD, Greedy, thresholds_without
 from megatron_mod.parallel import topology
 from megatron_mod.routing.scheme import Scheme
 
-WITH_LORA = "ours+lora"  # routers, stand-ins and adapters, trained together
+WITH_LORA = "ours+lora"  # routers and adapters, trained together
 UNTRAINED = {"train.steps": 0, "router.init": "zeros", "router.capacity": 1.0}
 
 

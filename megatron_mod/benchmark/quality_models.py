@@ -57,9 +57,9 @@ class Setup:
 
     @property
     def adapters(self) -> dict[str, object]:
-        """Settings that train adapters with routers and stand-ins."""
+        """Settings that train adapters with routers."""
         return {
-            "train.trainable": "routers+stand_ins+lora",
+            "train.trainable": "routers+lora",
             "lora.rank": self.lora,
             "lora.layers.deepest": self.layers,
         }

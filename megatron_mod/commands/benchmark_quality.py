@@ -49,9 +49,8 @@ class QualityBenchmark(Options):
         steps: of each training.
         batch: sequences a step.
         lr: peak learning rate.
-        lora: rank of adapters in the routed layers, which are then trained too: with routers and
-            stand-ins, around removal with stand-ins at nearly equal work, and on the dense model;
-            unset: none.
+        lora: rank of adapters in the routed layers, which are then trained too: with routers,
+            around removal with stand-ins at nearly equal work, and on the dense model; unset: none.
     """
 
     load: str = setting(ModelFolder())

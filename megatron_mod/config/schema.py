@@ -133,7 +133,7 @@ class RouterConfig:
             and blocks, or half the hidden size where that is less.
         stand_in_tokens: tokens it is solved on, at least 1; unset: 16384.
         stand_in_lr: peak learning rate of stand-ins that train (train.trainable), above 0; unset:
-            optimizer.lr.
+            a tenth of optimizer.lr, which is the routers'.
         threshold: a unit keeps a layer when sigmoid(logit) is at least this; between 0 and 1.
         pooling: tokens a sequence's decision averages over: `prompt` (the default) those before
             the first label, what a generation's prefill sees; `all` every token but padding.
@@ -441,7 +441,8 @@ class LoraConfig:
             (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj) or Megatron's, each for
             all projections in it (linear_qkv, linear_proj, linear_fc1, linear_fc2).
         layers: the layers that have them: `all` (unset), or as router.layers.
-        lr: peak learning rate of the adapters, above 0; unset: optimizer.lr.
+        lr: peak learning rate of the adapters, above 0; unset: optimizer.lr, or a tenth of it where
+            routers train too, which take larger ones.
     """
 
     rank: int | None = setting(COUNT, default=None)

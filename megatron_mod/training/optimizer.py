@@ -59,10 +59,23 @@ class _OneShape(OptimizerParamScheduler):
         return super().get_lr({}) * (param_group["max_lr"] / self.max_lr)
 
 
+BESIDE_ROUTERS = 0.1  # of their learning rate, for what would be undone by it
+
+
 def own_rates(config: Config) -> dict[str, float]:
     """Peak learning rates of what has another than the rest, by its name in a layer."""
-    asked = {"lora": config.lora.lr, "stand_in": config.router.stand_in_lr}
-    return {name: rate for name, rate in asked.items() if rate is not None}
+    parts = () if config.train.trainable == "all" else config.train.parts
+    beside = BESIDE_ROUTERS * config.optimizer.lr if "routers" in parts else config.optimizer.lr
+    asked = {
+        "lora": ("lora", config.lora.lr),
+        "stand_in": ("stand_ins", config.router.stand_in_lr),
+    }
+    rates = {
+        name: beside if rate is None else rate
+        for name, (part, rate) in asked.items()
+        if part in parts
+    }
+    return {name: rate for name, rate in rates.items() if rate != config.optimizer.lr}
 
 
 def build_optimizer(

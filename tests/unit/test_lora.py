@@ -20,6 +20,7 @@ from megatron_mod.config.lora import (
 from megatron_mod.config.shapes import SHAPES
 from megatron_mod.conversion.families import family_of
 from megatron_mod.routing.config import NO_ROUTERS, RoutingConfig
+from megatron_mod.training.optimizer import own_rates
 from tests.helpers.formula import SCHEMES, targets_of
 from tests.helpers.runs import DEFAULT, Trainer, metrics, saved
 
@@ -259,6 +260,23 @@ def test_each_part_has_its_own_rate(trainer, tmp_path):
             if key.startswith("decoder") and f".{name}" in key
         )
         assert 0.3 * rate < moved < 3.3 * rate, name
+
+
+@pytest.mark.parametrize(
+    ("trainable", "changes", "rates"),
+    [
+        ("routers+stand_ins+lora", ("--lora.rank=2",), {"lora": 1e-3, "stand_in": 1e-3}),
+        ("routers+stand_ins", ("--router.stand_in_lr=0.003",), {"stand_in": 3e-3}),
+        ("routers+lora", ("--lora.rank=2", "--lora.lr=0.01"), {}),  # that of the routers
+        ("lora", ("--lora.rank=2", "--router.layers=[]"), {}),
+        ("lora", ("--lora.rank=2", "--router.layers=[]", "--lora.lr=0.1"), {"lora": 0.1}),
+        ("routers", (), {}),
+        ("all", (), {}),
+    ],
+)
+def test_beside_routers_the_others_go_slower(trainable, changes, rates):
+    config = parse(f"--train.trainable={trainable}", "--optimizer.lr=0.01", *changes)
+    assert own_rates(config) == pytest.approx(rates)
 
 
 def test_going_on_is_the_same_to_the_last_bit(trainer, both, tmp_path):
