@@ -54,7 +54,8 @@ class KnownPrefix:
 
     def __init__(self, model, layers: Sequence[int]) -> None:
         self.model, self.layers = model, layers
-        self.known: dict[tuple[str, ...], dict[int, Known]] = {}  # by text and masks, and layer
+        # By text, masks and the budget that routers are told, and by layer.
+        self.known: dict[tuple[str, ...], dict[int, Known]] = {}
         self.room = dict.fromkeys((True, False), MOST_BYTES)  # of the first layer's, and of others'
 
     def __call__(
@@ -63,7 +64,8 @@ class KnownPrefix:
         """As the model."""
         masks = (attention_mask, settings.get("routing_mask"))
         parts = [part.tolist() for part in (input_ids, *masks) if part is not None]
-        known = self.known.setdefault(tuple(map(str, parts)), {})
+        budget = self.model.config.work_position()
+        known = self.known.setdefault(tuple(map(str, (*parts, budget))), {})
         settings |= {"attention_mask": attention_mask, "borders": borders}
         alike = [layer for layer, its in known.items() if its.borders == borders.below(layer)]
         at = max(alike, default=None)

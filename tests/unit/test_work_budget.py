@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -151,7 +152,12 @@ def test_one_router_serves_a_range_of_budgets(trainer, tmp_path, monkeypatch):
         assert points[0].perplexity == pytest.approx(points[1].perplexity, rel=1e-4)
         assert points[1].flops / calibration.dense_flops == pytest.approx(work, abs=0.03)
         perplexities.append(points[1].perplexity)
-    model = theirs.backend.model
+    model, labels = theirs.backend.model, sum(row.num_labels for row in rows)
+    for work, perplexity in ((low, perplexities[0]), (high, perplexities[-1])):
+        model.set_work(work)  # and nothing else is asked for in between
+        seen = theirs.backend.observe(rows, thresholds=theirs.backend.thresholds)
+        nats = -sum(one.score.log_probability for one in seen)
+        assert math.exp(nats / labels) == pytest.approx(perplexity, rel=1e-6)
     with pytest.raises(ValueError, match=r"routing.budget = 0.5: must be from 0.6 to 0.95"):
         model.set_work(0.5)
     model.save_pretrained(tmp_path / "again")
