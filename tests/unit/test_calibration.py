@@ -133,13 +133,13 @@ def test_a_threshold_is_its_borders(border):
 
 
 class Model:
-    """A backend whose later layer's logits fall with what the first one skips, and whose loss
+    """A backend whose later layer's logits ``fall`` with what the first one skips, and whose loss
     grows with all that is skipped."""
 
     places = PLACES
 
-    def __init__(self, *, by_sequence: bool = False) -> None:
-        self.by_sequence = by_sequence
+    def __init__(self, *, by_sequence: bool = False, fall: float = 4.0) -> None:
+        self.by_sequence, self.fall = by_sequence, fall
         generator = torch.Generator().manual_seed(2)
         units = 1 if by_sequence else LENGTH
         self.logits = 3 * torch.randn(ROWS, len(PLACES), units, generator=generator)
@@ -151,7 +151,7 @@ class Model:
         found = []
         for logits in self.logits:
             skipped = (logits[0] < first).double().mean()
-            later = logits[1] - 4 * skipped
+            later = logits[1] - self.fall * skipped
             cost = float(skipped + (later < second).double().mean()) / 2
             score = Score(-LENGTH * (2 + cost**2), is_greedy=False)
             found.append(Observation(score, dict(zip(PLACES, (logits[0], later), strict=True))))
@@ -189,6 +189,15 @@ def test_the_largest_capacity_with_a_speedup_is_found(scope):
     assert 1.3 <= found.speedup(point) <= 1.32
     with pytest.raises(ValueError, match="--speedup 9: .* at most"):
         found.at_speedup(9.0)
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_a_budget_takes_few_passes_where_scores_move_little(scope):
+    found = calibration(scope, fall=0.3)
+    for work in (0.9, 0.7):
+        calls = found.backend.calls
+        assert work - 0.006 <= found.at_work(work).flops / found.dense_flops <= work
+        assert found.backend.calls - calls <= 4
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
