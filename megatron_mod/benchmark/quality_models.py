@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from megatron_mod.calibration.routed import Routed, load_routed
@@ -110,11 +111,14 @@ class Model:
             run, ranks, dtype="float32", max_length=None, batch_size=4, pooling=None
         )
         self.rows = {path.stem: self._rows(setup, path) for path in setup.texts}
-        self.calibrations = self._calibrations()
 
     def _rows(self, setup: Setup, path: Path) -> list[Row]:
         rows = read_rows(path, self.routed.backend.tokenizer, max_length=setup.max_length)
         return evenly(rows, setup.samples)
+
+    @cached_property
+    def calibrations(self) -> dict[str, list[Calibration]]:
+        return self._calibrations()
 
     def _calibrations(self) -> dict[str, list[Calibration]]:
         """Of each text's halves."""
@@ -131,12 +135,14 @@ class Model:
     def at(self, of: str, share: float) -> dict[str, dict]:
         """Each text's measured half, with thresholds set on its other half for a share ``of``
         ``capacity`` or ``work``; routers that serve a range are told the share of work."""
-        routing, calibrations, found = self.routed.work.routing, self.calibrations, {}
+        routing, found = self.routed.work.routing, {}
         assert routing is not None
         if routing.budgets:
             assert isinstance(self.routed.backend, MegatronBackend)
             serve(self.routed.backend.model, routing, share)
             calibrations = self._calibrations()  # the same thresholds decide otherwise now
+        else:
+            calibrations = self.calibrations
         for name, (setting, measured) in calibrations.items():
             if of == "work":
                 point = setting.at_work(share)

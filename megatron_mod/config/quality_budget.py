@@ -62,14 +62,12 @@ class Budget(NamedTuple):
 
 
 def trainings(budgets: Sequence[Budget]) -> list[Budget]:
-    """What is trained for these: a granularity's capacities by one training."""
-    capacities: dict[str, list[float]] = {}
-    found = [budget for budget in budgets if budget.of == "work"]
+    """What is trained for these: a granularity's capacities by one training, and shares of work by
+    one for each range, or for each that stands alone."""
+    shares: dict[tuple, set[float]] = {}
     for budget in budgets:
-        if budget.of == "capacity":
-            capacities.setdefault(budget.granularity, []).extend(budget.shares)
-    together = [
-        Budget(granularity, "capacity", tuple(sorted(shares)))
-        for granularity, shares in capacities.items()
+        training = budget.label if budget.of == "work" else ""
+        shares.setdefault((budget.granularity, budget.of, training), set()).update(budget.shares)
+    return [
+        Budget(granularity, of, tuple(sorted(own))) for (granularity, of, _), own in shares.items()
     ]
-    return together + found

@@ -72,11 +72,11 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
             f"train.trainable = {t.trainable}: there are no stand-ins to train; set "
             "router.stand_in to linear, or train.trainable to routers."
         )
-    if r.stand_in_lr is not None and "stand_ins" not in t.parts:
+    if r.stand_in_lr is not None and "stand_ins" not in t.trainable:
         raise ValueError(
             f"router.stand_in_lr = {r.stand_in_lr}: would be ignored, because train.trainable = "
-            f"{t.trainable} trains no stand-ins; set that to {t.trainable}+stand_ins, or leave "
-            "the rate out."
+            f"{t.trainable} gives stand-ins no rate of their own; set that to routers+stand_ins or "
+            "routers+stand_ins+lora, or leave the rate out."
         )
     if t.prefix_cache is not None and t.frozen_prefix == "recompute":
         raise ValueError(

@@ -57,6 +57,7 @@ class HuggingFaceBackend(Backend):
         self.places = settings.places if settings else ()
         self._decides = bool(routing and model.config.places)  # gates with no-ops by no threshold
         self.thresholds = tuple(model.config.thresholds().values()) if routing else ()
+        self._of_experts = any(place.target == EXPERT for place in self.places)
         self._prefix = KnownPrefix(model, self._beginnings()) if self._decides else None
         self._borders: WatchedBorders | None = None
         self._counted: Counter[tuple[str | None, str, Place]] = Counter()
@@ -66,7 +67,7 @@ class HuggingFaceBackend(Backend):
         """Layers at which a call may begin: what experts compute is told by a call alone, so that
         all of them have to run."""
         layers = sorted({place.layer for place in self.places})
-        return layers[:1] if any(place.target == EXPERT for place in self.places) else layers
+        return layers[:1] if self._of_experts else layers
 
     def _experts(self) -> dict[Place, Tensor]:
         return self._computed
@@ -158,7 +159,7 @@ class HuggingFaceBackend(Backend):
 
     def _count(self) -> None:
         """Add up what the model reports of its last call, or what its routers were seen to say."""
-        if self._borders and EXPERT not in {place.target for place in self.places}:
+        if self._borders and not self._of_experts:
             for place, found in self._borders.watched.items():
                 kept = int((found[-1] >= self._borders.borders[place]).sum())
                 self._counted[self.selection, "kept", place] += kept

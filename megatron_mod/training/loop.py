@@ -164,10 +164,9 @@ class Training:
         work = self._serve(step)
         state.controller.start_step((step - 1) / self.plan.steps, work)
         groups = state.optimizer.param_groups
-        rates = {"learning_rate": groups[0]["lr"] if groups else 0.0}
-        for name, peak in own_rates(config).items():
-            alike = (group["lr"] for group in groups if group["max_lr"] == peak)
-            rates |= {f"{name}_learning_rate": rate for rate in alike}
+        share = groups[0]["lr"] / groups[0]["max_lr"] if groups else 0.0  # the same in all groups
+        rates = {"learning_rate": share * config.optimizer.lr}
+        rates |= {f"{name}_learning_rate": share * lr for name, lr in own_rates(config).items()}
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()

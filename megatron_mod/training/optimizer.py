@@ -64,18 +64,13 @@ BESIDE_ROUTERS = 0.1  # of their learning rate, for what would be undone by it
 
 def own_rates(config: Config) -> dict[str, float]:
     """Peak learning rates of what has another than the rest, by its name in a layer."""
-    parts = () if config.train.trainable == "all" else config.train.parts
-    beside = BESIDE_ROUTERS * config.optimizer.lr if "routers" in parts else config.optimizer.lr
-    asked = {
-        "lora": ("lora", config.lora.lr),
-        "stand_in": ("stand_ins", config.router.stand_in_lr),
-    }
-    rates = {
-        name: beside if rate is None else rate
-        for name, (part, rate) in asked.items()
-        if part in parts
-    }
-    return {name: rate for name, rate in rates.items() if rate != config.optimizer.lr}
+    parts, lr = config.train.trainable.split("+"), config.optimizer.lr  # "all": nothing has
+    beside, found = BESIDE_ROUTERS * lr if "routers" in parts else lr, {}
+    if "lora" in parts:
+        found["lora"] = config.lora.lr or beside
+    if "stand_ins" in parts:
+        found["stand_in"] = config.router.stand_in_lr or beside
+    return {name: rate for name, rate in found.items() if rate != lr}
 
 
 def build_optimizer(

@@ -136,8 +136,12 @@ def test_what_is_saved_parses_to_the_same(parse, tmp_path):
         (
             ["--router.stand_in_lr", "0.1"],
             {},
-            "router.stand_in_lr = 0.1: would be ignored, because train.trainable = routers trains "
-            "no stand-ins",
+            "router.stand_in_lr = 0.1: would be ignored, because train.trainable = routers gives",
+        ),
+        (
+            ["--router.stand_in_lr", "0.1"],
+            {"train": {"trainable": "all"}},
+            "router.stand_in_lr = 0.1: would be ignored, because train.trainable = all gives",
         ),
         (
             ["--router.stand_in", "none"],

@@ -76,8 +76,9 @@ def test_trains_measures_and_goes_on(tmp_path, single_process, monkeypatch):
 
 def test_a_training_for_all_capacities_and_one_for_each_budget_of_work():
     texts = ["mlp_token:0.7", "mlp_token:work=0.9", "mlp_token:0.5", "mlp_token:work=0.8,0.6"]
-    found = trainings(list(map(Budget.parse, texts)))
-    assert [one.shares for one in found] == [(0.5, 0.7), (0.9,), (0.6, 0.8)]
+    twice = ["mlp_token:0.5", "mlp_token:work=0.9", "mlp_token:work=0.6,0.7,0.8"]
+    found = trainings(list(map(Budget.parse, [*texts, *twice])))
+    assert [one.shares for one in found] == [(0.5, 0.7), (0.9,), (0.6, 0.7, 0.8)]
     assert [one.trained_for for one in found] == [0.5, 0.9, [0.6, 0.8]]
     assert [one.label for one in found] == ["0.5", "work=0.9", "work=0.6-0.8"]
 
