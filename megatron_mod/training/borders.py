@@ -118,6 +118,8 @@ def settle(
         for place, router in model.routers().items():
             router.noted = noted[place]
         found = shifts(model, routing, shares, costs=costs)
+        if not found.any():  # as near as so few units come
+            break
         move(model, routing, found)
         moved += found.float()
     model.train(was_training)

@@ -39,6 +39,7 @@ from megatron_mod.training.optimizer import wrap_ddp
 from megatron_mod.training.plan import LOSSES
 from megatron_mod.training.step import run_schedule
 from tests.helpers.ranks import meet
+from tests.helpers.thinned import is_asked
 
 ROUTED = (1, 2)
 
@@ -85,17 +86,23 @@ def convert(hf: Path, save: Path) -> None:
 
 
 def logit_differences(
-    cases: list[tuple[Path, Path]], topologies: list[dict], vocab: int, routing: RoutingConfig
+    cases: list[tuple[Path, Path]],
+    topologies: list[dict],
+    vocab: int,
+    routing: RoutingConfig,
+    every: int = 1,
 ) -> dict:
-    """Largest relative logit difference of each (Hugging Face, base) pair in each topology, with
-    routers at their initial zeros."""
+    """Largest relative logit difference of (Hugging Face, base) pairs in each topology, with
+    routers at their initial zeros; of one in ``every`` of both together."""
     generator = torch.Generator().manual_seed(3)
     found = {}
-    for topology in topologies:
+    for place, topology in enumerate(topologies):
         topology = dict(topology)
         sequence_parallel = topology.pop("sequence_parallel", False)
         ranks = meet(**topology)
-        for hf, base in cases:
+        for number, (hf, base) in enumerate(cases):
+            if not is_asked(place, number, every):
+                continue
             lengths = (12, 20)  # multiples of the tensor degree, as sequence parallelism needs
             ids = [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
             model = build(base, ranks, sequence_parallel=sequence_parallel, routing=routing)
@@ -149,15 +156,16 @@ def gradients(
     added: Added,
     topologies: list[dict],
     trainings: list[Asked],
+    every: int = 1,
 ) -> dict:
     """Loss, penalty, capacity, price and gradients of one global batch in each topology, and the
-    loss of an evaluation, which really skips.
+    loss of an evaluation, which really skips; of one in ``every`` pair of topology and training.
 
     A topology may say more of how the model is built and run: ``logits`` asks for those of the
     evaluation, each sample's ``[tokens, vocab]``; ``precision`` is that of float32 products.
     """
     found = {}
-    for topology in topologies:
+    for place, topology in enumerate(topologies):
         topology = dict(topology)
         sequence_parallel = topology.pop("sequence_parallel", False)
         distributed = topology.pop("use_distributed_optimizer", False)
@@ -172,6 +180,8 @@ def gradients(
         torch.set_float32_matmul_precision(precision)
         ranks = meet(**topology)
         for number, asked in enumerate(trainings):
+            if not is_asked(place, number, every):
+                continue
             routing, loss, price, own = asked[:4]
             model = build(
                 base,

@@ -20,8 +20,11 @@ from tests.helpers import formula, tiny
 from tests.helpers.ranks import meet, run_ranks
 from tests.helpers.text import write_lines
 
-TOPOLOGIES = [{"tensor": 2, "pipeline": 2}, {"pipeline": 2}]  # the rest: data
 SCHEMES = ("attn_sequence", "block_token_all")
+BOTH = {"tensor": 2, "pipeline": 2}
+STAGES = {"pipeline": 2}  # the rest: data
+QUICK = [(SCHEMES[0], STAGES), (SCHEMES[1], BOTH)]
+REST = [(SCHEMES[0], BOTH), (SCHEMES[1], STAGES)]
 
 
 def calibrated(load: Path, data: Path, topology: dict, save: Path | None = None) -> dict:
@@ -47,21 +50,19 @@ def removed(load: Path, data: Path, ranks: Topology) -> list:
     return Greedy(model.backend, rows, work=model.work).first(len(model.backend.places))
 
 
-def at_every_topology(folder: Path, data: Path) -> tuple[list[dict], list[list]]:
+def on_ranks(folder: Path, data: Path, asked: list[tuple[str, dict]]) -> tuple[list, list]:
+    """Of each scheme and topology its report, and its order of removal."""
     reports = [
-        calibrated(folder / name, data, topology, folder / f"{name}-{number}")
-        for number, topology in enumerate(TOPOLOGIES)
-        for name in SCHEMES
+        calibrated(folder / name, data, topology, folder / f"{name}-copy")
+        for name, topology in asked
     ]
-    orders = [
-        removed(folder / name, data, meet(**topology))
-        for topology in TOPOLOGIES
-        for name in SCHEMES
-    ]
-    return reports, orders
+    return reports, [removed(folder / name, data, meet(**topology)) for name, topology in asked]
 
 
-def test_a_run_is_calibrated_as_its_export_is(tmp_path, single_process):
+@pytest.mark.parametrize(
+    "asked", [QUICK, pytest.param(REST, marks=pytest.mark.slow)], ids=["quick", "rest"]
+)
+def test_a_run_is_calibrated_as_its_export_is(tmp_path, asked, single_process):
     hf = tiny.save_tokenizer(
         tiny.save_llama(tmp_path / "hf", vocab_size=tiny.VOCAB, num_key_value_heads=2)
     )
@@ -86,11 +87,11 @@ def test_a_run_is_calibrated_as_its_export_is(tmp_path, single_process):
         )
 
     one = Topology(tensor=1, pipeline=1, data=1)
-    order = [removed(tmp_path / f"{name}-export", data, one) for name in SCHEMES]
-    ranks = run_ranks(at_every_topology, tmp_path, data, world=4, folder=tmp_path / "ranks")
+    order = [removed(tmp_path / f"{name}-export", data, one) for name, _ in asked]
+    ranks = run_ranks(on_ranks, tmp_path, data, asked, world=4, folder=tmp_path / "ranks")
     for found, orders in ranks:
-        assert orders == order * len(TOPOLOGIES)
-        for report, name in zip(found, SCHEMES * len(TOPOLOGIES), strict=True):
+        assert orders == order
+        for report, (name, _) in zip(found, asked, strict=True):
             for point, wanted in (
                 (report["chosen"], expected[name]["chosen"]),
                 (report["curve"][0], expected[name]["curve"][0]),
@@ -105,7 +106,7 @@ def test_a_run_is_calibrated_as_its_export_is(tmp_path, single_process):
                 assert point["prefill_speedup"] is None
 
     for name in SCHEMES:
-        copy, wanted = tmp_path / f"{name}-0", expected[name]["chosen"]["thresholds"]
+        copy, wanted = tmp_path / f"{name}-copy", expected[name]["chosen"]["thresholds"]
         assert open_source(copy).routing.threshold == pytest.approx(tuple(wanted), abs=1e-4)
         megatron_to_hf(copy, tmp_path / f"{name}-again")
         config = json.loads((tmp_path / f"{name}-again" / "config.json").read_text())

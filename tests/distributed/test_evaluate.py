@@ -13,12 +13,13 @@ from tests.helpers import asked, formula, tiny
 from tests.helpers.ranks import meet, run_ranks
 from tests.helpers.routed import save_export
 
-TOPOLOGIES = [{"tensor": 2, "pipeline": 2}, {"pipeline": 2}, {"tensor": 2}, {}]  # the rest: data
+QUICK = [{"tensor": 2, "pipeline": 2}, {}]  # the rest: data
+REST = [{"pipeline": 2}, {"tensor": 2}]
 CASES = [("attn_sequence", "all"), ("attn_sequence", "prompt"), ("block_token_all", None)]
 ROUNDING = 1e-5  # relative, fp32
 
 
-def answers(base, routers) -> list[dict]:
+def answers(base, routers, topologies: list[dict]) -> list[dict]:
     """What a Megatron model answers in each topology and case, and its capacities."""
     from megatron_mod.data.tokenizer import load_tokenizer
     from megatron_mod.evaluation.lm_eval_model import BackendLM
@@ -26,7 +27,7 @@ def answers(base, routers) -> list[dict]:
 
     tokenizer = load_tokenizer(base / "huggingface", vocab_size=tiny.VOCAB)
     found = []
-    for topology in TOPOLOGIES:
+    for topology in topologies:
         ranks, answered = meet(**topology), {}
         for scheme, pooling in CASES:
             layers = tuple(dict.fromkeys(layer for layer, _ in routers[scheme]))
@@ -53,7 +54,10 @@ def capacity(export, pooling: str | None) -> dict:
     return backend.capacity()
 
 
-def test_answers_equal_lm_evals_at_every_topology(tmp_path, single_process):
+@pytest.mark.parametrize(
+    "topologies", [QUICK, pytest.param(REST, marks=pytest.mark.slow)], ids=["quick", "rest"]
+)
+def test_answers_equal_lm_evals_at_every_topology(tmp_path, topologies, single_process):
     hf = asked.save_model(tmp_path / "hf")
     cases.convert(hf, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(hf)
@@ -66,9 +70,11 @@ def test_answers_equal_lm_evals_at_every_topology(tmp_path, single_process):
             expected[scheme] = asked.ask(asked.lm_eval_hf(export))
         capacities[scheme, pooling] = capacity(tmp_path / scheme, pooling)
     honest = asked.prompt_pooled(hf, tokenizer, routers["attn_sequence"], "attn_sequence")
-    ranks = run_ranks(answers, tmp_path / "base", routers, world=4, folder=tmp_path / "ranks")
+    ranks = run_ranks(
+        answers, tmp_path / "base", routers, topologies, world=4, folder=tmp_path / "ranks"
+    )
     for topology, found in (
-        (t, f) for rank in ranks for t, f in zip(TOPOLOGIES, rank, strict=True)
+        (t, f) for rank in ranks for t, f in zip(topologies, rank, strict=True)
     ):
         for (scheme, pooling), values in found.items():
             where = (topology, scheme, pooling)

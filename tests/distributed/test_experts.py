@@ -14,6 +14,7 @@ from tests.distributed.test_granularities import check, expected_of
 from tests.helpers import experts, tiny
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import EXPERTS, Trainer, metrics
+from tests.helpers.thinned import one_in
 
 PRICED = {"capacity_loss_weight": "auto", "bias": True}
 SEEDS = {"mixtral": 7, "qwen3_moe": 7, "olmoe": 8}  # no logit is near the border
@@ -105,9 +106,10 @@ def test_one_rank_equals_the_formula(any_case, trainings, world, topologies, tmp
 
 
 @pytest.mark.parametrize(
-    ("trainings", "world", "topologies"),
+    ("trainings", "world", "topologies", "every"),
     [
-        (
+        *one_in(
+            3,
             DEEP,
             2,
             [
@@ -121,8 +123,10 @@ def test_one_rank_equals_the_formula(any_case, trainings, world, topologies, tmp
                 {"context": 2},
                 {"context": 2, "expert": 2},
             ],
+            id="two_ranks",
         ),
-        (
+        *one_in(
+            2,
             [DEEP[1], TRAININGS[5]],
             4,
             [
@@ -130,12 +134,12 @@ def test_one_rank_equals_the_formula(any_case, trainings, world, topologies, tmp
                 {"expert": 2, **SEQUENCE_PARALLEL},
                 {"expert": 4},
             ],
+            id="four_ranks",
         ),
     ],
-    ids=["two_ranks", "four_ranks"],
 )
-def test_ranks_equal_the_formula(case, trainings, world, topologies, tmp_path):
-    check(case, trainings, world, topologies, tmp_path)
+def test_ranks_equal_the_formula(case, trainings, world, topologies, every, tmp_path):
+    check(case, trainings, world, topologies, tmp_path, every)
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@ ranks are laid out."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.distributed import prefix_cases
@@ -27,18 +29,26 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory, single_process):
-    """Of each kind the runs' folders, recomputing and cached, and each rank's gradients of both."""
+QUICK = ("tensor", "pipeline-tied", "virtual", "context", "data")
+REST = ("pipeline", "data-tied")
+
+
+@pytest.fixture(
+    scope="module", params=[QUICK, pytest.param(REST, marks=pytest.mark.slow)],
+    ids=["quick", "rest"],
+)  # fmt: skip
+def found(request, tmp_path_factory, single_process):
+    """Of kinds, tied or not, the runs' folders, recomputing and cached, and each rank's gradients
+    of both."""
     root = tmp_path_factory.mktemp("prefix")
     jobs, folders = [], {}
     for tied in (True, False):
         trainer = Trainer(root / f"tied-{tied}", tie_word_embeddings=tied)
         trainer.write_distinct()
         for name, (degrees, changes) in KINDS.items():
-            if tied and name not in ("pipeline", "data"):
-                continue
             key = f"{name}-tied" if tied else name
+            if key not in request.param:
+                continue
             cache = {
                 "train__frozen_prefix": "cache",
                 "train__prefix_cache": root / key / "states",
@@ -55,9 +65,12 @@ def found(tmp_path_factory, single_process):
     }
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "pipeline-tied", "data-tied"])
-def test_loss_and_gradients_are_the_same(found, kind):
-    (recompute, cache), ranks = found[kind]
+def test_loss_and_gradients_are_the_same(found):
+    for (recompute, cache), ranks in found.values():
+        require_same(recompute, cache, ranks)
+
+
+def require_same(recompute: Path, cache: Path, ranks: list[list[list[dict]]]) -> None:
     for line, wanted in zip(metrics(cache), metrics(recompute), strict=True):
         for key in ("loss", "task_loss", "grad_norm", "capacity"):
             rel = EXACT if line["step"] == 1 else LATER

@@ -88,7 +88,8 @@ def test_one_rank(case, each, tmp_path):
     check(case, [*each, *DEEP], 1, [{}], tmp_path)
 
 
-def test_two_ranks(case, tmp_path):
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_two_ranks(case, every, tmp_path):
     topologies = [
         {"tensor": 2},
         TENSOR,
@@ -97,7 +98,7 @@ def test_two_ranks(case, tmp_path):
         {"context": 2, "rows": 1},
         DISTRIBUTED,
     ]
-    check(case, DEEP, 2, topologies, tmp_path)
+    check(case, DEEP, 2, topologies, tmp_path, every)
 
 
 def test_dropout_is_alike_where_ranks_hold_the_same(case, tmp_path):

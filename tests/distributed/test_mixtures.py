@@ -24,6 +24,7 @@ from tests.distributed.test_parity import LOGITS, ZEROS
 from tests.helpers import tiny
 from tests.helpers.ranks import meet, run_ranks
 from tests.helpers.runs import DEFAULT, Trainer, metrics
+from tests.helpers.thinned import one_in
 
 SEQUENCE_PARALLEL = {"tensor": 2, "sequence_parallel": True}
 TWO = [{"expert": 2}, {"tensor": 2}, SEQUENCE_PARALLEL, {"pipeline": 2}]
@@ -52,17 +53,24 @@ def models(tmp_path_factory, single_process):
     return pairs
 
 
-@pytest.mark.parametrize(("world", "topologies"), [(1, [{}]), (2, TWO), (4, FOUR)])
-def test_logits_equal_hugging_face(models, world, topologies, tmp_path):
+@pytest.mark.parametrize(
+    ("world", "topologies", "every"),
+    [
+        (1, [{}], 1),
+        *one_in(2, 2, TWO, id="two_ranks"),
+        *one_in(2, 4, FOUR, id="four_ranks"),
+    ],
+)
+def test_logits_equal_hugging_face(models, world, topologies, every, tmp_path):
     shared = [pair for name in ("mixtral", "qwen3_moe") for pair in models[name]]
     whole = [each for each in topologies if "tensor" not in each]  # OLMoE's norm is of all heads
     for number, (pairs, own) in enumerate([(shared, topologies), (models["olmoe"], whole)]):
         found = run_ranks(
-            cases.logit_differences, pairs, own, 128, ZEROS, world=world,
+            cases.logit_differences, pairs, own, 128, ZEROS, every, world=world,
             folder=tmp_path / str(number),
         )  # fmt: skip
         for per_rank in found:
-            assert len(per_rank) == len(pairs) * len(own)
+            assert len(per_rank) == -(-len(pairs) * len(own) // every)
             assert max(per_rank.values()) <= LOGITS, per_rank
 
 
@@ -78,12 +86,15 @@ def recomputed(topology: dict) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("trainings", "world", "topologies"),
+    ("trainings", "world", "topologies", "every"),
     [
-        ([*EVERY, *SPARSE, *SKIPS_ALL], 1, [{}, {"packed": True}]),
+        *one_in(2, [*EVERY, *SPARSE, *SKIPS_ALL], 1, [{}, {"packed": True}], id="one_rank"),
         # Eight rows by threes on two ranks: one runs padding.
-        ([*EVERY, *SPARSE, *SKIPS_ALL, EXACT], 2, [{"expert": 2, "rows": 3}]),
-        (
+        pytest.param(
+            [*EVERY, *SPARSE, *SKIPS_ALL, EXACT], 2, [{"expert": 2, "rows": 3}], 1, id="experts"
+        ),
+        *one_in(
+            3,
             [EVERY[3], SPARSE[-1], SKIPS_ALL[1]],
             2,
             [
@@ -94,8 +105,10 @@ def recomputed(topology: dict) -> list[dict]:
                 {"context": 2, "expert": 2},
                 {"expert": 2, "use_distributed_optimizer": True},
             ],
+            id="two_ranks",
         ),
-        (
+        *one_in(
+            2,
             [SPARSE[-2], SKIPS_ALL[0]],
             4,
             [
@@ -105,12 +118,12 @@ def recomputed(topology: dict) -> list[dict]:
                 {"expert": 2, "tensor": 2},
                 {"expert": 4, "rows": 1},
             ],
+            id="four_ranks",
         ),
     ],
-    ids=["one_rank", "experts", "two_ranks", "four_ranks"],
 )
-def test_loss_and_gradients_equal_the_formula(case, trainings, world, topologies, tmp_path):
-    check(case, trainings, world, topologies, tmp_path)
+def test_loss_and_gradients_equal_the_formula(case, trainings, world, topologies, every, tmp_path):
+    check(case, trainings, world, topologies, tmp_path, every)
 
 
 def read(base: Path, topologies: list[dict], rows: list[Row], prompts: list[list[int]]) -> list:

@@ -71,16 +71,23 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return found
 
 
+ELSEWHERE = {
+    "tokens-pipeline": (TOKENS, PIPELINE),
+    "tokens-context": (TOKENS, CONTEXT),
+}
+MORE = {
+    "tokens-tensor": (TOKENS, TENSOR),
+    "tokens-data": (TOKENS, DISTRIBUTED),
+    "sequences-context": (SEQUENCES, CONTEXT),
+}
+
+
 @pytest.fixture(scope="module")
 def runs(trainer, tmp_path_factory):
     """Both kinds at one rank, and each at several topologies; and what goes on from some."""
     root = tmp_path_factory.mktemp("runs")
     jobs = [
-        job(trainer, root / "tokens-tensor", TOKENS, TENSOR),
-        job(trainer, root / "tokens-pipeline", TOKENS, PIPELINE),
-        job(trainer, root / "tokens-data", TOKENS, DISTRIBUTED),
-        job(trainer, root / "tokens-context", TOKENS, CONTEXT),
-        job(trainer, root / "sequences-context", SEQUENCES, CONTEXT),
+        *(job(trainer, root / name, *how) for name, how in ELSEWHERE.items()),
         job(trainer, root / "sequences-data", SEQUENCES, DISTRIBUTED),
         job(
             trainer, root / "sequences-again", SEQUENCES, DISTRIBUTED,
@@ -100,15 +107,20 @@ def runs(trainer, tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tokens-tensor", "tokens-pipeline", "tokens-data", "tokens-context", "sequences-context",
-        "sequences-data", "sequences-elsewhere",
-    ],
-)  # fmt: skip
-def test_a_whole_training_is_the_same_at_every_topology(runs, name):
-    run, one = runs / name, runs / name.partition("-")[0]
+@pytest.mark.parametrize("name", [*ELSEWHERE, "sequences-data", "sequences-elsewhere"])
+def test_a_whole_training_is_the_same_elsewhere(runs, name):
+    require_same(runs / name, runs / name.partition("-")[0])
+
+
+@pytest.mark.slow
+def test_a_whole_training_is_the_same_at_every_topology(trainer, runs, tmp_path):
+    jobs = [job(trainer, tmp_path / name, *how) for name, how in MORE.items()]
+    run_ranks(resume_cases.trainings, jobs, world=2, folder=tmp_path / "ranks", seconds=900)
+    for name in MORE:
+        require_same(tmp_path / name, runs / name.partition("-")[0])
+
+
+def require_same(run: Path, one: Path) -> None:
     for line, wanted in zip(metrics(run), metrics(one), strict=True):
         for key in ("loss", "task_loss", "grad_norm", "capacity", "work", "learning_rate"):
             assert line[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5), (line["step"], key)

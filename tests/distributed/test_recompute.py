@@ -22,6 +22,7 @@ from tests.helpers import tiny
 from tests.helpers.memory import kept_by_layer
 from tests.helpers.ranks import meet
 from tests.helpers.runs import DEFAULT, Trainer, metrics
+from tests.helpers.thinned import one_in
 
 VIRTUAL = {"pipeline": 2, "virtual_pipeline": 2}
 FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective"}
@@ -34,18 +35,31 @@ def case(tmp_path_factory, single_process):
 
 
 @pytest.mark.parametrize(
-    ("trainings", "world", "topologies"),
+    ("trainings", "world", "topologies", "every"),
     [
-        ([*DEEP, *ADDED_DEEP, *SPARSE[:2]], 1, [FULL, SELECTIVE, {"packed": True, **FULL}]),
-        (SOME, 2, [{**TENSOR, **FULL}, {**VIRTUAL, **FULL}, {"context": 2, **FULL}]),
-        (SOME[:2], 2, [{**TENSOR, **SELECTIVE}, {**PIPELINE, **FULL}]),
+        *one_in(
+            3,
+            [*DEEP, *ADDED_DEEP, *SPARSE[:2]],
+            1,
+            [FULL, SELECTIVE, {"packed": True, **FULL}],
+            id="one_rank",
+        ),
+        *one_in(
+            3,
+            SOME,
+            2,
+            [{**TENSOR, **FULL}, {**VIRTUAL, **FULL}, {"context": 2, **FULL}],
+            id="two_ranks",
+        ),
+        *one_in(
+            2, SOME[:2], 2, [{**TENSOR, **SELECTIVE}, {**PIPELINE, **FULL}], id="two_ranks_few"
+        ),
     ],
-    ids=["one_rank", "two_ranks", "two_ranks_few"],
 )
 def test_loss_capacity_price_and_gradients_equal_the_formula(
-    case, trainings, world, topologies, tmp_path
+    case, trainings, world, topologies, every, tmp_path
 ):
-    check(case, trainings, world, topologies, tmp_path)
+    check(case, trainings, world, topologies, tmp_path, every)
 
 
 def step(case, routing, recompute: str) -> tuple[dict, dict, Counter]:

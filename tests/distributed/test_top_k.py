@@ -13,6 +13,7 @@ from tests.distributed.test_granularities import DISTRIBUTED, PIPELINE, TENSOR, 
 from tests.distributed.test_lora import ALL, made
 from tests.helpers import exact_formula, tiny
 from tests.helpers.ranks import run_ranks
+from tests.helpers.thinned import one_in
 from tests.helpers.training_formula import adapt
 
 EXACT = 1e-4  # relative difference of losses and gradients
@@ -102,14 +103,23 @@ def expected_of(
     }
 
 
-def check(case, routings: list[RoutingConfig], world: int, topologies: list[dict], folder) -> None:
+def check(
+    case,
+    routings: list[RoutingConfig],
+    world: int,
+    topologies: list[dict],
+    folder,
+    every: int = 1,
+) -> None:
     _, base, samples, added = case
     expected = [expected_of(case, routing) for routing in routings]
     by_rule = [expected_of(case, routing, causal=True) for routing in routings]
     asked = [cases.Asked(routing) for routing in routings]
     found = run_ranks(
-        cases.gradients, base, samples, added, topologies, asked, world=world, folder=folder
-    )
+        cases.gradients, base, samples, added, topologies, asked, every,
+        world=world, folder=folder,
+    )  # fmt: skip
+    assert {name[-1] for name in found[0]} == set(range(len(routings)))
     for name in found[0]:
         what, wanted, rule = (routings[name[-1]], name), expected[name[-1]], by_rule[name[-1]]
         seen = set()
@@ -141,14 +151,26 @@ def test_the_rules_differ_in_the_batch(case):
 
 
 @pytest.mark.parametrize(
-    ("routings", "world", "topologies"),
+    ("routings", "world", "topologies", "every"),
     [
-        ([*EVERY, *ENDS], 1, [{}, {"packed": True}, {"recompute": "full"}]),
-        ([EVERY[4]], 1, [{"rows": 1}, {"rows": 8}]),
-        pytest.param(
-            [*EVERY, *ENDS], 2, [TENSOR, PIPELINE, {"context": 2}], marks=pytest.mark.slow
+        *one_in(
+            3,
+            [*EVERY, *ENDS],
+            1,
+            [{}, {"packed": True}, {"recompute": "full"}],
+            id="one_rank",
         ),
-        (
+        pytest.param([EVERY[4]], 1, [{"rows": 1}, {"rows": 8}], 1, id="rows"),
+        pytest.param(
+            [*EVERY, *ENDS],
+            2,
+            [TENSOR, PIPELINE, {"context": 2}],
+            1,
+            id="two_ranks",
+            marks=pytest.mark.slow,
+        ),
+        *one_in(
+            3,
             DEEP,
             2,
             [
@@ -160,13 +182,19 @@ def test_the_rules_differ_in_the_batch(case):
                 {"pipeline": 2, "virtual_pipeline": 2},
                 {"context": 2, "rows": 1},
             ],
+            id="two_ranks_deep",
         ),
-        (DEEP, 4, [{"tensor": 2, "pipeline": 2}, {**TENSOR, "context": 2, "rows": 1}]),
+        *one_in(
+            2,
+            DEEP,
+            4,
+            [{"tensor": 2, "pipeline": 2}, {**TENSOR, "context": 2, "rows": 1}],
+            id="four_ranks",
+        ),
     ],
-    ids=["one_rank", "rows", "two_ranks", "two_ranks_deep", "four_ranks"],
 )
-def test_loss_and_gradients_equal_the_formula(case, routings, world, topologies, tmp_path):
-    check(case, routings, world, topologies, tmp_path)
+def test_loss_and_gradients_equal_the_formula(case, routings, world, topologies, every, tmp_path):
+    check(case, routings, world, topologies, tmp_path, every)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3"])

@@ -1,4 +1,5 @@
-"""The real model: original, Megatron at the topologies its heads allow, and export agree."""
+"""The real model: original, Megatron at the topologies its heads allow, and export agree; as the
+quickstart finds too, which runs with the quick tests."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from tests.distributed import cases
 from tests.helpers.ranks import run_ranks
 from tests.helpers.routed import save_export
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = tuple(range(14, 29))
 ROUTING = cases.routing_config(layers=LAYERS, capacity=(0.75,) * len(LAYERS))
@@ -38,7 +40,7 @@ def smollm2(tmp_path_factory, single_process):
 
 @pytest.mark.parametrize(
     "topology",
-    [{}, *(pytest.param(d, marks=pytest.mark.slow) for d in ({"tensor": 3}, {"pipeline": 2}))],
+    [{}, {"tensor": 3}, {"pipeline": 2}],
     ids=["one_rank", "tensor_3", "pipeline_2"],
 )
 def test_megatron_logits_equal_hugging_face(smollm2, topology, tmp_path):

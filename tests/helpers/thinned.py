@@ -1,0 +1,19 @@
+"""Which pairs of a topology and a training a quick run asks for; the slow one asks for all."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def is_asked(topology: int, training: int, every: int) -> bool:
+    """Whether a pair, of these numbers, is among one in ``every`` that are spread over both."""
+    return (topology + training) % every == 0
+
+
+def one_in(every: int, *values: object, id: str) -> list:
+    """A test's parameters: ``values``, and of all their pairs one in ``every``; as a slow test all
+    of them."""
+    return [
+        pytest.param(*values, every, id=id),
+        pytest.param(*values, 1, id=f"{id}_whole", marks=pytest.mark.slow),
+    ]
