@@ -98,8 +98,8 @@ class RouterConfig:
         work: in its place, the share of the dense model's operations (a prefill's, head included,
             at the training data's lengths) that may remain, above 0 and at most 1: what each router
             keeps of that is found in training, at a price per operation. A list of two, the least
-            and the most, trains routers that serve all budgets between: each step draws one, and
-            `model.set_work` of the export sets any.
+            and the most, trains routers that serve all budgets between: each step draws one, low
+            ones more often, and `model.set_work` of the export sets any.
         selection: which units are kept. `threshold`: those whose score reaches one; capacity is
             held on average, over the data. `top_k` (Mixture-of-Depths): of each document's n tokens
             the `capacity * n` with the largest scores, exactly; what they are given is multiplied

@@ -70,6 +70,14 @@ def train(config: Config, plan: Plan) -> dict:
     return found
 
 
+def drawn_budget(budgets: tuple[float, float], *, seed: int, step: int) -> float:
+    """The share of work that a step is trained for, of routers that serve a range of them: a
+    function of these numbers alone. Half of all lie in the lowest quarter, where there is most to
+    learn."""
+    low, high = budgets
+    return low + (high - low) * random.Random(f"{seed} {step}").random() ** 2
+
+
 class Training:
     """A run in this rank's memory: the model, what changes it, and the steps."""
 
@@ -277,8 +285,7 @@ class Training:
         function of seed and step alone. Returns it."""
         if self.plan.routing.budgets is None:
             return None
-        low, high = self.plan.routing.budgets
-        work = random.Random(f"{self.config.train.seed} {step}").uniform(low, high)
+        work = drawn_budget(self.plan.routing.budgets, seed=self.config.train.seed, step=step)
         serve(self.model, self.plan.routing, work)
         return work
 
