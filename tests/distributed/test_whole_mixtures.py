@@ -174,13 +174,28 @@ def test_what_is_computed_again(case, tmp_path):
     check(case, [NO_ROUTERS, *ROUTINGS[2:]], 1, recomputing, tmp_path)
 
 
-def test_two_ranks(case, tmp_path):
-    topologies = [TENSOR, {"tensor": 2}, {**EXPERT, **DISTRIBUTED}, PIPELINE]
+@pytest.mark.parametrize(
+    "topologies",
+    [
+        [TENSOR, {**EXPERT, **DISTRIBUTED}],
+        pytest.param([{"tensor": 2}, PIPELINE], marks=pytest.mark.slow),
+    ],
+    ids=["quick", "rest"],
+)
+def test_two_ranks(case, topologies, tmp_path):
     check(case, ROUTINGS[2:], 2, topologies, tmp_path)
 
 
-def test_two_ranks_without_routers(case, tmp_path):
-    check(case, [NO_ROUTERS], 2, [{}, EXPERT, TENSOR, {"context": 2, **EXPERT}], tmp_path)
+@pytest.mark.parametrize(
+    "topologies",
+    [
+        [EXPERT, {"context": 2, **EXPERT}],
+        pytest.param([{}, TENSOR], marks=pytest.mark.slow),
+    ],
+    ids=["quick", "rest"],
+)
+def test_two_ranks_without_routers(case, topologies, tmp_path):
+    check(case, [NO_ROUTERS], 2, topologies, tmp_path)
 
 
 def test_without_the_loss(single_process, tmp_path):
