@@ -246,6 +246,7 @@ def gradients(
                 distributed,
                 layout,
                 packed,
+                rows,
                 recompute,
                 implementation,
                 dtype,

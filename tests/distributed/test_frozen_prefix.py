@@ -66,23 +66,24 @@ def found(request, tmp_path_factory, single_process):
 
 
 def test_loss_and_gradients_are_the_same(found):
-    for (recompute, cache), ranks in found.values():
-        require_same(recompute, cache, ranks)
+    for kind, ((recompute, cache), ranks) in found.items():
+        require_same(kind, recompute, cache, ranks)
 
 
-def require_same(recompute: Path, cache: Path, ranks: list[list[list[dict]]]) -> None:
+def require_same(kind: str, recompute: Path, cache: Path, ranks: list[list[list[dict]]]) -> None:
     for line, wanted in zip(metrics(cache), metrics(recompute), strict=True):
         for key in ("loss", "task_loss", "grad_norm", "capacity"):
             rel = EXACT if line["step"] == 1 else LATER
-            assert line[key] == pytest.approx(wanted[key], rel=rel, abs=1e-7), (line["step"], key)
+            where = kind, line["step"], key
+            assert line[key] == pytest.approx(wanted[key], rel=rel, abs=1e-7), where
     merged = [
         [{k: g for rank in ranks for k, g in rank[how][step].items()} for step in range(2)]
         for how in (0, 1)
     ]
     for step, (wanted, gradients) in enumerate(zip(*merged, strict=True)):
-        assert gradients.keys() == wanted.keys()
-        assert {layer for layer, _ in wanted} == {2, 3}
+        assert gradients.keys() == wanted.keys(), kind
+        assert {layer for layer, _ in wanted} == {2, 3}, kind
         for key, exact in wanted.items():
             difference = (gradients[key] - exact).abs().max()
             rel = LATER if step else EXACT
-            assert difference <= rel * exact.abs().max() + 1e-8, (step, key)
+            assert difference <= rel * exact.abs().max() + 1e-8, (kind, step, key)

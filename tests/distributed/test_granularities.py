@@ -16,7 +16,7 @@ from megatron_mod.routing.scheme import OF_ANY_MODEL
 from tests.distributed import cases
 from tests.helpers import tiny
 from tests.helpers.ranks import run_ranks
-from tests.helpers.thinned import one_in
+from tests.helpers.thinned import number_asked, one_in
 from tests.helpers.training_formula import Scheme, adapt, batch_loss
 
 RANK = 3  # of stand-ins
@@ -220,7 +220,7 @@ def check(
         world=world, folder=folder,
     )  # fmt: skip
     assert {name[-1] for name in found[0]} == set(range(len(trainings)))
-    assert len(found[0]) >= len(topologies) * len(trainings) // every
+    assert len(found[0]) == number_asked(len(topologies), len(trainings), every)
     for name in found[0]:
         what = (trainings[name[-1]], name)
         wanted, seen = expected[name[-1]], set()

@@ -24,7 +24,7 @@ from tests.distributed.test_parity import LOGITS, ZEROS
 from tests.helpers import tiny
 from tests.helpers.ranks import meet, run_ranks
 from tests.helpers.runs import DEFAULT, Trainer, metrics
-from tests.helpers.thinned import one_in
+from tests.helpers.thinned import number_asked, one_in
 
 SEQUENCE_PARALLEL = {"tensor": 2, "sequence_parallel": True}
 TWO = [{"expert": 2}, {"tensor": 2}, SEQUENCE_PARALLEL, {"pipeline": 2}]
@@ -70,7 +70,7 @@ def test_logits_equal_hugging_face(models, world, topologies, every, tmp_path):
             folder=tmp_path / str(number),
         )  # fmt: skip
         for per_rank in found:
-            assert len(per_rank) == -(-len(pairs) * len(own) // every)
+            assert len(per_rank) == number_asked(len(own), len(pairs), every)
             assert max(per_rank.values()) <= LOGITS, per_rank
 
 

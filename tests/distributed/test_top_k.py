@@ -13,7 +13,7 @@ from tests.distributed.test_granularities import DISTRIBUTED, PIPELINE, TENSOR, 
 from tests.distributed.test_lora import ALL, made
 from tests.helpers import exact_formula, tiny
 from tests.helpers.ranks import run_ranks
-from tests.helpers.thinned import one_in
+from tests.helpers.thinned import number_asked, one_in
 from tests.helpers.training_formula import adapt
 
 EXACT = 1e-4  # relative difference of losses and gradients
@@ -120,6 +120,7 @@ def check(
         world=world, folder=folder,
     )  # fmt: skip
     assert {name[-1] for name in found[0]} == set(range(len(routings)))
+    assert len(found[0]) == number_asked(len(topologies), len(routings), every)
     for name in found[0]:
         what, wanted, rule = (routings[name[-1]], name), expected[name[-1]], by_rule[name[-1]]
         seen = set()

@@ -10,6 +10,11 @@ def is_asked(topology: int, training: int, every: int) -> bool:
     return (topology + training) % every == 0
 
 
+def number_asked(topologies: int, trainings: int, every: int) -> int:
+    """How many of all pairs are."""
+    return sum(is_asked(t, n, every) for t in range(topologies) for n in range(trainings))
+
+
 def one_in(every: int, *values: object, id: str) -> list:
     """A test's parameters: ``values``, and of all their pairs one in ``every``; as a slow test all
     of them."""
