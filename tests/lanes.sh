@@ -7,7 +7,7 @@
 #   bash tests/lanes.sh [--lane oldest|newest] [--skip-missing] [pytest's arguments]
 #
 # Without arguments for pytest: specs, checkpoint keys, the choice of the layers' modules, the
-# optimizer's kernels, and granularities on ranks. Ends with each lane's time and result, and with
+# optimizer's kernels, and granularities and experts on ranks. Ends with each lane's time and result, and with
 # status 1 if a lane failed or its Python is not here.
 #
 # --lane NAME          only this one
@@ -42,7 +42,7 @@ main() {
     [ $# -gt 0 ] || set -- tests/unit/test_specs.py tests/unit/test_restore.py \
         tests/unit/test_transformer_engine.py tests/unit/test_kernels.py \
         "tests/distributed/test_granularities.py::test_loss_and_gradients_equal_the_formula[two_ranks]" \
-        tests/distributed/test_distributed_optimizer.py
+        tests/distributed/test_distributed_optimizer.py tests/distributed/test_experts.py
     local lane summary=() status=0 began result
     for lane in "${lanes[@]}"; do
         began=$SECONDS

@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_mod.hf.thresholds_mod import border_at, threshold_at
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.builder import build_model, transformer_config
+from megatron_mod.model.layer import RoutedTransformerLayer
+from megatron_mod.model.layout import TokenLayout
 from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
 from megatron_mod.routing.config import RoutingConfig
@@ -26,6 +28,7 @@ SIZES = {
     "medium": (2048, 5632, 16, 8, 128),
     "large": (4096, 14336, 32, 8, 128),
 }
+CALLS = 4 if device.HAS_GPU else 1  # after one another, as layers are, of what is timed
 CAPACITIES = (0.25, 0.5, 0.75, 0.95)
 SCHEMES = [(name, None) for name in OF_ANY_MODEL]
 SCHEMES += [("attn_token", "selected"), ("block_token", "selected")]
@@ -43,15 +46,20 @@ class Setting:
     dtype: torch.dtype
 
 
-def layer_of(size: str, routing: RoutingConfig | None, args: Setting):
-    """A model's only layer with its rotary table."""
+def architecture(size: str, args: Setting) -> Architecture:
+    """Of a model of one such layer."""
     hidden, ffn, heads, groups, channels = SIZES[size]
-    arch = Architecture(
+    return Architecture(
         num_layers=1, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=heads,
         num_query_groups=groups, kv_channels=channels, vocab_size=16,
         max_sequence_length=args.length, layernorm_epsilon=1e-5, rotary_base=10000.0,
         tied_embeddings=True,
     )  # fmt: skip
+
+
+def layer_of(size: str, routing: RoutingConfig | None, args: Setting):
+    """A model's only layer with its rotary table."""
+    arch = architecture(size, args)
     config = transformer_config(arch, dtype=args.dtype)
     model = build_model(arch, config, routing, implementation=args.implementation)[0]
     torch.manual_seed(1)
@@ -71,9 +79,17 @@ class Timed:
         self.hidden = torch.randn(shape, generator=generator).to(device.device(), args.dtype)
         self.hidden.requires_grad_(args.training)
         self.times: list[float] = []
+        # What a model's layers share.
+        self.layout = TokenLayout.of_prompts(self.hidden, context_rank=0, context_ranks=1)
 
     def run(self) -> None:
-        output, _ = self.layer(self.hidden, attention_mask=None, rotary_pos_emb=self.rotary)
+        layout = self.layout if isinstance(self.layer, RoutedTransformerLayer) else None
+        output, _ = self.layer(
+            self.hidden,
+            attention_mask=None,
+            rotary_pos_emb=self.rotary,
+            packed_seq_params=layout,
+        )
         if self.training:
             output.sum().backward()
 
@@ -81,9 +97,10 @@ class Timed:
         device.synchronize()
         start = time.perf_counter()
         with torch.set_grad_enabled(self.training):
-            self.run()
+            for _ in range(CALLS):
+                self.run()
         device.synchronize()
-        self.times.append(time.perf_counter() - start)
+        self.times.append((time.perf_counter() - start) / CALLS)
 
     def set_capacity(self, capacity: float) -> float:
         """Move each router's threshold between its units' logits; returns the share that is

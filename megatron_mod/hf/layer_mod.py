@@ -23,6 +23,7 @@ from .cache_mod import (
 from .configuration_mod import RoutedConfig
 from .thresholds_mod import CapacityBorders, WatchedBorders, logit_border
 
+MASKED = 0.3  # of all tokens: with fewer queries a mask is quicker on a GPU
 KNOTS = 5  # budgets of a range, evenly spaced, that a router has borders for
 
 
@@ -351,9 +352,18 @@ class RoutedLayer:
             plain = length == 1 and context["attention_mask"] is None
         if not len(kept.index):
             return chosen
-        query = kept.pad(_project(attn, "q", chosen, chosen_rotary)).transpose(1, 2)
+        query = _project(attn, "q", chosen, chosen_rotary)
         eager, visible = attn.config._attn_implementation == "eager", None
         scaling = attn.head_dim**-0.5  # OLMoE's attention of 4.57 has no name for it
+        all_keys = slots is None and not (past or self.window) and routing.tokens is None
+        if all_keys and not (eager or plain) and self._is_quick_among_keys(query, kept):
+            grid = query.new_zeros(batch * length, *query.shape[1:])
+            grid = grid.index_copy_(0, kept.index, query).unflatten(0, (batch, length))
+            attended, _ = sdpa_attention_forward(
+                attn, grid.transpose(1, 2), keys, values, None, scaling=scaling, is_causal=True
+            )
+            return attn.o_proj(kept.take(attended.flatten(2)))
+        query = kept.pad(query).transpose(1, 2)
         if eager or not plain:  # else all keys are seen, or by place all up to the query's own
             if slots is None:
                 slots = torch.arange(past + length, device=normed.device)[-keys.shape[2] :]
@@ -369,6 +379,11 @@ class RoutedLayer:
                 attn, query, keys, values, visible, scaling=scaling
             )
         return attn.o_proj(kept.unpad(attended.flatten(2)))
+
+    def _is_quick_among_keys(self, query: Tensor, kept: TokenSelection) -> bool:
+        """Whether chosen queries ``[N, heads, D]`` are better off at their places among all, zeros
+        elsewhere, than with a mask: GPUs have fast kernels for what is causal, none for masks."""
+        return query.is_cuda and len(kept.index) >= MASKED * kept.keep.numel()
 
     def _visible(self, queries: Tensor, slots: Tensor, routing: RoutingCall) -> Tensor:
         """``[B, 1, Q, K]`` bool: which stored keys each query sees, by both's slots in the text."""

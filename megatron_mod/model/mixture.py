@@ -124,8 +124,11 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
     """Megatron's, between ranks that share the experts: tensor-parallel ranks, of which each has a
     part of an expert's channels, all send the same tokens.
 
-    On a CPU it finds its numbers where it looks for them.
+    On a CPU it finds its numbers where it looks for them. ``sends_fewer``: whether the next tokens
+    may go to fewer experts than the gate chooses, so that their number has to be counted.
     """
+
+    sends_fewer = False
 
     def __init__(self, experts: Sequence[int], config: TransformerConfig, groups: Groups) -> None:
         own = copy.copy(groups)
@@ -136,6 +139,9 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         """As Megatron's, which makes arrays of what it brings from a GPU to the host, and of
         nothing that is there already."""
         counts = super().preprocess(routing_map)
+        if self.sends_fewer:  # as Megatron's does where it drops tokens
+            self.num_out_tokens = routing_map.sum()
+            self._maybe_update_cuda_sync_point("before_permutation_1")
         if not routing_map.is_cuda:
             for name in ("input_splits", "output_splits", "output_splits_tp"):
                 value = getattr(self, name)
@@ -215,6 +221,7 @@ class MixtureOfExperts(MoELayer):
         logits = gate.gating(tokens, noops)
         weights, chosen = gate.routing(logits)
         made = chosen
+        self.token_dispatcher.sends_fewer = pairs is not None
         if pairs is not None:
             shape = (*hidden_states.shape[:-1], weights.shape[-1])
             weights, chosen = pairs(weights.view(shape), chosen.view(shape))

@@ -59,6 +59,15 @@ class Segments:
     def pad_positions(self, fill: int) -> Tensor:
         return self._spread(self.positions, fill)
 
+    def places(self, length: int, documents: Tensor | None) -> Tensor:
+        """Of each token its place in the flattened ``[D, length]`` of all tokens of all documents,
+        of which ``documents`` are here (``None``: all); int64 ``[N]``."""
+        slots = self.slots
+        if slots is None:
+            slots = torch.arange(len(self.positions), device=self.positions.device)
+        number = slots // self.longest
+        return (number if documents is None else documents[number]) * length + self.positions
+
     def _spread(self, stream: Tensor, fill: int) -> Tensor:
         shape = (self.num_documents, self.longest, *stream.shape[1:])
         if self.slots is None:

@@ -140,6 +140,8 @@ def expected_of(
     training = asked(training)
     routing, loss_name, price, own = training[:4]
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype)
+    if hasattr(model, "set_experts_implementation"):  # Transformers 5's grouped one has no float64
+        model.set_experts_implementation("eager")
     model.requires_grad_("base" in training.trained)
     added = copied(cases.only(own or tensors, routing), dtype)
     teacher, adapters = None, {}

@@ -8,6 +8,8 @@ import os
 
 import pytest
 
+from megatron_mod import parallel  # noqa: F401  (before any test file imports Megatron)
+
 _results = os.environ.get("MEGATRON_MOD_GPU_RESULTS")
 
 

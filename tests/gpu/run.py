@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.gpu.runner import Part, Runner, read_json, read_lines  # noqa: E402
 
-PROCESSES = 6  # of the tests, which share the GPU
+PROCESSES = min(12, os.cpu_count() or 1)  # of the tests, which share the GPU
 
 
 def main() -> int:
@@ -80,7 +80,17 @@ def tests(work: Path) -> Part:
     """All gpu tests, some files at a time where that is possible."""
     results = work / "results.jsonl"
     os.environ["MEGATRON_MOD_GPU_RESULTS"] = str(results)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "tests/gpu",
+        "-p",
+        "no:cacheprovider",
+    ]
     command += ["--junitxml", str(work / "junit.xml"), "--show-capture=no"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(PROCESSES), "--dist", "loadfile"]

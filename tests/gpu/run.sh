@@ -38,8 +38,16 @@ else
     outer=${MEGATRON_MOD_PYTHON:-python3} python=$out/venv/bin/python
     [ -x "$python" ] || "$outer" -m venv --without-pip --system-site-packages "$out/venv"
     # Where python3 is in an environment itself, the new one would not see its packages.
-    "$outer" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-        >"$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
+    purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+    outer=$("$outer" -c "$purelib") inner=$("$python" -c "$purelib")
+    echo "$outer" >"$inner/outer.pth"
+    # Transformer Engine looks for NVIDIA's libraries in its own environment, and takes the system's
+    # cuDNN first, beside which torch does not work with its own.
+    if [ -d "$outer/nvidia/cudnn" ]; then
+        [ -e "$inner/nvidia" ] || ln -s "$outer/nvidia" "$inner/nvidia"
+        export CUDNN_HOME=$outer/nvidia/cudnn
+        export LD_LIBRARY_PATH=$CUDNN_HOME/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+    fi
 fi
 if [ -n "$wheels" ]; then
     mkdir -p "$out/wheels"

@@ -33,6 +33,7 @@ def test_layers_and_logits(tmp_path, single_process, trained, granularity):
         model__transformer_impl=trained,
         model__dtype="bfloat16",
         router__granularity=granularity,
+        router__pooling="all" if granularity.endswith("sequence") else None,
         train__steps=2,
     )
     batch = prompt_batch([[5, 6, 7, 8, 9, 10, 11, 12], [13, 14, 15]])

@@ -1,9 +1,11 @@
 """More ranks than GPUs: nccl refuses two on one, so they meet through gloo, which reduces and
-gathers tensors of a GPU but does not send them; those go through the host."""
+gathers tensors of a GPU one by one but does not send them; those go through the host."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -55,6 +57,23 @@ def share() -> None:
 
     for module in (c10d, dist):  # a P2POp asks whether it is one of the two
         module.isend, module.irecv = isend, irecv
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    buffers._coalescing_manager = one_by_one
+
+
+class _Done:
+    """Of collectives that were waited for."""
+
+    def wait(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def one_by_one(group: object = None, *, async_ops: bool = False, **_: object) -> Iterator[_Done]:
+    """In the place of torch's manager, which sends collectives of the block off together."""
+    assert not async_ops, "collectives that nobody waits for"
+    yield _Done()
 
 
 def is_needed(world: int) -> bool:

@@ -1,0 +1,49 @@
+"""``tools/benchmark/gpu.py`` with a tiny shape; what it says of time is not looked at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mod.commands import benchmark_gpu
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_part_writes_its_rows(tmp_path):
+    report = tmp_path / "gpu.json"
+    parts = ["dense", "inference"]
+    command = [sys.executable, "tools/benchmark/gpu.py", "--json", str(report)]
+    subprocess.run([*command, "--shape", "tiny", "--parts", *parts], cwd=ROOT, check=True)
+    found = json.loads(report.read_text())["parts"]
+    assert list(found) == parts
+    assert not any("failed" in part for part in found.values())
+    (dense,) = found["dense"]["rows"]
+    assert dense["ratio"] == pytest.approx(dense["ours_ms"] / dense["megatron_ms"])
+    rows = found["inference"]["rows"]
+    assert {row["granularity"] for row in rows} == {"attn_token", "block_token", "block_sequence"}
+    assert all(row["capacity"] == pytest.approx(0.5) for row in rows)
+
+
+@pytest.mark.slow
+def test_trainings_and_memory(tmp_path):
+    report = tmp_path / "gpu.json"
+    options = ["--shape", "tiny", "--training-layers", "4", "--folder", str(tmp_path)]
+    parts = ["training", "memory"]
+    benchmark_gpu.main(["--json", str(report), *options, "--parts", *parts])
+    found = json.loads(report.read_text())["parts"]
+    for name in parts:
+        assert [row["granularity"] for row in found[name]["rows"]] == ["attn_token", "block_token"]
+        assert not any("failed" in row for row in (found[name], *found[name]["rows"]))
+
+
+def test_what_there_is_no_time_for_is_said(tmp_path):
+    report = tmp_path / "gpu.json"
+    benchmark_gpu.main(
+        ["--json", str(report), "--shape", "tiny", "--parts", "memory", "--seconds", "1e-9"]
+    )
+    assert json.loads(report.read_text())["parts"]["memory"] == {"left_out": "no time was left"}

@@ -1,0 +1,85 @@
+"""Chosen queries at their places among all keys attend as they do with a mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_mod.model.architecture import Architecture
+from megatron_mod.model.attention import TorchCoreAttention
+from megatron_mod.model.builder import transformer_config
+from megatron_mod.model.layout import AttentionPlan, TokenLayout
+from megatron_mod.parallel.topology import process_groups
+from megatron_mod.routing.masks import TokenRole
+from megatron_mod.routing.selection import count_chosen, select
+from tests.helpers.exported import Exports
+
+LENGTH = 7
+ROWS = {"rows": ((7,), (5,), (7,)), "packed": ((3, 4), (2, 3))}
+
+
+def core_attention() -> TorchCoreAttention:
+    arch = Architecture(
+        num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=4,
+        num_query_groups=2, kv_channels=4, vocab_size=16, max_sequence_length=16,
+        layernorm_epsilon=1e-5, rotary_base=1e4, tied_embeddings=True,
+    )  # fmt: skip
+    config = transformer_config(arch, dtype=torch.float32)
+    return TorchCoreAttention(config, 1, None, None, pg_collection=process_groups())
+
+
+def layout_of(documents: tuple) -> TokenLayout:
+    roles = torch.zeros(len(documents), LENGTH, dtype=torch.uint8)
+    positions = torch.zeros(len(documents), LENGTH, dtype=torch.int64)
+    for row, lengths in enumerate(documents):
+        used = sum(lengths)
+        roles[row, :used] = int(TokenRole.PROMPT)
+        positions[row, :used] = torch.cat([torch.arange(n) for n in lengths])
+        if len(lengths) == 1:
+            positions[row] = torch.arange(LENGTH)
+    return TokenLayout(roles=roles, position_ids=positions, documents=documents)
+
+
+@pytest.mark.parametrize("skipped", [None, 1], ids=["all", "a document has none"])
+@pytest.mark.parametrize("documents", ROWS.values(), ids=ROWS)
+def test_core_attention(single_process, monkeypatch, documents, skipped):
+    layout, core = layout_of(documents), core_attention()
+    generator = torch.Generator().manual_seed(3)
+    chosen = (torch.rand(LENGTH, len(documents), generator=generator) < 0.6) & layout.valid
+    if skipped is not None:
+        chosen &= layout.document != skipped
+    counts = count_chosen(chosen, layout.document, layout.num_documents)[None]
+    selection = select(chosen, layout.document, layout.positions, counts, counts.tolist())
+    plan = AttentionPlan(
+        queries=selection.segments, keys=layout.tokens, documents=selection.documents
+    )
+    found = []
+    for among in (False, True):
+        generator.manual_seed(4)
+        shapes = (len(selection.index), 1, 4, 4), *[(LENGTH, len(documents), 2, 4)] * 2
+        inputs = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
+        monkeypatch.setattr(core, "_is_quick_among_keys", lambda *_, among=among: among)
+        output = core(*inputs, packed_seq_params=plan)
+        (output * torch.randn(output.shape, generator=generator)).sum().backward()
+        found.append((output, *(t.grad for t in inputs)))
+    assert 0 < len(selection.index) < LENGTH * len(documents)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["attn_token_all", "block_token_all"])
+def test_export(tmp_path, monkeypatch, name):
+    exports = Exports(tmp_path, plain=True, num_key_value_heads=2)
+    model, prompts = exports.model(name), torch.tensor([p[:3] for p in exports.prompts])
+    asked = []
+    found = []
+    for among in (False, True):
+        layer = type(model.model.layers[0])
+        monkeypatch.setattr(
+            layer, "_is_quick_among_keys", lambda *_, among=among: asked.append(among) or among
+        )
+        with torch.no_grad():
+            found.append(model(prompts).logits)
+    assert set(asked) == {False, True}
+    assert sum(each["kept"] for each in model.routing_report()["layers"].values()) > 0
+    torch.testing.assert_close(*found)
