@@ -14,6 +14,7 @@ from megatron_mod.commands import benchmark_gpu
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_every_part_writes_its_rows(tmp_path):
     report = tmp_path / "gpu.json"
     parts = ["dense", "inference"]
