@@ -322,6 +322,8 @@ class RoutedModel(RoutingControls):
         pooled = routing_mask
         if pooled is None and tokens is not None:
             pooled = tokens[:, -length:]
+        if tokens is not None and length > 1 and bool(tokens.all()):
+            tokens = None  # no padding; of a single token to ask would take longer than it spares
         routing = RoutingCall(pooled, tokens, borders, top_k)
         output = super().forward(
             input_ids=input_ids,

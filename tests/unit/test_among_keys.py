@@ -72,6 +72,7 @@ def test_export(tmp_path, monkeypatch, name):
     exports = Exports(tmp_path, plain=True, num_key_value_heads=2)
     model, prompts = exports.model(name), torch.tensor([p[:3] for p in exports.prompts])
     asked = []
+    ones = torch.ones_like(prompts)  # as generate passes it: nothing is padding
     found = []
     for among in (False, True):
         layer = type(model.model.layers[0])
@@ -80,6 +81,12 @@ def test_export(tmp_path, monkeypatch, name):
         )
         with torch.no_grad():
             found.append(model(prompts).logits)
+            torch.testing.assert_close(model(prompts, attention_mask=ones).logits, found[-1])
     assert set(asked) == {False, True}
+    before = len(asked)
+    ones[0, 0] = 0
+    with torch.no_grad():
+        model(prompts, attention_mask=ones)
+    assert len(asked) == before, "padding needs a mask"
     assert sum(each["kept"] for each in model.routing_report()["layers"].values()) > 0
     torch.testing.assert_close(*found)
