@@ -24,6 +24,7 @@ from megatron_mod.conversion.export import portable_config
 from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
 
+DTYPE = torch.bfloat16 if device.HAS_GPU else torch.float32
 AIM = 0.05  # of the dense layer's time, which a routed one may take beyond its counted work
 GRANULARITIES = ("attn_token", "block_token", "block_sequence")
 # batch and context, in the order of what is most wanted
@@ -114,7 +115,7 @@ def _setting(asked: Asked, *, repetitions: int = 5) -> routing.Setting:
         repetitions=repetitions,
         training=False,
         implementation=choose_implementation(),
-        dtype=torch.bfloat16 if device.HAS_GPU else torch.float32,
+        dtype=DTYPE,
     )
 
 
@@ -132,11 +133,7 @@ def dense_layers(asked: Asked, ends: float) -> Iterator[dict]:
             routing.Timed(name, layer, rotary, setting, asked.size)
             for name, (layer, rotary) in made.items()
         ]
-        for repetition in range(setting.repetitions + 3):
-            for one in timed if repetition % 2 else reversed(timed):
-                one.measure()
-                if repetition < 3:
-                    one.times.clear()
+        routing.take_turns(timed, setting.repetitions)
     ms = {f"{one.name}_ms": 1e3 * statistics.median(one.times) for one in timed}
     yield {
         "implementation": setting.implementation,
@@ -150,8 +147,7 @@ def inference(asked: Asked, ends: float) -> Iterator[dict]:
     for number, granularity in enumerate(GRANULARITIES):
         now = time.monotonic()
         until = now + (ends - now) / (len(GRANULARITIES) - number)
-        dtype = torch.bfloat16 if device.HAS_GPU else torch.float32
-        pair = Pair.of_shape(asked.shape, granularity, dtype=dtype)
+        pair = Pair.of_shape(asked.shape, granularity, dtype=DTYPE)
         for batch, context in asked.cells:
             if time.monotonic() >= until:
                 break
@@ -207,9 +203,10 @@ def memory(asked: Asked, ends: float) -> Iterator[dict]:
     for granularity in ("attn_token", "block_token"):
         if time.monotonic() >= ends:
             return
+        run = asked.folder / f"memory_{granularity}"
         options = {
             "model.hf_path": model,
-            "model.dtype": "bfloat16" if device.HAS_GPU else "float32",
+            "model.dtype": str(DTYPE).removeprefix("torch."),
             "router.granularity": granularity,
             "router.layers.deepest": SHAPES[asked.shape]["num_hidden_layers"] // 2,
             "data.train": asked.folder / TRAIN,
@@ -218,13 +215,14 @@ def memory(asked: Asked, ends: float) -> Iterator[dict]:
             "train.steps": 3,
             "train.global_batch_size": 1,
             "train.micro_batch_size": 1,
-            "checkpoint.save": asked.folder / f"memory_{granularity}",
+            "checkpoint.save": run,
             "checkpoint.interval": 0,
         }
         arguments = [f"--{name}={value}" for name, value in options.items()]
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=train_within, args=(asked.memory_gb, arguments, theirs))
+        args = (asked.memory_gb, arguments, run, theirs)
+        process = context.Process(target=train_within, args=args)
         process.start()
         theirs.close()
         found: dict = {"failed": "its process ended; its message is above"}
@@ -245,9 +243,8 @@ def random_model(asked: Asked, num_layers: int | None) -> Path:
         shape.pop("model_type")
         shape["num_hidden_layers"] = num_layers or shape["num_hidden_layers"]
         shape["vocab_size"] = max(VOCABULARY, shape["vocab_size"])
-        dtype = torch.bfloat16 if device.HAS_GPU else torch.float32
         with device.device():
-            model = LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=dtype)
+            model = LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=DTYPE)
         model.save_pretrained(folder)
         for file in make_tokenizer(asked.folder, vocabulary=VOCABULARY).iterdir():
             (folder / file.name).write_bytes(file.read_bytes())

@@ -6,11 +6,15 @@ import json
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 
-def train_within(memory_gb: float, arguments: Sequence[str], connection: Connection) -> None:
-    """Run a training that its command line's ``arguments`` describe; sends its peak of memory
-    ``peak_gb`` (as the allocator reserved it, of 1e9 bytes) and seconds, or why it ``failed``."""
+def train_within(
+    memory_gb: float, arguments: Sequence[str], run: Path, connection: Connection
+) -> None:
+    """Run a training that its command line's ``arguments`` describe, into the folder ``run``; sends
+    its peak of memory ``peak_gb`` (as the allocator reserved it, of 1e9 bytes) and seconds, or why
+    it ``failed``. On a CPU nothing is limited."""
     import torch
 
     from megatron_mod.commands.train import main
@@ -22,10 +26,9 @@ def train_within(memory_gb: float, arguments: Sequence[str], connection: Connect
     found: dict[str, object] = {}
     try:
         main(list(arguments))
-        (save,) = [a.partition("=")[2] for a in arguments if a.startswith("--checkpoint.save=")]
-        with open(f"{save}/metrics.jsonl", encoding="utf-8") as lines:
-            found["last_step"] = json.loads(lines.readlines()[-1])
-    except BaseException as error:  # its message is all that is asked for
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        found["last_step"] = json.loads(lines[-1])
+    except (Exception, SystemExit) as error:  # its message is all that is asked for
         found["failed"] = f"{type(error).__name__}: {error}"
     if torch.cuda.is_available():
         found["peak_gb"] = torch.cuda.max_memory_reserved() / 1e9

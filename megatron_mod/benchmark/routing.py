@@ -28,7 +28,8 @@ SIZES = {
     "medium": (2048, 5632, 16, 8, 128),
     "large": (4096, 14336, 32, 8, 128),
 }
-CALLS = 4 if device.HAS_GPU else 1  # after one another, as layers are, of what is timed
+# Calls that are timed together: as in a model, a GPU is still busy when the next begins.
+CALLS = 4 if device.HAS_GPU else 1
 CAPACITIES = (0.25, 0.5, 0.75, 0.95)
 SCHEMES = [(name, None) for name in OF_ANY_MODEL]
 SCHEMES += [("attn_token", "selected"), ("block_token", "selected")]
@@ -126,6 +127,15 @@ class Timed:
         return counter.get_total_flops()
 
 
+def take_turns(layers: Sequence[Timed], repetitions: int) -> None:
+    """Measure them all so many times, after two rounds that do not count."""
+    for repetition in range(-2, repetitions):
+        for timed in layers:
+            timed.measure()
+            if repetition < 0:
+                timed.times.clear()
+
+
 def compare(size: str, args: Setting) -> list[dict]:
     """All schemes of one size, a row for each capacity."""
     rows = []
@@ -143,11 +153,7 @@ def compare(size: str, args: Setting) -> list[dict]:
             timed = Timed(granularity, *layer_of(size, routing, args), args, size)
             timed.capacity = timed.set_capacity(capacity)
             routed.append(timed)
-        for repetition in range(args.repetitions + 2):
-            for timed in (dense, *routed):
-                timed.measure()
-                if repetition < 2:  # warming up
-                    timed.times.clear()
+        take_turns([dense, *routed], args.repetitions)
         time_dense, work_dense = statistics.median(dense.times), work_of(dense, size, args)
         times = [statistics.median(timed.times) for timed in routed]
         meets = break_even([timed.capacity for timed in routed], times, time_dense)

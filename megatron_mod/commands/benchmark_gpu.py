@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_mod.commands.command import command
-from megatron_mod.config.options import Options
+from megatron_mod.config.options import Options, option
 from megatron_mod.config.rules import InputFolder, OutputFile, Range, setting
 
 # The layer's name in tools/benchmark/routing.py, tokens of its sequence, and the model's cells.
@@ -33,7 +34,7 @@ class GpuBenchmark(Options):
         shape: the model's; tiny is for trying the command on a CPU.
         parts: what is measured, in this order.
         training_layers: layers of the model of training; each way has a copy of it.
-        memory_gb: what the card of the part memory has, of 1e9 bytes.
+        memory_gb: what the card of the part memory has, of 1e9 bytes; on a CPU nothing is limited.
         seconds: when no further part or cell is begun; parts share them as they need.
         folder: where models are written (the whole one takes 16 GB); unset: the temporary folder.
         json: the file.
@@ -48,6 +49,18 @@ class GpuBenchmark(Options):
     memory_gb: float = setting(Range(above=0), default=24.0)
     seconds: float = setting(Range(above=0), default=600.0)
     folder: str | None = setting(InputFolder(), default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.parts)) < len(self.parts):
+            raise ValueError(f"--parts {' '.join(self.parts)}: names one twice.")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, part in (("training_layers", "training"), ("memory_gb", "memory")):
+            if part not in self.parts and getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{option(name)} {getattr(self, name)}: would be ignored without the part "
+                    f"{part}; add it to --parts, or leave the option out."
+                )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -47,10 +47,10 @@ class TorchCoreAttention(MegatronModule):
         """Attend: query ``[S, B, heads, D]``, key and value ``[T, B, groups, D]`` (this tensor
         rank's part; streams have ``B = 1``) to ``[S, B, heads * D]``."""
         plan = self._plan(packed_seq_params, query)
-        if self._is_quick_among_keys(plan, query, key):
-            return self._among_keys(query, key, value, plan)
-        mask = None
-        q, k, v = plan.queries.pad(query), plan.keys.pad(key), plan.keys.pad(value)
+        k, v = plan.keys.pad(key), plan.keys.pad(value)
+        if self._is_quick_among_keys(plan, query, k):
+            return self._among_keys(query, k, v, plan)
+        q, mask = plan.queries.pad(query), None
         if (
             plan.queries is not plan.keys
             or plan.kept_keys is not None
@@ -61,7 +61,11 @@ class TorchCoreAttention(MegatronModule):
             if self.window not in plan.masks:
                 plan.masks[self.window] = self._mask(plan)
             mask = plan.masks[self.window]
-        if mask is not None and query.is_cuda:  # with a mask its kernels take no groups
+        return plan.queries.unpad(self._attend(q, k, v, mask)).flatten(2).contiguous()
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Of padded ``[D, S, heads, D']`` and ``[D, T, groups, D']``; causal without a mask."""
+        if mask is not None and q.is_cuda:  # with a mask a GPU's kernels take no groups
             k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
         context = F.scaled_dot_product_attention(
             *(t.transpose(1, 2) for t in (q, k, v)),
@@ -70,11 +74,11 @@ class TorchCoreAttention(MegatronModule):
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=q.shape[2] != k.shape[2],
         )
-        return plan.queries.unpad(context.transpose(1, 2)).flatten(2).contiguous()
+        return context.transpose(1, 2)
 
-    def _is_quick_among_keys(self, plan: AttentionPlan, query: Tensor, key: Tensor) -> bool:
-        """Whether chosen queries are better off at their places among all keys than with a mask:
-        GPUs have fast kernels for what is causal and none for masks."""
+    def _is_quick_among_keys(self, plan: AttentionPlan, query: Tensor, k: Tensor) -> bool:
+        """Whether chosen queries are better off at their places among all padded keys than with a
+        mask: GPUs have fast kernels for what is causal and none for masks."""
         return (
             query.is_cuda
             and isinstance(plan.queries, Segments)
@@ -82,22 +86,15 @@ class TorchCoreAttention(MegatronModule):
             and plan.kept_keys is None
             and self.window is None
             and self.context_group.size() == 1
-            and plan.queries.longest >= MASKED * len(key)
+            and plan.queries.longest >= MASKED * k.shape[1]
         )
 
-    def _among_keys(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
-        """``forward`` of a stream of queries, at whose places there are zeros elsewhere."""
-        k, v = plan.keys.pad(key), plan.keys.pad(value)
+    def _among_keys(self, query: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+        """``forward`` of a stream of queries, with zeros at the places of all others."""
         places = plan.queries.places(k.shape[1], plan.documents)
         grid = query.new_zeros(k.shape[0] * k.shape[1], *query.shape[2:])
         q = grid.index_copy(0, places, query.squeeze(1)).unflatten(0, k.shape[:2])
-        context = F.scaled_dot_product_attention(
-            *(t.transpose(1, 2) for t in (q, k, v)),
-            is_causal=True,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return context.transpose(1, 2).flatten(0, 1)[places].flatten(1).unsqueeze(1)
+        return self._attend(q, k, v, None).flatten(0, 1)[places].flatten(1).unsqueeze(1)
 
     def _plan(self, plan: AttentionPlan | TokenLayout | None, query: Tensor) -> AttentionPlan:
         if isinstance(plan, AttentionPlan):

@@ -48,3 +48,17 @@ def test_what_there_is_no_time_for_is_said(tmp_path):
         ["--json", str(report), "--shape", "tiny", "--parts", "memory", "--seconds", "1e-9"]
     )
     assert json.loads(report.read_text())["parts"]["memory"] == {"left_out": "no time was left"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--parts", "dense", "dense"], "names one twice"),
+        (["--parts", "dense", "--memory-gb", "8"], "--memory-gb 8.0: would be ignored"),
+        (["--parts", "dense", "--training-layers", "4"], "--training-layers 4: would be ignored"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit):
+        benchmark_gpu.main(["--json", str(tmp_path / "gpu.json"), *options])
+    assert message in capsys.readouterr().err

@@ -80,17 +80,8 @@ def tests(work: Path) -> Part:
     """All gpu tests, some files at a time where that is possible."""
     results = work / "results.jsonl"
     os.environ["MEGATRON_MOD_GPU_RESULTS"] = str(results)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "tests/gpu",
-        "-p",
-        "no:cacheprovider",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
+    command += ["-p", "no:cacheprovider"]
     command += ["--junitxml", str(work / "junit.xml"), "--show-capture=no"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(PROCESSES), "--dist", "loadfile"]

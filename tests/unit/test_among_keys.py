@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mod.model.architecture import Architecture
+from megatron_mod.benchmark.routing import SIZES, Setting, layer_of
 from megatron_mod.model.attention import TorchCoreAttention
-from megatron_mod.model.builder import transformer_config
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
-from megatron_mod.parallel.topology import process_groups
 from megatron_mod.routing.masks import TokenRole
 from megatron_mod.routing.selection import count_chosen, select
 from tests.helpers.exported import Exports
@@ -19,13 +17,8 @@ ROWS = {"rows": ((7,), (5,), (7,)), "packed": ((3, 4), (2, 3))}
 
 
 def core_attention() -> TorchCoreAttention:
-    arch = Architecture(
-        num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=4,
-        num_query_groups=2, kv_channels=4, vocab_size=16, max_sequence_length=16,
-        layernorm_epsilon=1e-5, rotary_base=1e4, tied_embeddings=True,
-    )  # fmt: skip
-    config = transformer_config(arch, dtype=torch.float32)
-    return TorchCoreAttention(config, 1, None, None, pg_collection=process_groups())
+    setting = Setting(1, LENGTH, 1, training=False, implementation="local", dtype=torch.float32)
+    return layer_of("tiny", None, setting)[0].self_attention.core_attention
 
 
 def layout_of(documents: tuple) -> TokenLayout:
@@ -56,7 +49,9 @@ def test_core_attention(single_process, monkeypatch, documents, skipped):
     found = []
     for among in (False, True):
         generator.manual_seed(4)
-        shapes = (len(selection.index), 1, 4, 4), *[(LENGTH, len(documents), 2, 4)] * 2
+        *_, heads, groups, channels = SIZES["tiny"]
+        keys = LENGTH, len(documents), groups, channels
+        shapes = (len(selection.index), 1, heads, channels), keys, keys
         inputs = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
         monkeypatch.setattr(core, "_is_quick_among_keys", lambda *_, among=among: among)
         output = core(*inputs, packed_seq_params=plan)
