@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mod.hf.thresholds_mod import border_at, threshold_at
@@ -126,6 +127,30 @@ class Timed:
         self.training = was
         return counter.get_total_flops()
 
+    @torch.no_grad()
+    def operations(self) -> int:
+        """That the host dispatches in a forward pass, views aside; what a model's layers share has
+        been made."""
+        was, self.training = self.training, False
+        self.run()
+        with _Operations() as counter:
+            self.run()
+        self.training = was
+        return counter.count
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aliases = [each.alias_info for each in func._schema.returns]
+        self.count += all(each is None or each.is_write for each in aliases)
+        return func(*args, **(kwargs or {}))
+
 
 def take_turns(layers: Sequence[Timed], repetitions: int) -> None:
     """Measure them all so many times, after two rounds that do not count."""
@@ -156,6 +181,7 @@ def compare(size: str, args: Setting) -> list[dict]:
         take_turns([dense, *routed], args.repetitions)
         time_dense, work_dense = statistics.median(dense.times), work_of(dense, size, args)
         times = [statistics.median(timed.times) for timed in routed]
+        dense_operations = dense.operations()
         meets = break_even([timed.capacity for timed in routed], times, time_dense)
         for timed, seconds in zip(routed, times, strict=True):
             ideal = 1 - work_of(timed, size, args) / work_dense
@@ -173,6 +199,8 @@ def compare(size: str, args: Setting) -> list[dict]:
                     if ideal > 0.01
                     else None,
                     "break_even_capacity": meets,
+                    "operations": timed.operations(),
+                    "dense_operations": dense_operations,
                 }
             )
             print(line(rows[-1]), flush=True)
@@ -212,6 +240,7 @@ def line(row: dict) -> str:
         f" {row['speedup']:.2f} | {row['ideal_speedup']:.2f} |"
         f" {'-' if share is None else f'{100 * share:.0f} %'} |"
         f" {'-' if meets is None else f'{meets:.2f}'} |"
+        f" {row['operations']} ({row['dense_operations']}) |"
     )
 
 
@@ -229,7 +258,10 @@ def measure(
     dtype = torch.bfloat16 if device.HAS_GPU else torch.float32
     setting = Setting(batch, length, repetitions, training, chosen, dtype)
     print(f"{device.describe()}, {chosen}, {dtype}, {torch.__version__}")
-    print("| size | scheme | capacity | dense ms | routed ms | speed-up | ideal | share | meets |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| size | scheme | capacity | dense ms | routed ms | speed-up | ideal | share | meets |"
+        " operations (dense) |"
+    )
+    print("| --- " * 10 + "|")
     with topology.single_process():
         return [row for size in sizes for row in compare(size, setting)]

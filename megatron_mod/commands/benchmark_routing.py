@@ -23,7 +23,8 @@ class RoutingBenchmark(Options):
     One layer, random weights and inputs; the dense layer and every capacity are timed in turn. Work
     is counted (FlopCounterMode over torch's plain attention), decisions are set to the capacity by
     moving the threshold. Break-even is the capacity at which a straight line through the routed
-    layer's times meets the dense time: above it routing costs more than it saves.
+    layer's times meets the dense time: above it routing costs more than it saves. Operations are
+    those that the host dispatches, views aside: what a small layer's time on a GPU is made of.
 
     Args:
         sizes: layers of SmolLM2 (`small`), Llama-3-8B (`large`), one between and a tiny one.

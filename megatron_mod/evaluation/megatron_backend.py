@@ -68,7 +68,7 @@ class MegatronBackend(Backend):
         is_copy = self.model.groups.tp.rank() > 0
         mine = {} if is_copy else self.model.routers()
         return {
-            place: torch.stack((router.kept, router.valid)).cpu()
+            place: router.by_expert.cpu()
             for place, router in mine.items()
             if isinstance(router, ExpertRouter)
         }
@@ -152,10 +152,8 @@ class MegatronBackend(Backend):
             for number, place in enumerate(self.places):
                 if place in routers:
                     noted = routers[place]
-                    for count, sums in zip(
-                        self._counts_by_rule(), (noted.kept, noted.valid, noted.agreed), strict=True
-                    ):
-                        count[number] += float(sums.sum())
+                    sums = torch.stack((noted.kept, noted.valid, noted.agreed))
+                    self._counts_by_rule()[:, number] += sums.cpu()
         return found
 
     def _from_last_stage(self, found: list[list[int]], count: int) -> list[int]:

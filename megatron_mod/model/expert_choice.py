@@ -53,7 +53,7 @@ class ExpertChoice:
         """Have the router take note of what was chosen, by what it read."""
         router: ExpertRouter = self.router
         made, sizes = layout.decisions[self._place], layout.sizes(self._window)
-        router.note(made, sizes[..., None])
+        router.note(made, sizes)
         if every := router.notes_every:
             places = layout.every(every, context_rank=self.pg_collection.cp.rank())
             tokens, valid = (grid.flatten(0, 1)[places] for grid in (normed, made.valid))

@@ -40,8 +40,6 @@ from megatron_mod.routing.selection import (
     Everything,
     Selection,
     StandInOf,
-    count_chosen,
-    select,
 )
 from megatron_mod.routing.stand_in import StandIn
 
@@ -318,32 +316,22 @@ class RoutedTransformerLayer(ExactChoice, ExpertChoice, NoopChoice, TransformerL
 
         ``known``: kept tokens, ``[targets][documents]``, where the host knows them.
         """
-        kept = list(choices.values())
-        counts = torch.stack(
-            [count_chosen(one, layout.document, layout.num_documents) for one in kept], 1
-        )
-        cp = self.pg_collection.cp
-        counts = counts[None]  # [ranks, documents, targets]
-        if cp.size() > 1:
-            counts = gather_from_sequence_parallel_region(counts, group=cp)
-        # The one host synchronisation, where there is any: shapes follow from it.
-        on_host = counts.tolist() if known is None else [list(zip(*known, strict=True))]
+        cp, made = self.pg_collection.cp, [layout.grid.choose(one) for one in choices.values()]
+        ranks = [known]
+        if known is None:
+            counts = torch.stack([one.counts for one in made])[None]
+            if cp.size() > 1:
+                counts = gather_from_sequence_parallel_region(counts, group=cp)
+            # The one host synchronisation, where there is any: shapes follow from it. What does
+            # not has been started before.
+            ranks = counts.tolist()
         found: dict[str, Selection | Everything] = {}
-        for number, (target, chosen) in enumerate(choices.items()):
+        for target, choice, counts in zip(choices, made, zip(*ranks, strict=True), strict=True):
             mine = factors.get(target)
-            host_counts = [[each[number] for each in rank] for rank in on_host]
-            if min(map(sum, host_counts)) == chosen.numel():
+            if min(map(sum, counts)) == layout.valid.numel():
                 found[target] = Everything(mine)
-                continue
-            found[target] = select(
-                chosen,
-                layout.document,
-                layout.positions,
-                counts[..., number],
-                host_counts,
-                rank=cp.rank(),
-                mask=mine,
-            )
+            else:
+                found[target] = choice.selection(counts, rank=cp.rank(), mask=mine)
         return found
 
     def _decide_tokens(self, place: Place, normed: Tensor, layout: TokenLayout) -> Tensor:
@@ -362,15 +350,11 @@ class RoutedTransformerLayer(ExactChoice, ExpertChoice, NoopChoice, TransformerL
         router = self._own(self.router, place.target)
         pooled = layout.pooled(self.routing.pooling)
         total = layout.pool(router(normed), pooled)
-        # In float64, which holds the pairs of the longest documents.
-        counted = (pooled, *layout.sizes(self._window))
-        counts = torch.stack([layout.pool(each.double(), layout.valid) for each in counted])
         cp = self.pg_collection.cp
         if cp.size() > 1:
             total = reduce_from_tensor_model_parallel_region(total, group=cp)
-            counts = reduce_from_tensor_model_parallel_region(counts, group=cp)
-        of, sizes = counts[0].clamp(min=1).to(total.dtype), counts[1:]
-        is_valid = sizes[0] > 0
+        of, sizes = layout.document_sizes(self.routing.pooling, self._window, group=cp)
+        of, is_valid = of.to(total.dtype), sizes[0] > 0
         mask = self._decide(place, total / of, is_valid, sizes, layout)
         if every := router.notes_every:
             read = layout.pool(normed.detach().float(), pooled[..., None])
@@ -421,7 +405,7 @@ class RoutedTransformerLayer(ExactChoice, ExpertChoice, NoopChoice, TransformerL
         rotary_pos_emb: Tensor | None,
     ) -> Tensor:
         """The attention's update of the chosen tokens, a grid ``[S, B, H]`` or a stream."""
-        if isinstance(chosen, Selection) and not chosen.segments.num_documents:
+        if isinstance(chosen, Selection) and not chosen.segments.lengths:
             return normed.new_zeros(0, 1, normed.shape[-1])
         everyone = self.routing.keys_values == "all" or isinstance(chosen, Everything)
         if rotary_pos_emb is not None and (layout.packed or isinstance(chosen, Selection)):

@@ -8,13 +8,15 @@ from functools import cached_property
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_mod.data.batch import MicroBatch
 from megatron_mod.routing.decision import Decisions
 from megatron_mod.routing.masks import TokenRole, pooled_tokens, valid_tokens
 from megatron_mod.routing.scheme import Place
-from megatron_mod.routing.selection import Rows, Segments, Selection, select
+from megatron_mod.routing.selection import Grid, Rows, Segments, Selection
 
 
 @dataclass
@@ -130,6 +132,7 @@ class TokenLayout(PackedSeqParams):
         self.decisions: dict[Place, Decisions] = {}
         self._pooled: dict[str, Tensor] = {}
         self._sizes: dict[int | None, Tensor] = {}
+        self._document_sizes: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
         self._rotary: tuple[Tensor, Tensor] | None = None  # of a table, all layers' alike
 
     @classmethod
@@ -183,13 +186,32 @@ class TokenLayout(PackedSeqParams):
         return valid_tokens(self.roles).t()
 
     def sizes(self, window: int | None) -> Tensor:
-        """Of each token whether it is one and how many keys its query sees, its own included and
-        at most ``window``: int64 ``[2, S, B]``, zeros at padding."""
+        """Of each token as a unit its ``costs.SIZES``: twice whether it is one, and how many keys
+        its query sees, its own included and at most ``window``; fp64 ``[3, S, B]``."""
         if window not in self._sizes:
             seen = self.position_ids.t() + 1
             seen = seen if window is None else seen.clamp(max=window)
-            self._sizes[window] = torch.stack((self.valid.long(), seen * self.valid))
+            sizes = torch.stack((self.valid, self.valid, seen * self.valid))
+            self._sizes[window] = sizes.double()  # which holds the pairs of the longest documents
         return self._sizes[window]
+
+    def document_sizes(
+        self, pooling: str, window: int | None, *, group: ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
+        """How many tokens of each document are pooled, at least 1, and of each as a unit its
+        ``costs.SIZES``: fp64 ``[D]`` and ``[3, D]``, of what the context-parallel ``group`` holds
+        of them together; called by all of it."""
+        key = pooling, window
+        if key not in self._document_sizes:
+            _, tokens, pairs = self.sizes(window)
+            counted = (self.pooled(pooling).double(), tokens, pairs)
+            counts = torch.stack([self.pool(each, self.valid) for each in counted])
+            if group.size() > 1:
+                counts = reduce_from_tensor_model_parallel_region(counts, group=group)
+            pooled, tokens, pairs = counts
+            sizes = torch.stack(((tokens > 0).double(), tokens, pairs))
+            self._document_sizes[key] = pooled.clamp(min=1), sizes
+        return self._document_sizes[key]
 
     def pooled(self, pooling: str) -> Tensor:
         """bool ``[S, B]``: the tokens a sequence router averages over."""
@@ -226,14 +248,21 @@ class TokenLayout(PackedSeqParams):
         return self._rotary[1]
 
     @cached_property
+    def grid(self) -> Grid:
+        """Its tokens, to choose from."""
+        return Grid.of(
+            self.document,
+            self.positions,
+            num_documents=self.num_documents,
+            are_rows=not self.packed,
+        )
+
+    @cached_property
     def tokens(self) -> Rows | GridSegments:
         """How a grid of all tokens is padded by document."""
         if not self.packed:
             return Rows(self.position_ids)
-        lengths = [length for row in self.documents for length in row]
-        counts = torch.zeros(1, len(lengths), dtype=torch.int64, device=self.roles.device)
-        counts[0].scatter_add_(0, self.document.flatten(), self.valid.flatten().long())
-        whole = select(self.valid, self.document, self.position_ids.t(), counts, [lengths])
+        whole = self.grid.choose(self.valid).selection([self.lengths])
         return GridSegments(whole, self.valid.shape)
 
     @cached_property

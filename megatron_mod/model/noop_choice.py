@@ -41,4 +41,4 @@ class NoopChoice:
         """Have the gate's no-ops take note of what was chosen."""
         assert self.noop_gate is not None
         made = layout.decisions[Place(self.index, EXPERT)]
-        self.noop_gate.note(made, layout.sizes(self._window)[..., None])
+        self.noop_gate.note(made, layout.sizes(self._window))

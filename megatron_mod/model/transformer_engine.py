@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
-import torch.nn.functional as F
 import transformer_engine.pytorch  # noqa: F401  (fails here, with its own reason, if it cannot work)
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
@@ -116,7 +117,8 @@ def _sees_all(plan: AttentionPlan) -> bool:
 
 def _packed(segments: Segments) -> PackedSeqParams:
     """Megatron's description of a stream of documents."""
-    ends = F.pad(segments.lengths.cumsum(0), (1, 0)).to(torch.int32)
+    ends = torch.tensor([0, *accumulate(segments.lengths)], dtype=torch.int32)
+    ends = ends.to(segments.positions.device, non_blocking=True)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=ends,

@@ -14,8 +14,7 @@ class NoopGate(ExpertRouter):
     integrated Mixture-of-Depths-and-Experts).
 
     It decides nothing itself: a pair of a token and an expert is a unit, and kept unless the expert
-    is one that returns nothing. ``kept`` and ``valid`` count each expert's pairs, those of the
-    model's own first.
+    is one that returns nothing. ``by_expert`` has the model's own first.
     """
 
     def __init__(
@@ -30,9 +29,7 @@ class NoopGate(ExpertRouter):
         """``num_experts``: that compute something; ``top_k``: of both kinds, that a token is sent
         to."""
         super().__init__(hidden_size, num_noops, top_k, device=device)
-        for name in ("kept", "valid"):
-            counts = torch.zeros(num_experts + num_noops, dtype=torch.float32, device=device)
-            setattr(self, name, counts)
+        self._count_by(num_experts + num_noops, device)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits ``[..., num_noops]`` of hidden states ``[..., H]``, in their dtype, as a gate's

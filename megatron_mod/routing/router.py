@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mod.routing.config import KNOTS
+from megatron_mod.routing.costs import SIZES
 from megatron_mod.routing.decision import Decisions
 
 # Shapes of what a router notes.
-_SUMS: dict[str, tuple[int, ...]] = {
-    "kept": (), "valid": (), "pull": (2,), "agreed": (), "causal_loss": ()
-}  # fmt: skip
+_SUMS: dict[str, tuple[int, ...]] = {"pull": (2,), "agreed": (), "causal_loss": ()}
 NOTED = 8192  # units of a layer and a global batch, about, whose inputs a training keeps
 
 
@@ -25,11 +24,11 @@ class Router(nn.Module):
     Zeros put every logit exactly on the border of threshold 0.5, so an untrained
     router keeps everything and the model is exactly the dense one.
 
-    What it has decided since ``reset`` it notes on the device, unsaved: how many units it ``kept``
-    of how many ``valid`` ones; ``sizes``, the tokens and pairs (``costs.SIZES``) of the kept ones
-    and of all; ``pull`` is what ``decision.keep_mask`` adds up; with an exact selection, on how
-    many tokens the causal rule ``agreed`` and what its ``causal_loss`` adds up to; and what every
-    ``notes_every``-th unit was decided on (0: of none).
+    What it has decided since ``reset`` it notes on the device, unsaved: ``sizes``, fp64
+    ``[2, 3]``, units, tokens and pairs (``costs.SIZES``) of what it kept and of all; ``pull`` is
+    what ``decision.keep_mask`` adds up; with an exact selection, on how many tokens the causal
+    rule ``agreed`` and what its ``causal_loss`` adds up to; and what every ``notes_every``-th unit
+    was decided on (0: of none).
     """
 
     def __init__(
@@ -56,10 +55,10 @@ class Router(nn.Module):
             self.borders = nn.Parameter(torch.zeros(KNOTS, **settings))
         for name, size in _SUMS.items():
             self.register_buffer(name, torch.zeros(size, **settings), persistent=False)
-        exact = torch.zeros(2, 2, dtype=torch.float64, device=device)
+        exact = torch.zeros(2, len(SIZES), dtype=torch.float64, device=device)
         self.register_buffer("sizes", exact, persistent=False)
         self.notes_every = 0
-        # Inputs [N, H], which of them are units, and tokens and pairs of each [2, N].
+        # Inputs [N, H], which of them are units, and what each counts [3, N].
         self.noted: list[tuple[Tensor, ...]] = []
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -80,18 +79,29 @@ class Router(nn.Module):
             bias = bias + torch.lerp(borders[first], borders[first + 1], at - first)
         return nn.functional.linear(hidden_states.float(), weight, bias)
 
+    @property
+    def kept(self) -> Tensor:
+        """Units that were kept, a scalar."""
+        return self.sizes[0, 0]
+
+    @property
+    def valid(self) -> Tensor:
+        """Units that were decided on, a scalar."""
+        return self.sizes[1, 0]
+
+    @torch.no_grad()
     def note(self, made: Decisions, sizes: Tensor) -> None:
-        """Take note of a micro-batch's decisions; ``sizes``: tokens and pairs of its units,
-        ``[2, ...]``."""
-        kept = made.mask.detach().bool() & made.valid
-        self.kept += kept.long().sum_to_size(self.kept.shape)
-        self.valid += made.valid.long().sum_to_size(self.valid.shape)
-        for which, sums in zip((kept, made.valid), self.sizes, strict=True):
-            sums += (sizes * which).flatten(1).sum(1)
+        """Take note of a micro-batch's decisions; ``sizes``: of each of its units, or where a token
+        is several of each token, fp64 ``[3, ...]``."""
+        self._add(torch.stack((made.mask.bool(), made.valid)), sizes)
+
+    def _add(self, which: Tensor, sizes: Tensor) -> None:
+        """Of units ``[2, ...]`` the kept ones and all."""
+        self.sizes += (which[:, None] * sizes).flatten(2).sum(-1)
 
     def note_inputs(self, inputs: Tensor, valid: Tensor, sizes: Tensor) -> None:
         """Keep what units ``[N, H]`` were decided on, those of them that are ``valid`` ``[N]``
-        ones; ``sizes``: tokens and pairs of each, ``[2, N]``."""
+        ones; ``sizes``: of each, fp64 ``[3, N]``."""
         # What lies between the units that are kept must not stay with them.
         self.noted.append((inputs.detach().contiguous(), valid, sizes))
 
@@ -111,15 +121,12 @@ class Router(nn.Module):
 
     def noted_sizes(self) -> Tensor:
         """Units, tokens and pairs of what is noted (``costs.SIZES``), fp64 ``[N, 3]``."""
-        found = [
-            torch.cat((valid[None], sizes)).double().flatten(1)
-            for _, valid, sizes, *_ in self.noted
-        ]
-        return torch.cat(found, 1).t() if found else self.sizes.new_empty(0, 3)
+        found = [(sizes * valid).flatten(1) for _, valid, sizes, *_ in self.noted]
+        return torch.cat(found, 1).t() if found else self.sizes.new_empty(0, len(SIZES))
 
     def reset(self, *, notes_every: int = 0) -> None:
         """Forget what was noted; ``notes_every``: of how many units one's inputs are to be kept
         from now on; 0: none."""
-        for name in (*_SUMS, "sizes"):
-            getattr(self, name).zero_()
+        for notes in self.buffers():
+            notes.zero_()
         self.notes_every, self.noted = notes_every, []

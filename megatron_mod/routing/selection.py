@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, Union
 
@@ -37,14 +37,13 @@ class Segments:
     """A stream of tokens ``[N, 1, ...]``, document after document, and its form padded to the
     longest document, ``[D, L, ...]``.
 
-    ``slots`` is the place of each token in the flattened ``[D * L]`` (``None``: all documents are
-    ``L`` long), ``positions`` its position in its document; int64 ``[N]``. ``lengths``: tokens of
-    each document, int64 ``[D]``.
+    ``lengths``: tokens of each document. ``slots`` is the place of each token in the flattened
+    ``[D * L]`` (``None``: all documents are ``L`` long), ``positions`` its position in its
+    document; int64 ``[N]``.
     """
 
-    num_documents: int
     longest: int
-    lengths: Tensor
+    lengths: Sequence[int]
     slots: Tensor | None
     positions: Tensor
 
@@ -69,10 +68,10 @@ class Segments:
         return (number if documents is None else documents[number]) * length + self.positions
 
     def _spread(self, stream: Tensor, fill: int) -> Tensor:
-        shape = (self.num_documents, self.longest, *stream.shape[1:])
+        shape = (len(self.lengths), self.longest, *stream.shape[1:])
         if self.slots is None:
             return stream.reshape(shape)
-        flat = stream.new_full((self.num_documents * self.longest, *stream.shape[1:]), fill)
+        flat = stream.new_full((len(self.lengths) * self.longest, *stream.shape[1:]), fill)
         return flat.index_copy(0, self.slots, stream).view(shape)
 
 
@@ -102,12 +101,13 @@ class Selection:
     """The chosen tokens of a grid ``[S, B, ...]`` as a stream ``[N, 1, ...]``.
 
     ``index``: their places in the flattened ``[S * B]``, ordered by document, then position;
-    ``documents``: the documents that have any, among those of the batch, int64 ``[D]``;
-    ``mask``: ``[S, B]``, multiplies what is added (``None``: ones).
+    ``others``: those of the rest; ``documents``: the documents that have any, int64 ``[D]``
+    (``None``: all of the batch); ``mask``: ``[S, B]``, multiplies what is added (``None``: ones).
     """
 
     index: Tensor
-    documents: Tensor
+    others: Tensor
+    documents: Tensor | None
     segments: Segments
     mask: Tensor | None = None
 
@@ -119,12 +119,9 @@ class Selection:
         zeros = stream.new_zeros(shape[0] * shape[1], *stream.shape[2:])
         return zeros.index_copy(0, self.index, stream.squeeze(1)).view(*shape, *stream.shape[2:])
 
-    def rest(self, count: int) -> Selection:
-        """The tokens that are not chosen of a grid of ``count``, of which only ``take`` is
-        known."""
-        chosen = torch.zeros(count, dtype=torch.bool, device=self.index.device)
-        chosen.index_fill_(0, self.index, True)
-        return replace(self, index=_indices(~chosen, count - len(self.index)), mask=None)
+    def rest(self) -> Selection:
+        """The tokens that are not chosen, of which only ``take`` is known."""
+        return replace(self, index=self.others, others=self.index, mask=None)
 
     def add(self, grid: Tensor, update: Tensor, instead: StandInOf | None = None) -> Tensor:
         """``grid`` ``[S, B, H]`` with ``mask * update`` and ``(1 - mask) * instead`` added at the
@@ -139,7 +136,7 @@ class Selection:
                 update = other + (update - other) * mask
         flat = flat.index_add(0, self.index, update.squeeze(1))
         if instead is not None:
-            rest = self.rest(len(flat))
+            rest = self.rest()
             flat = flat.index_add(0, rest.index, instead(rest).squeeze(1))
         return flat.view_as(grid)
 
@@ -150,54 +147,88 @@ def count_chosen(chosen: Tensor, document: Tensor, num_documents: int) -> Tensor
     return counts.scatter_add_(0, document.flatten(), chosen.flatten().long())
 
 
-def select(
-    chosen: Tensor,
-    document: Tensor,
-    positions: Tensor,
-    counts: Tensor,
-    host_counts: list[list[int]],
-    *,
-    rank: int = 0,
-    mask: Tensor | None = None,
-) -> Selection:
-    """Turn the choice of tokens into a ``Selection``, without asking the device for anything.
+@dataclass(frozen=True)
+class Grid:
+    """All tokens ``[S, B]`` of a micro-batch, to choose from.
 
-    Context-parallel ranks hold parts of the same documents; the padded forms of all of them
-    have the same shape, so that keys can be gathered.
-
-    Args:
-        chosen: bool ``[S, B]``.
-        document: of each token, int64 ``[S, B]``, ascending along each row and from row to row.
-        positions: of each token in its document, int64 ``[S, B]``.
-        counts: chosen tokens per document on each context-parallel rank, ``[ranks, documents]``.
-        host_counts: the same numbers on the host, which shapes need.
-        rank: this rank's row of ``counts``.
+    ``table``: int64 ``[3, B * S]``, row by row, which is document by document: their places in the
+    flattened ``[S * B]``, the documents they belong to, and their positions in these.
+    ``document``: int64 ``[S, B]``. ``are_rows``: that a row is a document.
     """
-    rows, columns = chosen.shape[1], chosen.shape[0]
-    num_chosen = sum(host_counts[rank])
-    totals = [sum(per_rank) for per_rank in zip(*host_counts, strict=True)]
-    num_documents = sum(total > 0 for total in totals)
-    longest = max(max(per_rank) for per_rank in host_counts)
-    by_row = _indices(chosen.t().flatten(), num_chosen)
-    row, column = by_row // columns, by_row % columns
-    documents = _indices(counts.sum(0) > 0, num_documents)
-    even = all(n == longest for n, total in zip(host_counts[rank], totals, strict=True) if total)
-    slots = None
-    if not even:
-        of_token = document.t().flatten()[by_row]
-        dense_number = (counts.sum(0) > 0).cumsum(0) - 1
-        first = counts[rank].cumsum(0) - counts[rank]
-        within = torch.arange(num_chosen, device=chosen.device) - first[of_token]
-        slots = dense_number[of_token] * longest + within
-    segments = Segments(
-        num_documents, longest, counts[rank][documents], slots, positions.t().flatten()[by_row]
-    )
-    return Selection(column * rows + row, documents, segments, mask)
+
+    table: Tensor
+    document: Tensor
+    num_documents: int
+    are_rows: bool
+
+    @classmethod
+    def of(cls, document: Tensor, positions: Tensor, *, num_documents: int, are_rows: bool) -> Grid:
+        """``document``, ascending along each row and from row to row, and ``positions`` of each
+        token in its document: int64 ``[S, B]``."""
+        places = torch.arange(document.numel(), device=document.device).view_as(document)
+        table = torch.stack([each.t().flatten() for each in (places, document, positions)])
+        return cls(table, document, num_documents, are_rows)
+
+    def choose(self, chosen: Tensor) -> Choice:
+        """All that follows from a choice, bool ``[S, B]``, before anyone is told its number."""
+        if self.are_rows:
+            counts = chosen.sum(0)
+        else:
+            counts = count_chosen(chosen, self.document, self.num_documents)
+        order = chosen_first(chosen.t().flatten())
+        return Choice(counts, self.table.index_select(1, order))
 
 
-def _indices(flags: Tensor, count: int) -> Tensor:
-    """Where the ``count`` true entries of bool ``[n]`` are: ``nonzero`` of a size already known."""
-    places = torch.where(flags, flags.cumsum(0) - 1, count)
-    out = torch.zeros(count + 1, dtype=torch.int64, device=flags.device)
-    out.scatter_(0, places, torch.arange(len(flags), device=flags.device))
-    return out[:count]
+@dataclass(frozen=True)
+class Choice:
+    """Chosen tokens of which the host does not know how many there are.
+
+    ``counts``: of each document, int64 ``[D]``; ``table``: a ``Grid``'s with the chosen ones in
+    front.
+    """
+
+    counts: Tensor
+    table: Tensor
+
+    def selection(
+        self, counts: list[list[int]], *, rank: int = 0, mask: Tensor | None = None
+    ) -> Selection:
+        """The chosen tokens, without asking the device for anything.
+
+        Context-parallel ranks hold parts of the same documents; the padded forms of all of them
+        have the same shape, so that keys can be gathered.
+
+        Args:
+            counts: ``Choice.counts`` on the host, of each context-parallel rank.
+            rank: this rank's place in them.
+        """
+        count = sum(counts[rank])
+        places, owners, positions = self.table
+        index, others = places[:count], places[count:]
+        owners, positions = owners[:count], positions[:count]
+        chosen = [number for number, each in enumerate(zip(*counts, strict=True)) if any(each)]
+        lengths = [counts[rank][number] for number in chosen]
+        longest = max(map(max, counts))
+        slots = None
+        if any(length != longest for length in lengths):
+            padding, ahead = [0] * len(counts[rank]), 0  # before each document
+            for number, length in zip(chosen, lengths, strict=True):
+                padding[number] = ahead
+                ahead += longest - length
+            slots = torch.arange(len(owners), device=owners.device) + _on(owners, padding)[owners]
+        documents = None if len(chosen) == len(counts[rank]) else _on(owners, chosen)
+        segments = Segments(longest, lengths, slots, positions)
+        return Selection(index, others, documents, segments, mask)
+
+
+def chosen_first(flags: Tensor) -> Tensor:
+    """Places of the true entries of bool ``[n]`` in order, and then of the others, int64 ``[n]``;
+    unlike ``nonzero`` without waiting for their number."""
+    places, chosen = torch.arange(len(flags), device=flags.device), flags.cumsum(0)
+    slots = torch.where(flags, chosen - 1, places - chosen + chosen[-1])
+    return torch.empty_like(places).scatter_(0, slots, places)
+
+
+def _on(like: Tensor, numbers: list[int]) -> Tensor:
+    """int64, on a tensor's device."""
+    return torch.tensor(numbers, dtype=torch.int64).to(like.device, non_blocking=True)

@@ -134,10 +134,8 @@ def _reduce(
         routers = model.routers()
         for number, place in enumerate(routing.places):
             if router := routers.get(place):
-                units = torch.stack((router.kept.sum(), router.valid.sum()))[:, None]
-                sizes = torch.cat((units, router.sizes), 1)
                 causal = torch.stack((router.agreed, router.causal_loss))
-                noted[number] = torch.cat((sizes.flatten(), router.pull, causal))
+                noted[number] = torch.cat((router.sizes.flatten(), router.pull, causal))
     totals = torch.cat((losses, balance, noted.flatten()))
     dist.all_reduce(totals)
     balance, noted = totals[2:4], totals[4:].view_as(noted)

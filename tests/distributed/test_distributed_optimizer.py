@@ -85,6 +85,7 @@ def test_ranks_with_several_routers_go_on_to_the_last_bit(trainer, tmp_path):
     require_close(alone, whole)
 
 
+@pytest.mark.slow
 def test_ranks_that_own_nothing_save_and_go_on(trainer, tmp_path):
     """A pipeline stage without routers, and shards of the data ranks that are padding alone."""
     stage, one = tmp_path / "stage", tmp_path / "one"

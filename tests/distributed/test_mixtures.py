@@ -164,6 +164,7 @@ def test_ranks_with_nothing_left_to_read_wait_for_the_others(tmp_path, single_pr
                 assert found[2] == capacity
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_at_another_degree(tmp_path, single_process):
     """With all that a training does before its first step, and with what it computes once."""
     trainer = Trainer(tmp_path / "model", kind="mixtral", **tiny.MIXTURES["mixtral"][1])

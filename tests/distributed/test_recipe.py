@@ -107,6 +107,7 @@ def runs(trainer, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ELSEWHERE, "sequences-data", "sequences-elsewhere"])
 def test_a_whole_training_is_the_same_elsewhere(runs, name):
     require_same(runs / name, runs / name.partition("-")[0])
@@ -135,6 +136,7 @@ def require_same(run: Path, one: Path) -> None:
         assert prices[1][0]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_last_bit(runs):
     whole, again = runs / "sequences-data", runs / "sequences-again"
     assert metrics(again) == metrics(whole)
@@ -145,6 +147,7 @@ def test_a_run_goes_on_to_the_last_bit(runs):
         assert all(torch.equal(tensors[key], wanted[key]) for key in tensors), step
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_kept_once(runs):
     """Fixed stand-ins neither have moments nor an average, nor do they change."""
     first, last = (state(runs / "tokens", step)[0] for step in (1, STEPS))

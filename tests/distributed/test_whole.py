@@ -153,6 +153,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_at_another_topology(trainer, tmp_path):
     """From the same start to the same end, to rounding, wherever it goes on; in bfloat16 with fp32
     main parameters to the bit where it was."""

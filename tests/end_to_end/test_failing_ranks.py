@@ -23,6 +23,7 @@ def test_a_bug_in_one_rank_ends_all_with_one_traceback(tmp_path):
     assert heard.strip() == ""
 
 
+@pytest.mark.slow
 def test_nobody_fails_where_all_leave_in_peace(tmp_path):
     """The store goes with the first rank, while the others' threads may still ask it."""
     trainer = Trainer(tmp_path)

@@ -8,6 +8,7 @@ from tests.helpers.jobs import Job, wait_for_step
 from tests.helpers.runs import Trainer, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_process")
 def test_after_kill_9_of_torchrun_the_same_command_goes_on(tmp_path):
     trainer = Trainer(tmp_path)

@@ -162,6 +162,7 @@ def test_ctrl_c_saves_though_it_ends_the_reader_of_the_output_too(trainer, tmp_p
     assert metrics(run)[-1]["step"] == int((run / "latest").read_text()[5:])
 
 
+@pytest.mark.slow
 def test_the_end_of_torchrun_loses_no_step_either(trainer, tmp_path):
     """SIGUSR1, which SLURM sends to every process of a job, ends torchrun at once."""
     run = tmp_path / "run"

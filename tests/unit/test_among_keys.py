@@ -9,7 +9,6 @@ from megatron_mod.benchmark.routing import SIZES, Setting, layer_of
 from megatron_mod.model.attention import TorchCoreAttention
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
 from megatron_mod.routing.masks import TokenRole
-from megatron_mod.routing.selection import count_chosen, select
 from tests.helpers.exported import Exports
 
 LENGTH = 7
@@ -41,8 +40,8 @@ def test_core_attention(single_process, monkeypatch, documents, skipped):
     chosen = (torch.rand(LENGTH, len(documents), generator=generator) < 0.6) & layout.valid
     if skipped is not None:
         chosen &= layout.document != skipped
-    counts = count_chosen(chosen, layout.document, layout.num_documents)[None]
-    selection = select(chosen, layout.document, layout.positions, counts, counts.tolist())
+    choice = layout.grid.choose(chosen)
+    selection = choice.selection([choice.counts.tolist()])
     plan = AttentionPlan(
         queries=selection.segments, keys=layout.tokens, documents=selection.documents
     )

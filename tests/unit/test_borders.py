@@ -30,7 +30,7 @@ def test_biases_follow_the_routers_as_they_are_after_a_step(single_process, scop
     for place, router in routers.items():
         padding = torch.full((50, HIDDEN), 100.0)
         valid = torch.arange(250) < 200
-        sizes = torch.ones(2, 250, dtype=torch.int64)
+        sizes = torch.ones(3, 250, dtype=torch.float64)
         router.note_inputs(torch.cat((inputs[place], padding)), valid, sizes)
     for router in routers.values():
         router.weight.data += torch.randn(1, HIDDEN)

@@ -61,10 +61,17 @@ CASES = {
 @pytest.mark.parametrize(
     ("changes", "lr"),
     [
-        ("auto", 1e-5), ("auto", 1e-3), ("auto", 1e-1), ("heavy", 1e-5), ("heavy", 1e-1),
-        ("light_by_layer", 1e-1), ("distilled", 1e-5), ("zeros", 1e-3), ("zeros", 1e-1),
+        ("auto", 1e-5),
+        pytest.param("auto", 1e-3, marks=pytest.mark.slow),
+        ("auto", 1e-1),
+        pytest.param("heavy", 1e-5, marks=pytest.mark.slow),
+        ("heavy", 1e-1),
+        ("light_by_layer", 1e-1),
+        pytest.param("distilled", 1e-5, marks=pytest.mark.slow),
+        pytest.param("zeros", 1e-3, marks=pytest.mark.slow),
+        ("zeros", 1e-1),
     ],
-)  # fmt: skip
+)
 def test_tokens_end_at_the_capacity_that_is_asked_for(trainer, tmp_path, changes, lr):
     changes = CASES[changes]
     steps, found = train(trainer, tmp_path / "run", optimizer__lr=lr, **changes)
@@ -105,7 +112,7 @@ def test_however_short_the_way_is(trainer, tmp_path, changes):
         assert fmean(found) == pytest.approx(wanted, abs=0.05)
 
 
-@pytest.mark.parametrize("lr", [1e-3, 1e-1])
+@pytest.mark.parametrize("lr", [pytest.param(1e-3, marks=pytest.mark.slow), 1e-1])
 @pytest.mark.parametrize("changes", [{}, LAYER], ids=["model", "layer"])
 def test_every_step_keeps_about_its_target(trainer, tmp_path, changes, lr):
     steps, _ = train(trainer, tmp_path / "run", optimizer__lr=lr, **changes)

@@ -43,7 +43,13 @@ def train(trainer, run, **changes) -> tuple[list[float], list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("scope", "lr"), [("model", 1e-5), ("model", 1e-1), ("layer", 1e-3), ("layer", 1e-1)]
+    ("scope", "lr"),
+    [
+        pytest.param("model", 1e-5, marks=pytest.mark.slow),
+        pytest.param("model", 1e-1, marks=pytest.mark.slow),
+        pytest.param("layer", 1e-3, marks=pytest.mark.slow),
+        ("layer", 1e-1),
+    ],
 )
 def test_the_capacity_that_is_asked_for_is_reached_at_any_learning_rate(
     trainer, tmp_path, scope, lr
@@ -89,10 +95,10 @@ def test_each_experts_pairs_are_counted_and_noted():
     valid[-1] = False  # padding
     logits = router(inputs)
     mask = ((logits >= 0) & valid).float()
-    sizes = torch.ones(2, 5, 3, dtype=torch.long)
-    router.note(Decisions(logits, mask, valid), sizes[..., None])
-    assert router.kept.tolist() == mask.sum((0, 1)).tolist()
-    assert router.valid.tolist() == valid.sum((0, 1)).tolist()
+    sizes = torch.ones(3, 5, 3, dtype=torch.float64)
+    router.note(Decisions(logits, mask, valid), sizes)
+    assert router.by_expert.tolist() == [each.sum((0, 1)).tolist() for each in (mask, valid)]
+    assert router.sizes.tolist() == [[float(each.sum())] * 3 for each in (mask, valid)]
     router.note_inputs(inputs.flatten(0, 1), valid.flatten(0, 1), sizes.flatten(1))
     scores = router.scores()
     assert sorted(scores[scores.isfinite()].tolist()) == sorted(logits[valid].tolist())

@@ -98,6 +98,7 @@ def test_sizes_are_refused_that_no_model_has():
             ModelSize.parse(text)
 
 
+@pytest.mark.slow
 def test_mixtures_of_depths_and_experts_beside_mixtures(single_process, tmp_path, monkeypatch):
     """A token's experts cost what an MLP does; of the routed layer's half is left."""
     monkeypatch.setattr(isoflop_text, "python_text", lambda: TEXT)

@@ -120,6 +120,7 @@ def test_only_the_published_way_goes_back_to_the_embeddings(trainer, tmp_path):
     assert all(not torch.equal(v, before[k]) for k, v in full.model.named_parameters())
 
 
+@pytest.mark.slow
 def test_the_command_as_a_user_runs_it(trainer, tmp_path, monkeypatch, capfd):
     report = tmp_path / "report.json"
     words = [
@@ -142,6 +143,7 @@ def test_the_command_as_a_user_runs_it(trainer, tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().out.splitlines()[-1].startswith("| recompute |")
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_way_ends_with_its_one_message(trainer, tmp_path, monkeypatch, capfd):
     data = tmp_path / "data.jsonl"
     data.write_text('{"nothing": "of use"}\n')

@@ -83,7 +83,10 @@ def counted_work(run: Path, data: Path) -> tuple[float, list[float]]:
             "router__keys_values": "selected",
             "router__work": 0.6,
         },
-        {"router__granularity": "block_sequence", "router__training_compute": "sparse"},
+        pytest.param(
+            {"router__granularity": "block_sequence", "router__training_compute": "sparse"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["apart", "sequence"],
 )
@@ -282,6 +285,7 @@ def test_a_budget_that_cannot_be_met_says_what_the_least_is(trainer, tmp_path):
     assert fmean(plan.routing.capacity) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", [0.8, "[0.6, 0.95]"])
 def test_adapters_train_on_routers_that_hold_a_budget(trainer, tmp_path, work):
     """These stay as they are, at whatever share of the work they leave on the text."""
