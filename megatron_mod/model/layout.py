@@ -243,7 +243,8 @@ class TokenLayout(PackedSeqParams):
             if self.packed:
                 angles = table[self.position_ids.t(), 0]
             else:
-                angles = table[:length].expand(length, rows, *table.shape[2:])
+                # As a copy, which else every layer makes to take tokens from it.
+                angles = table[:length].expand(length, rows, *table.shape[2:]).contiguous()
             self._rotary = table, angles
         return self._rotary[1]
 

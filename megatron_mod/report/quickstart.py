@@ -26,9 +26,11 @@ from megatron_mod.evaluation.work import Work
 from megatron_mod.parallel import topology
 from megatron_mod.routing.scheme import Scheme
 
-CONTEXT = 1000  # tokens of a prompt whose prefill and decode are timed, if the model has room
-PROMPTS = 3
-PREFILLS = 4  # of each, by each model
+# Tokens of a prompt whose prefill and decode are timed, if the model has room: no longer than what
+# the routers were trained on, for of the places beyond they keep more.
+CONTEXT = 256
+PROMPTS = 6
+PREFILLS = 8  # of each, by each model
 
 
 def build_report(
