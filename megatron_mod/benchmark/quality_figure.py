@@ -25,13 +25,13 @@ def draw(found: dict) -> Figure:
     ``found``: what ``quality.compare`` returns.
     """
     texts = list(found["dense"])
-    figure = Figure(figsize=(5.5 * len(texts), 4.5), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(texts), 5.5), layout="constrained")
     panels = figure.subplots(1, len(texts), squeeze=False)[0]
     for axes, text in zip(panels, texts, strict=True):
         _panel(axes, found, text)
     handles, labels = panels[0].get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))  # one entry for all budgets of a granularity
-    panels[0].legend(once.values(), once.keys(), fontsize="small")
+    figure.legend(once.values(), once.keys(), fontsize="small", loc="outside lower center", ncols=3)
     return figure
 
 
@@ -62,13 +62,14 @@ def _panel(axes: Axes, found: dict, text: str) -> None:
                 markerfacecolor=color if ours else "none",
                 label=f"{row['granularity']}, {kind}",
             )
-    worst = max(row["perplexity"] for row in found["table"] if row["text"] == text)
+    found_here = [row["perplexity"] for row in found["table"] if row["text"] == text]
+    dense = found["dense"][text]
     axes.set(
         title=text,
         xlabel="counted work, share of the dense model's",
         ylabel="perplexity",
         yscale="log",
-        ylim=(0.95 * found["dense"][text], min(1.1 * worst, 8 * found["dense"][text])),
+        ylim=(0.95 * min(dense, *found_here), min(1.1 * max(found_here), 8 * dense)),
     )
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatter("{x:g}")
