@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -118,24 +119,27 @@ class Timed:
         kept = [units >= border for units, border in zip(logits, borders, strict=True)]
         return float(torch.stack(kept).double().mean())
 
-    @torch.no_grad()
+    @contextlib.contextmanager
+    def _forward_alone(self) -> Iterator[None]:
+        was, self.training = self.training, False
+        with torch.no_grad():
+            yield
+        self.training = was
+
     def work(self) -> int:
         """Floating-point operations of a forward pass."""
-        was, self.training = self.training, False
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        with self._forward_alone(), sdpa_kernel(SDPBackend.MATH), counter:
             self.run()
-        self.training = was
         return counter.get_total_flops()
 
-    @torch.no_grad()
     def operations(self) -> int:
         """That the host dispatches in a forward pass, views aside; what a model's layers share has
         been made."""
-        was, self.training = self.training, False
-        self.run()
-        with _Operations() as counter:
+        with self._forward_alone():
             self.run()
-        self.training = was
+            with _Operations() as counter:
+                self.run()
         return counter.count
 
 

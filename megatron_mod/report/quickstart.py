@@ -26,8 +26,8 @@ from megatron_mod.evaluation.work import Work
 from megatron_mod.parallel import topology
 from megatron_mod.routing.scheme import Scheme
 
-# Tokens of a prompt whose prefill and decode are timed, if the model has room: no longer than what
-# the routers were trained on, for of the places beyond they keep more.
+# Tokens of a prompt whose prefill and decode are timed, if the model has room; of places beyond those
+# that they were trained on routers keep more.
 CONTEXT = 256
 PROMPTS = 6
 PREFILLS = 8  # of each, by each model

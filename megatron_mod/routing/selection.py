@@ -142,7 +142,7 @@ class Selection:
 
 
 def count_chosen(chosen: Tensor, document: Tensor, num_documents: int) -> Tensor:
-    """Chosen tokens per document, int64 ``[num_documents]``, of two ``[S, B]`` tensors."""
+    """Chosen tokens per document, int64 ``[num_documents]``, of two tensors of one shape."""
     counts = torch.zeros(num_documents, dtype=torch.int64, device=chosen.device)
     return counts.scatter_add_(0, document.flatten(), chosen.flatten().long())
 
@@ -153,11 +153,10 @@ class Grid:
 
     ``table``: int64 ``[3, B * S]``, row by row, which is document by document: their places in the
     flattened ``[S * B]``, the documents they belong to, and their positions in these.
-    ``document``: int64 ``[S, B]``. ``are_rows``: that a row is a document.
+    ``are_rows``: that a row is a document.
     """
 
     table: Tensor
-    document: Tensor
     num_documents: int
     are_rows: bool
 
@@ -167,16 +166,16 @@ class Grid:
         token in its document: int64 ``[S, B]``."""
         places = torch.arange(document.numel(), device=document.device).view_as(document)
         table = torch.stack([each.t().flatten() for each in (places, document, positions)])
-        return cls(table, document, num_documents, are_rows)
+        return cls(table, num_documents, are_rows)
 
     def choose(self, chosen: Tensor) -> Choice:
         """All that follows from a choice, bool ``[S, B]``, before anyone is told its number."""
+        by_row = chosen.t().flatten()
         if self.are_rows:
             counts = chosen.sum(0)
         else:
-            counts = count_chosen(chosen, self.document, self.num_documents)
-        order = chosen_first(chosen.t().flatten())
-        return Choice(counts, self.table.index_select(1, order))
+            counts = count_chosen(by_row, self.table[1], self.num_documents)
+        return Choice(counts, self.table.index_select(1, chosen_first(by_row)))
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ def test_core_attention(single_process, monkeypatch, documents, skipped):
         chosen &= layout.document != skipped
     choice = layout.grid.choose(chosen)
     selection = choice.selection([choice.counts.tolist()])
+    for part, which in ((selection.index, chosen), (selection.rest().index, ~chosen)):
+        assert part.sort().values.tolist() == which.flatten().nonzero()[:, 0].tolist()
     plan = AttentionPlan(
         queries=selection.segments, keys=layout.tokens, documents=selection.documents
     )
