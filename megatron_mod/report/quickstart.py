@@ -26,8 +26,8 @@ from megatron_mod.evaluation.work import Work
 from megatron_mod.parallel import topology
 from megatron_mod.routing.scheme import Scheme
 
-# Tokens of a prompt whose prefill and decode are timed, if the model has room; of places beyond those
-# that they were trained on routers keep more.
+# Tokens of a prompt whose prefill and decode are timed, if the model has room; routers keep more of
+# places beyond those that they were trained on.
 CONTEXT = 256
 PROMPTS = 6
 PREFILLS = 8  # of each, by each model
