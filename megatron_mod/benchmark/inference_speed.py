@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from megatron_mod.evaluation import speed
 from megatron_mod.evaluation.huggingface import load_huggingface, load_model
 from megatron_mod.evaluation.prompts import long_prompts
 from megatron_mod.evaluation.work import Work
+from megatron_mod.hf.graph_mod import DecodingGraphs
 from megatron_mod.hf.modeling_mod import MoDLlamaConfig, MoDLlamaForCausalLM
 from megatron_mod.parallel import device
 from megatron_mod.routing.config import RoutingConfig, resolve_layers
@@ -31,11 +32,14 @@ Decisions = Mapping[Place, Tensor]  # bool, [B] of sequences or [B, tokens of th
 
 @dataclass(frozen=True)
 class Pair:
-    """A dense model, the same with routers, and ``prompts(batch, context)``: ids ``[B, S]``."""
+    """A dense model, the same with routers, and ``prompts(batch, context)``: ids ``[B, S]``;
+    ``plain``: the dense one in the classes of the routed, which decode by graphs too (None: the
+    device has none)."""
 
     dense: torch.nn.Module
     routed: torch.nn.Module
     prompts: Callable[[int, int], Tensor]
+    plain: torch.nn.Module | None = None
 
     @classmethod
     def of_folders(cls, dense: str | Path, routed: str | Path, *, dtype: torch.dtype) -> Pair:
@@ -94,6 +98,13 @@ class Pair:
             routed = MoDLlamaForCausalLM._from_config(config, dtype=dtype)
             dense = LlamaForCausalLM._from_config(plain, dtype=dtype)
         dense.load_state_dict(routed.state_dict(), strict=False, assign=True)
+        alike = None
+        if DecodingGraphs.work_on(routed.device):
+            alike = MoDLlamaConfig(architectures=[MoDLlamaForCausalLM.__name__], **shape)
+            with device.device():
+                alike = MoDLlamaForCausalLM._from_config(alike, dtype=dtype)
+            alike.load_state_dict(routed.state_dict(), strict=False, assign=True)
+            alike.eval()
         for layer in chosen:
             for weight in routed.model.layers[layer].router.float().parameters():
                 torch.nn.init.normal_(weight, std=shape["hidden_size"] ** -0.5)
@@ -102,7 +113,7 @@ class Pair:
             generator = torch.Generator().manual_seed(context)
             return torch.randint(shape["vocab_size"], (batch, context), generator=generator)
 
-        return cls(dense.eval(), routed.eval(), prompts)
+        return cls(dense.eval(), routed.eval(), prompts, alike)
 
     def measure(
         self,
@@ -119,7 +130,7 @@ class Pair:
         work that the decisions of the timed calls leave: floating-point operations of a prefill,
         bytes of weights and cache of a decode step. ``share = speedup / ideal``, and
         ``saving_share = (1 - 1 / speedup) / (1 - 1 / ideal)``, ``None`` where that is less
-        than a hundredth to save.
+        than a hundredth to save. ``graphed``: of decode steps by graphs, of ``plain`` and routed.
 
         Args:
             capacity: share of these prompts' units that the thresholds are first set to keep;
@@ -136,17 +147,29 @@ class Pair:
         work = Work.of(self.dense.config.to_dict()), Work.of(self.routed.config.to_dict())
         size = self.dense.lm_head.weight.element_size()
         flops = [prefill_flops(w, prefill, length=context) for w in work]
-        bytes_ = [decode_bytes(w, prefill, steps, length=context, element_size=size) for w in work]
-        return {
+
+        def decode(timings: Sequence[speed.Timing]) -> dict:
+            where = {"length": context, "element_size": size}
+            read = [decode_bytes(w, prefill, steps, **where) for w in work]
+            times = (timing.decode_s for timing in timings)
+            return {"capacity": kept_share(steps), **_beside(*times, read[0] / read[1])}
+
+        found = {
             "batch": batch,
             "context": context,
             "capacity": kept_share([prefill]),
             "prefill": _beside(dense.prefill_s, routed.prefill_s, flops[0] / flops[1]),
-            "decode": {
-                "capacity": kept_share(steps),
-                **_beside(dense.decode_s, routed.decode_s, bytes_[0] / bytes_[1]),
-            },
+            "decode": decode([dense, routed]),
         }
+        if self.plain is not None:
+            graphed = [self.plain, self.routed]
+            with ExitStack() as stack, decisions_of(self.routed) as made:
+                for model in graphed:
+                    stack.enter_context(model.graphed_decoding())
+                timings = speed.compare(graphed, [ids], prefills=1, new_tokens=new_tokens)
+            prefill, steps = made[-new_tokens - 1], made[-new_tokens:]
+            found["graphed"] = decode(timings)
+        return found
 
 
 def hold(routed, capacity: float, ids: Tensor) -> None:

@@ -140,7 +140,7 @@ class Runner:
             synchronize()
         seconds = time.perf_counter() - started
         if counter is not None:
-            flops = without_attention(counter)
+            flops = counter.get_total_flops()
         gradient = taken[0].gradient if asked.first == 0 else None
         peak, resident = peak_memory(self.mapped) if can_tell else (None, None)
         return Measured(
@@ -167,17 +167,14 @@ class Runner:
 
 @contextlib.contextmanager
 def counting() -> Iterator[FlopCounterMode]:
-    """Counts the operations of the block."""
-    from torch.utils.flop_counter import FlopCounterMode
+    """Counts the operations of the block, but for fused attention, which only some devices count,
+    and of grouped keys none."""
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-    with FlopCounterMode(display=False) as counter:
+    attentions = [each for each in flop_registry if "attention" in str(each)]
+    nothing = dict.fromkeys(attentions, lambda *args, **kwargs: 0)
+    with FlopCounterMode(display=False, custom_mapping=nothing) as counter:
         yield counter
-
-
-def without_attention(counter: FlopCounterMode) -> int:
-    """What was counted, but for fused attention, which only some devices count."""
-    found = counter.get_flop_counts()["Global"]
-    return sum(flops for operator, flops in found.items() if "attention" not in str(operator))
 
 
 def forget_peak() -> bool:

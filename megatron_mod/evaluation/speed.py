@@ -6,11 +6,13 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_mod.hf.kernels_mod import kernels_of_any_shape
 from megatron_mod.parallel.device import synchronize
 
 PREFILLS = 2  # of each prompt by each model
@@ -118,8 +120,10 @@ def _in_turn(models: Sequence, inputs: list, turn: int, times: list[list[float]]
 
 def _timed(model, ids: Tensor, cache: object) -> tuple[float, object]:
     ids = ids.to(model.device)
-    synchronize()
-    start = time.perf_counter()
-    output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    synchronize()
-    return time.perf_counter() - start, output
+    # Exports decode without cuDNN's plans for each length; no other is to be slower for them.
+    with nullcontext() if cache is None else kernels_of_any_shape():
+        synchronize()
+        start = time.perf_counter()
+        output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        synchronize()
+        return time.perf_counter() - start, output

@@ -231,10 +231,8 @@ class TokenCacheLayer(RoutedCacheLayer):
             self.values = values.new_zeros(self.keys.shape)
             self.slots = kept.index.new_zeros(batch, 0)
         if batch == 1:
-            self.keys = torch.cat([self.keys, keys.transpose(0, 1)[None]], 2)
-            self.values = torch.cat([self.values, values.transpose(0, 1)[None]], 2)
-            self.slots = torch.cat([self.slots, self.seen + kept.columns[None]], 1)
-            return self.keys, self.values, self.slots
+            keys, values = (t.transpose(0, 1)[None] for t in (keys, values))
+            return self.append(keys, values, kept.columns)
         before = self.slots.shape[1]
         places = (self.slots >= 0).sum(1)[kept.rows] + kept.ranks
         grown = before
@@ -246,6 +244,16 @@ class TokenCacheLayer(RoutedCacheLayer):
         self.keys[kept.rows, :, places] = keys
         self.values[kept.rows, :, places] = values
         self.slots[kept.rows, places] = self.seen + kept.columns
+        return self.keys, self.values, self.slots
+
+    def append(
+        self, keys: Tensor, values: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``store``, of the only sequence: keys and values ``[1, heads, N, D]`` of the tokens at
+        these ``columns`` ``[N]`` of the call."""
+        self.keys = torch.cat([self.keys, keys], 2)
+        self.values = torch.cat([self.values, values], 2)
+        self.slots = torch.cat([self.slots, self.seen + columns[None]], 1)
         return self.keys, self.values, self.slots
 
     def advance(self, tokens: int) -> None:

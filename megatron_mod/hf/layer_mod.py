@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from .attention_mod import attend, attend_at_places, project
 from .cache_mod import (
     CACHE,
     Choice,
@@ -21,6 +21,7 @@ from .cache_mod import (
     check_batch,
 )
 from .configuration_mod import RoutedConfig
+from .graph_mod import DecodingGraphs, GraphedDecoding
 from .thresholds_mod import CapacityBorders, WatchedBorders, logit_border
 
 MASKED = 0.3  # of all tokens: with fewer queries a mask is quicker on a GPU
@@ -35,6 +36,7 @@ class RoutingCall:
     tokens: Tensor | None  # [B, past + S]: tokens that are no padding; None: all
     borders: CapacityBorders | WatchedBorders | None = None  # found, or given, on the way
     top_k: bool = False  # keep the tokens of the largest logits, of the whole text; not causal
+    graphs: DecodingGraphs | None = None  # by which this decode step is computed
     # of each router, by layer and target: [B] or [B, S] bool, of experts' routers [B, S, top_k]
     decisions: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     # of each router, with ``top_k``: how many tokens the causal rule would decide about alike
@@ -118,7 +120,7 @@ class StandIn(nn.Module):
         return self.up(self.down(hidden_states))
 
 
-class RoutedLayer:
+class RoutedLayer(GraphedDecoding):
     """Mixed into a family's decoder layer: what its routers skip is not computed.
 
     Of the family it uses ``input_layernorm``, ``self_attn``, ``post_attention_layernorm`` and
@@ -174,6 +176,10 @@ class RoutedLayer:
 
     def forward(self, hidden_states: Tensor, *, routing: RoutingCall, **context: Any) -> Tensor:
         """``[B, S, H]`` to the same; ``context`` is what the family's layer takes."""
+        if routing.graphs is not None:
+            decoded = self.decode(hidden_states, routing, context)
+            if decoded is not None:
+                return decoded
         if self.router is None:
             return self._unrouted(hidden_states, context)
         route = self._by_sequence if self.per_sequence else self._by_token
@@ -295,10 +301,9 @@ class RoutedLayer:
     def _choose_tokens(self, target: str, normed: Tensor, routing: RoutingCall) -> TokenSelection:
         """Of normed hidden states ``[B, S, H]``, those whose logits reach the border, or with
         ``top_k`` the exact router's number of the largest."""
-        logits = self._own(self.router, target)(normed)
+        logits, causal = self.ask_tokens(target, normed)
         if self.capacities is None:
             return TokenSelection(self._tokens_to_keep(target, logits, routing))
-        causal = logits if self.predictor is None else self._own(self.predictor, target)(normed)
         keep = self._tokens_to_keep(target, causal, routing)
         if routing.top_k:
             place, valid = (self.layer_idx, target), routing.valid(logits.shape[1])
@@ -307,6 +312,14 @@ class RoutedLayer:
             routing.agreed[place] = (alike if valid is None else alike & valid).sum()
             keep = largest
         return TokenSelection(keep, logits.to(normed.dtype))
+
+    def ask_tokens(self, target: str, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """A router's logits of normed hidden states ``[B, S, H]``, and those by which a token may
+        be chosen before the next is known: a predictor's, if the router has one."""
+        logits = self._own(self.router, target)(normed)
+        if self.predictor is None:
+            return logits, logits
+        return logits, self._own(self.predictor, target)(normed)
 
     def _tokens_to_keep(self, target: str, logits: Tensor, routing: RoutingCall) -> Tensor:
         """``[B, S, ...]`` bool as the logits: these reach the border, and the token is real."""
@@ -340,29 +353,27 @@ class RoutedLayer:
         if self.stores_selected:
             storage = TokenCacheLayer() if cache is None else cache.layers[self.layer_idx]
             if len(kept.index) or not storage.is_initialized:
-                keys = _project(attn, "k", chosen, chosen_rotary)
-                keys, values, slots = storage.store(keys, _project(attn, "v", chosen), kept)
+                keys = project(attn, "k", chosen, chosen_rotary)
+                keys, values, slots = storage.store(keys, project(attn, "v", chosen), kept)
             storage.advance(length)
             plain = batch == length == 1 or not (past or self.window)
         else:
-            keys = _project(attn, "k", normed, rotary).transpose(1, 2)
-            values = _project(attn, "v", normed).transpose(1, 2)
+            keys = project(attn, "k", normed, rotary).transpose(1, 2)
+            values = project(attn, "v", normed).transpose(1, 2)
             if cache is not None:
                 keys, values = cache.update(keys, values, self.layer_idx)
             plain = length == 1 and context["attention_mask"] is None
         if not len(kept.index):
             return chosen
-        query = _project(attn, "q", chosen, chosen_rotary)
+        query = project(attn, "q", chosen, chosen_rotary)
         eager, visible = attn.config._attn_implementation == "eager", None
-        scaling = attn.head_dim**-0.5  # OLMoE's attention of 4.57 has no name for it
         all_keys = slots is None and not (past or self.window) and routing.tokens is None
         if all_keys and not (eager or plain) and self._is_quick_among_keys(query, kept):
             grid = query.new_zeros(batch * length, *query.shape[1:])
             grid = grid.index_copy_(0, kept.index, query).unflatten(0, (batch, length))
-            attended, _ = sdpa_attention_forward(
-                attn, grid.transpose(1, 2), keys, values, None, scaling=scaling, is_causal=True
-            )
-            return attn.o_proj(kept.take(attended.flatten(2)))
+            grid = grid.transpose(1, 2)
+            attended = attend_at_places(attn, grid, keys, values, None, is_causal=True)
+            return attn.o_proj(kept.take(attended))
         query = kept.pad(query).transpose(1, 2)
         if eager or not plain:  # else all keys are seen, or by place all up to the query's own
             if slots is None:
@@ -372,13 +383,12 @@ class RoutedLayer:
         if eager:
             hidden = visible.logical_not().to(query.dtype) * torch.finfo(query.dtype).min
             attended, _ = eager_attention_forward(
-                attn, query, keys, values, hidden, scaling=scaling
+                attn, query, keys, values, hidden, scaling=attn.head_dim**-0.5
             )
+            attended = attended.flatten(2)
         else:  # flash attention knows no choice of queries among the keys
-            attended, _ = sdpa_attention_forward(
-                attn, query, keys, values, visible, scaling=scaling
-            )
-        return attn.o_proj(kept.unpad(attended.flatten(2)))
+            attended = attend(attn, query, keys, values, visible)
+        return attn.o_proj(kept.unpad(attended))
 
     def _is_quick_among_keys(self, query: Tensor, kept: TokenSelection) -> bool:
         """Whether chosen queries ``[N, heads, D]`` are better off at their places among all, zeros
@@ -404,23 +414,6 @@ def largest_tokens(logits: Tensor, capacity: float, valid: Tensor | None) -> Ten
     wanted = (capacity * valid.sum(1, keepdim=True).double() + 0.5).floor()
     order = logits.masked_fill(~valid, -math.inf).argsort(dim=1, descending=True, stable=True)
     return (order.argsort(dim=1) < wanted) & valid
-
-
-def _project(
-    attn: nn.Module, name: str, hidden_states: Tensor, rotary: list[Tensor] | None = None
-) -> Tensor:
-    """Queries, keys or values ``[..., heads, D]`` of hidden states ``[..., H]``, as ``attn`` has
-    them; ``rotary`` holds cosine and sine ``[..., D]`` of the tokens' positions."""
-    channels = getattr(attn, f"{name}_proj")(hidden_states)
-    if norm := getattr(attn, f"{name}_norm", None):  # of each head, or (OLMoE's) of all of them
-        channels = norm(channels.unflatten(-1, (-1, norm.weight.numel()))).flatten(-2)
-    if (limit := getattr(attn.config, "clip_qkv", None)) is not None:
-        channels = channels.clamp(-limit, limit)
-    heads = channels.unflatten(-1, (-1, attn.head_dim))
-    if rotary is None:
-        return heads
-    cos, sin = (t.unsqueeze(-2) for t in rotary)
-    return heads * cos + rotate_half(heads) * sin
 
 
 def _select(value: Any, rows: Tensor, batch: int) -> Any:

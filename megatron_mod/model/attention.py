@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -10,6 +12,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_mod.hf.kernels_mod import kernels_of_any_shape
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
 from megatron_mod.model.projection import Part, project
 from megatron_mod.routing.selection import Segments
@@ -61,7 +64,9 @@ class TorchCoreAttention(MegatronModule):
             if self.window not in plan.masks:
                 plan.masks[self.window] = self._mask(plan)
             mask = plan.masks[self.window]
-        return plan.queries.unpad(self._attend(q, k, v, mask)).flatten(2).contiguous()
+        varies = isinstance(plan.queries, Segments)
+        with kernels_of_any_shape() if varies else contextlib.nullcontext():
+            return plan.queries.unpad(self._attend(q, k, v, mask)).flatten(2).contiguous()
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Of padded ``[D, S, heads, D']`` and ``[D, T, groups, D']``; causal without a mask."""

@@ -1,0 +1,49 @@
+"""Attention as routed layers ask for it: projections of some tokens, queries of any number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import rotate_half
+
+from .kernels_mod import kernels_of_any_shape
+
+
+def attend(
+    attn: nn.Module, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, **how: Any
+) -> Tensor:
+    """What queries ``[B, heads, Q, D]`` of any number find among ``[B, groups, K, D]``:
+    ``[B, Q, heads * D]``; ``visible``: torch's ``attn_mask`` (None: causal; one query sees all)."""
+    with kernels_of_any_shape():
+        return attend_at_places(attn, query, keys, values, visible, **how)
+
+
+def attend_at_places(
+    attn: nn.Module, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, **how: Any
+) -> Tensor:
+    """``attend``, of shapes that do not depend on what is chosen."""
+    scaling = attn.head_dim**-0.5  # OLMoE's attention of 4.57 has no name for it
+    attended, _ = sdpa_attention_forward(
+        attn, query, keys, values, visible, scaling=scaling, **how
+    )
+    return attended.flatten(2)
+
+
+def project(
+    attn: nn.Module, name: str, hidden_states: Tensor, rotary: Sequence[Tensor] | None = None
+) -> Tensor:
+    """Queries, keys or values ``[..., heads, D]`` of hidden states ``[..., H]``, as ``attn`` has
+    them; ``rotary`` holds cosine and sine ``[..., D]`` of the tokens' positions."""
+    channels = getattr(attn, f"{name}_proj")(hidden_states)
+    if norm := getattr(attn, f"{name}_norm", None):  # of each head, or (OLMoE's) of all of them
+        channels = norm(channels.unflatten(-1, (-1, norm.weight.numel()))).flatten(-2)
+    if (limit := getattr(attn.config, "clip_qkv", None)) is not None:
+        channels = channels.clamp(-limit, limit)
+    heads = channels.unflatten(-1, (-1, attn.head_dim))
+    if rotary is None:
+        return heads
+    cos, sin = (t.unsqueeze(-2) for t in rotary)
+    return heads * cos + rotate_half(heads) * sin

@@ -1,0 +1,54 @@
+"""Decode steps as CUDA graphs are the steps that they were recorded from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_mod.evaluation.huggingface import load_model
+from tests.gpu.test_equality import SCHEMES
+from tests.gpu.test_export import Exported
+from tests.gpu.where import only_cuda
+from tests.helpers.exported import pad
+
+pytestmark = [pytest.mark.gpu, only_cuda, pytest.mark.usefixtures("single_process")]
+
+NEW = 6
+EXACT = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, single_process):
+    return Exported(tmp_path_factory.mktemp("exported"))
+
+
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "stand_ins"])
+@pytest.mark.parametrize(("granularity", "keys_values"), SCHEMES)
+def test_generation(exported, granularity, keys_values, more):
+    export, _ = exported(granularity, keys_values, more=more)
+    model = load_model(export, dtype=torch.float32).to("cuda").eval()
+    texts = [sample.ids for sample in exported.samples]
+    batches = [pad(texts, "left"), *((torch.tensor([text]), None) for text in texts[:2])]
+    found = {}
+    for graphed in (False, True):
+        for number, (ids, mask) in enumerate(batches):
+            if graphed and number == 0:
+                context = model.graphed_decoding()
+                context.__enter__()
+            output = model.generate(
+                ids.to("cuda"),
+                attention_mask=None if mask is None else mask.to("cuda"),
+                return_dict_in_generate=True,
+                output_logits=True,
+                **EXACT,
+            )
+            logits = torch.stack(output.logits)
+            found[graphed, number] = output.sequences, logits, model.routing_report()
+    graphs = model.model.graphs
+    assert graphs.recorded
+    context.__exit__(None, None, None)
+    for number in range(len(batches)):
+        (tokens, logits, report), (again, close, same) = found[False, number], found[True, number]
+        assert torch.equal(again, tokens)
+        torch.testing.assert_close(close, logits, rtol=1e-3, atol=1e-3)
+        assert same == report

@@ -1,0 +1,152 @@
+"""Decode steps by graphs are the model's own; on a CPU what would be recorded is computed again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_mod.evaluation.huggingface import load_model
+from megatron_mod.hf.graph_mod import DecodingGraphs, Entered
+from tests.helpers import exact, formula
+from tests.helpers.exported import Exports, pad
+
+NEW = 4
+EXACT = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+
+
+def _again(self, function, restore):
+    """As ``DecodingGraphs._record``: whose result stays in the memory of the first call."""
+    result = function()
+    restore()
+
+    def repeat() -> None:
+        for old, new in zip(_tensors(result), _tensors(function()), strict=True):
+            old.copy_(new)
+
+    return repeat, result
+
+
+def _tensors(value) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Entered):
+        value = vars(value)
+    if isinstance(value, dict):
+        value = value.values()
+    return [] if value is None else [t for each in value for t in _tensors(each)]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """How often something was recorded."""
+    recorded = []
+
+    def record(self, function, restore):
+        recorded.append(1)
+        return _again(self, function, restore)
+
+    monkeypatch.setattr(DecodingGraphs, "_record", record)
+    monkeypatch.setattr(DecodingGraphs, "work_on", staticmethod(lambda device: True))
+    return recorded
+
+
+def generated(model, ids, mask=None, **settings):
+    output = model.generate(
+        ids, attention_mask=mask, **EXACT, return_dict_in_generate=True, output_logits=True,
+        **settings,
+    )  # fmt: skip
+    return output.sequences, torch.stack(output.logits), model.routing_report()
+
+
+def check(export, recorded, prompts) -> None:
+    """Of padded texts, of beams of them, and of one alone, graphs make what is made without."""
+    model = load_model(export, dtype=torch.float32).eval()
+    together, alone = pad(prompts[:3], "left"), (torch.tensor([prompts[1]]),)
+    for inputs, settings in ((together, {}), (together, {"num_beams": 2}), (alone, {})):
+        tokens, logits, report = generated(model, *inputs, **settings)
+        recorded.clear()
+        with model.graphed_decoding():
+            again = generated(model, *inputs, **settings)
+        assert torch.equal(again[0], tokens)
+        torch.testing.assert_close(again[1], logits, rtol=1e-4, atol=1e-5)
+        assert again[2] == report
+        assert recorded
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["plain", "stand-ins"])
+def exports(tmp_path_factory, request):
+    return Exports(tmp_path_factory.mktemp("exports"), plain=request.param)
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory):
+    return Exports(tmp_path_factory.mktemp("windows"), "mistral", plain=True, sliding_window=4)
+
+
+@pytest.mark.parametrize("name", formula.SCHEMES)
+def test_all_granularities(exports, graphs, name):
+    check(exports.export(name), graphs, exports.prompts)
+
+
+@pytest.mark.parametrize("name", ["attn_sequence", "attn_token_all", "block_token_selected"])
+def test_windows(windows, graphs, name):
+    check(windows.export(name), graphs, windows.prompts)
+
+
+@pytest.mark.parametrize("causal", ["predictor", "auxiliary_loss"])
+@pytest.mark.parametrize("target", ["attn", "block"])
+def test_exact_routers(exports, graphs, tmp_path, target, causal):
+    made = exact.draw(target, causal, {1: 0.5, 2: 0.25})
+    check(exact.save(tmp_path / "export", exports.hf, made), graphs, exports.prompts)
+
+
+@pytest.mark.parametrize("name", ["attn_token_all", "block_token_selected"])
+def test_thresholds_of_nothing_and_everything(exports, graphs, name, tmp_path):
+    model = load_model(exports.export(name), dtype=torch.float32).eval()
+    ids = torch.tensor([exports.prompts[0]])
+    wanted = {}
+    for threshold in (0.0, 1.0):
+        model.set_thresholds(threshold)
+        wanted[threshold] = generated(model, ids)
+    with model.graphed_decoding():  # they may be set meanwhile
+        for threshold in (1.0, 0.0, 1.0):
+            model.set_thresholds(threshold)
+            tokens, logits, report = generated(model, ids)
+            assert torch.equal(tokens, wanted[threshold][0])
+            torch.testing.assert_close(logits, wanted[threshold][1], rtol=1e-4, atol=1e-5)
+            assert report == wanted[threshold][2]
+
+
+def test_steps_that_need_more_run_as_ever(exports, graphs):
+    model = load_model(exports.export("block_token_all"), dtype=torch.float32).eval()
+    ids = torch.tensor([exports.prompts[0]])
+    with model.graphed_decoding():
+        with torch.no_grad():
+            cache = model(ids, use_cache=True).past_key_values
+            found = model(ids[:, :1], past_key_values=cache, output_hidden_states=True)
+        different = {float(states.sum()) for states in found.hidden_states}
+        assert len(different) > 1
+        assert model(ids[:, :1], past_key_values=cache).logits.requires_grad
+        assert not graphs
+
+
+def test_what_cannot_be(exports, monkeypatch):
+    model = load_model(exports.export("block_token_all"), dtype=torch.float32)
+    with pytest.raises(ValueError, match="graphed_decoding: CUDA graphs need a GPU"):
+        model.graphed_decoding().__enter__()
+    monkeypatch.setattr(DecodingGraphs, "work_on", staticmethod(lambda device: True))
+    with pytest.raises(ValueError, match=r"in training; call eval\(\)"):
+        model.train().graphed_decoding().__enter__()
+    model.eval().set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="is 'eager'; load the model with 'sdpa'"):
+        model.graphed_decoding().__enter__()
+
+
+def test_mixtures_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(DecodingGraphs, "work_on", staticmethod(lambda device: True))
+    size = {"num_local_experts": 3, "num_experts_per_tok": 2}
+    mixtures = Exports(tmp_path, "mixtral", plain=True, **size)
+    model = load_model(mixtures.export("attn_token_all"), dtype=torch.float32).eval()
+    with pytest.raises(ValueError, match="which experts a token goes to"):
+        model.graphed_decoding().__enter__()
