@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import rotate_half
 
@@ -13,7 +13,7 @@ from .kernels_mod import kernels_of_any_shape
 
 
 def attend(
-    attn: nn.Module, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, **how: Any
+    attn: Any, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, **how: Any
 ) -> Tensor:
     """What queries ``[B, heads, Q, D]`` of any number find among ``[B, groups, K, D]``:
     ``[B, Q, heads * D]``; ``visible``: torch's ``attn_mask`` (None: causal; one query sees all)."""
@@ -22,18 +22,16 @@ def attend(
 
 
 def attend_at_places(
-    attn: nn.Module, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, **how: Any
+    attn: Any, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, **how: Any
 ) -> Tensor:
     """``attend``, of shapes that do not depend on what is chosen."""
     scaling = attn.head_dim**-0.5  # OLMoE's attention of 4.57 has no name for it
-    attended, _ = sdpa_attention_forward(
-        attn, query, keys, values, visible, scaling=scaling, **how
-    )
+    attended, _ = sdpa_attention_forward(attn, query, keys, values, visible, scaling=scaling, **how)
     return attended.flatten(2)
 
 
 def project(
-    attn: nn.Module, name: str, hidden_states: Tensor, rotary: Sequence[Tensor] | None = None
+    attn: Any, name: str, hidden_states: Tensor, rotary: Sequence[Tensor] | None = None
 ) -> Tensor:
     """Queries, keys or values ``[..., heads, D]`` of hidden states ``[..., H]``, as ``attn`` has
     them; ``rotary`` holds cosine and sine ``[..., D]`` of the tokens' positions."""

@@ -11,7 +11,7 @@ from. All graphs of a batch size work in the same memory, the residual stream in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ class Buffers:
 
     hidden: Tensor
     attended: Tensor
-    rotary: tuple[Tensor, Tensor]
+    rotary: Sequence[Tensor]
     valid: Tensor
     filled_for: Any = None  # the call that positions and padding are of
 
@@ -41,7 +41,7 @@ class Entered:
     has no use for them), the decisions of its routers of tokens ``[targets, B, 1]`` bool, and what
     exact ones multiply by, ``[B, 1, 1]`` of each target."""
 
-    projected: tuple[Tensor, Tensor, Tensor] | None = None
+    projected: list[Tensor] | None = None
     decided: Tensor | None = None
     factors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -60,7 +60,7 @@ class DecodingGraphs:
         return device.type == "cuda"
 
     def enter(
-        self, call: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], channels: int
+        self, call: Any, hidden_states: Tensor, rotary: Sequence[Tensor], channels: int
     ) -> Buffers:
         """The buffers of a batch, which hold a layer's input ``[B, 1, H]`` now; ``call``: the
         forward call's ``RoutingCall``; ``channels``: of what the attention finds."""
@@ -70,7 +70,7 @@ class DecodingGraphs:
                 self.buffers[key] = Buffers(
                     torch.empty_like(hidden_states, requires_grad=False),
                     hidden_states.new_zeros(*hidden_states.shape[:2], channels),
-                    tuple(torch.empty_like(table, requires_grad=False) for table in rotary),
+                    [torch.empty_like(table, requires_grad=False) for table in rotary],
                     torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=rotary[0].device),
                 )
         buffers = self.buffers[key]
@@ -84,7 +84,7 @@ class DecodingGraphs:
             buffers.hidden.copy_(hidden_states)
         return buffers
 
-    def run(self, key: Hashable, function: Callable[[], Any], buffers: Buffers) -> Any:
+    def run(self, key: tuple, function: Callable[[], Any], buffers: Buffers) -> Any:
         """``function()``, whose work is recorded when ``key`` is first met and repeated later; what
         it returns is its own memory, which the next call of the same key overwrites."""
         key = (*key, id(buffers))
@@ -119,144 +119,177 @@ class DecodingGraphs:
         return graph.replay, result
 
 
-class GraphedDecoding:
-    """Mixed into a routed layer: its decode steps by graphs."""
+class DecodeStep:
+    """A routed layer's step of single tokens ``[B, 1, H]``, by graphs."""
 
-    def decode(self, hidden_states: Tensor, routing: Any, context: dict[str, Any]) -> Tensor | None:
-        """A layer's output of single tokens ``[B, 1, H]``, in memory that the next layer may
-        change; None: the rows would go different ways, each in its own graph."""
-        cache, batch = context[CACHE], len(hidden_states)
-        storage, attn = cache.layers[self.layer_idx], self.self_attn
-        kept: dict[str, bool] = {}
-        by_token = self.router is not None and not self.per_sequence
-        if by_token and self.stores_selected and batch > 1:
+    def __init__(self, layer: Any, routing: Any, context: dict[str, Any]) -> None:
+        """``layer``: a ``RoutedLayer``; ``routing``: the forward call's ``RoutingCall``;
+        ``context``: what the family's layer takes."""
+        self.layer, self.routing, self.context = layer, routing, context
+        self.storage = context[CACHE].layers[layer.layer_idx]
+        self.by_token = layer.router is not None and not layer.per_sequence
+        self.attention: Any = None if layer.router is None else layer.attention_target
+        self.kept: dict[str, bool] = {}  # by target; not routed ones are not in it
+        self.masked = False  # decisions choose from what is computed of all rows
+
+    def run(self, hidden_states: Tensor) -> Tensor | None:
+        """The layer's output, in memory that the next layer may change; None: the rows would go
+        different ways, each in its own graph."""
+        layer, batch = self.layer, len(hidden_states)
+        if self.by_token and layer.stores_selected and batch > 1:
             return None
-        if isinstance(storage, SequenceCacheLayer):
-            check_batch(batch, cached=storage.batch)
-            kept = {target: len(made.index) > 0 for target, made in storage.choices.items()}
-            if any(kept[target] and not c.is_everything for target, c in storage.choices.items()):
-                return None
-            for target, made in storage.choices.items():
-                routing.decisions[self.layer_idx, target] = made.keep
-        attention = self.attention_target if self.router is not None else None
-        may_attend = not self.is_removed if by_token else kept.get(attention, True)
-        channels = attn.o_proj.in_features
-        buffers = routing.graphs.enter(
-            routing, hidden_states, context["position_embeddings"], channels
-        )
-        state = self._state_of_graphs()
+        if isinstance(self.storage, SequenceCacheLayer) and not self._all_alike(batch):
+            return None
+        self.masked = self.by_token and batch > 1
+        attends = not layer.is_removed if self.by_token else self.kept.get(self.attention, True)
+        rotary, channels = self.context["position_embeddings"], layer.self_attn.o_proj.in_features
+        buffers = self.routing.graphs.enter(self.routing, hidden_states, rotary, channels)
         entered = Entered()
-        if by_token or may_attend:
-            entered = routing.graphs.run(
-                (self.layer_idx, "enter", may_attend, state),
-                lambda: self._enter(buffers, by_token, may_attend),
-                buffers,
+        if self.by_token or attends:
+            entered = self._graph(
+                buffers, "enter", (attends,), lambda: self._enter(buffers, attends)
             )
-        keys = values = None
-        if may_attend and not isinstance(storage, TokenCacheLayer):
-            keys, values = cache.update(*entered.projected[1:], self.layer_idx)
-        if by_token:
-            decided = entered.decided
-            kept = dict.fromkeys(self.targets, True)
-            if batch == 1:  # the one wait
-                decided = decided.to("cpu", copy=True)
-                kept = dict(zip(self.targets, decided.flatten().tolist(), strict=True))
-            else:
-                decided = decided.clone()  # which the next step would overwrite
-            for target, keep in zip(self.targets, decided, strict=True):
-                routing.decisions[self.layer_idx, target] = keep
-            if not may_attend:
-                kept[attention] = False
-                storage.advance(1)
-            elif isinstance(storage, TokenCacheLayer):
-                if kept[attention]:
-                    column = torch.zeros(1, dtype=torch.int64, device=hidden_states.device)
-                    keys, values, _ = storage.append(*entered.projected[1:], column)
-                storage.advance(1)
-        attends = may_attend and kept.get(attention, True)
-        if attends:
-            mask = None if isinstance(storage, TokenCacheLayer) else context["attention_mask"]
-            found = attend(attn, entered.projected[0], keys, values, mask, is_causal=False)
+        found = self._attend(entered, attends) if self.by_token or attends else None
+        if found is not None:
             buffers.attended.copy_(found)
-        if attends or any(kept.values()) or self._adds_to_what_is_skipped():
-            routing.graphs.run(
-                (self.layer_idx, "rest", *kept.items(), state),
-                lambda: self._rest(buffers, kept, entered, masked=by_token and batch > 1),
-                buffers,
-            )
-        if isinstance(storage, SequenceCacheLayer):
-            storage.advance(1)
+        if found is not None or any(self.kept.values()) or self._adds_to_what_is_skipped():
+            what = tuple(self.kept.items())
+            self._graph(buffers, "rest", what, lambda: self._rest(buffers, entered))
+        if isinstance(self.storage, SequenceCacheLayer):
+            self.storage.advance(1)
         return buffers.hidden
 
-    def _state_of_graphs(self) -> tuple:
-        """What graphs have in them beside weights, and may be set anew."""
-        if self.router is None:
-            return ()
-        routers = [self.router] if len(self.targets) == 1 else self.router.values()
-        return (*self.logit_borders.items(), *(router.position for router in routers))
+    def _graph(self, buffers: Buffers, name: str, what: tuple, function: Callable[[], Any]) -> Any:
+        """One of the layer's; in its key, all that it has in it beside weights."""
+        layer, state = self.layer, ()
+        if layer.router is not None:
+            routers = [layer.router] if len(layer.targets) == 1 else layer.router.values()
+            state = (*layer.logit_borders.items(), *(router.position for router in routers))
+        return self.routing.graphs.run((layer.layer_idx, name, what, state), function, buffers)
+
+    def _all_alike(self, batch: int) -> bool:
+        """Whether the sequences go one way, by what was decided at their prefill."""
+        check_batch(batch, cached=self.storage.batch)
+        choices = self.storage.choices.items()
+        self.kept = {target: len(made.index) > 0 for target, made in choices}
+        if any(self.kept[target] and not made.is_everything for target, made in choices):
+            return False
+        self._note({target: made.keep for target, made in choices})
+        return True
+
+    def _note(self, decisions: dict[str, Tensor]) -> None:
+        for target, keep in decisions.items():
+            self.routing.decisions[self.layer.layer_idx, target] = keep
 
     def _adds_to_what_is_skipped(self) -> bool:
         """Whether a layer that keeps nothing changes its input."""
-        return self.stand_in is not None or not {"mlp", "block"} & set(self.targets)
+        return self.layer.stand_in is not None or not {"mlp", "block"} & set(self.layer.targets)
 
-    def _enter(self, buffers: Buffers, by_token: bool, attends: bool) -> Entered:
+    def _enter(self, buffers: Buffers, attends: bool) -> Entered:
         """What comes before the attention, of a layer's input."""
-        normed = self.input_layernorm(buffers.hidden)
-        entered = Entered()
+        layer, entered = self.layer, Entered()
+        normed = layer.input_layernorm(buffers.hidden)
         if attends:
-            entered.projected = tuple(
-                project(self.self_attn, name, normed, rotary).transpose(1, 2)
-                for name, rotary in (("q", buffers.rotary), ("k", buffers.rotary), ("v", None))
-            )
-        if by_token:
+            positions = {"q": buffers.rotary, "k": buffers.rotary, "v": None}
+            entered.projected = [
+                project(layer.self_attn, name, normed, rotary).transpose(1, 2)
+                for name, rotary in positions.items()
+            ]
+        if self.by_token:
             decided = []
-            for target in self.targets:
-                logits, causal = self.ask_tokens(target, normed)
-                decided.append((causal >= self.logit_borders[target]) & buffers.valid)
-                if self.capacities is not None:
+            for target in layer.targets:
+                logits, causal = layer.ask_tokens(target, normed)
+                decided.append((causal >= layer.logit_borders[target]) & buffers.valid)
+                if layer.capacities is not None:
                     entered.factors[target] = logits.to(normed.dtype)[..., None]
             entered.decided = torch.stack(decided)
         return entered
 
-    def _rest(
-        self, buffers: Buffers, kept: dict[str, bool], entered: Entered, *, masked: bool
-    ) -> None:
-        """What comes after the attention; ``masked``: of the kept targets the decisions choose."""
+    def _attend(self, entered: Entered, attends: bool) -> Tensor | None:
+        """What the tokens find ``[B, 1, heads * D]`` (None: they do not ask), keys and values being
+        stored; tokens' decisions are asked for on the way, as late as possible."""
+        layer, storage = self.layer, self.storage
+        selected = isinstance(storage, TokenCacheLayer)
+        projected: Sequence[Any] = entered.projected or (None, None, None)
+        query, keys, values = projected
+        if attends and not selected:
+            keys, values = self.context[CACHE].update(keys, values, layer.layer_idx)
+        if entered.decided is not None:
+            self._ask(entered.decided)
+            if not attends:
+                self.kept[self.attention] = False
+            attends = self.kept.get(self.attention, True)
+            if attends and selected:
+                column = torch.zeros(1, dtype=torch.int64, device=query.device)
+                keys, values, _ = storage.append(keys, values, column)
+            if selected or layer.is_removed:
+                storage.advance(1)
+        if not attends:
+            return None
+        mask = None if selected else self.context["attention_mask"]
+        return attend(layer.self_attn, query, keys, values, mask, is_causal=False)
 
-        def add(
-            target: str, x: Tensor, full: Callable[[Tensor | None], Tensor], norm: nn.Module
-        ) -> Tensor:
-            if target not in kept:
-                return full(None)
-            skipped = x
-            if self.stand_in is not None and (masked or not kept[target]):
-                skipped = x + self._own(self.stand_in, target)(norm(x))
-            if not kept[target]:
-                return skipped
-            computed = full(entered.factors.get(target))
-            if not masked:
-                return computed
-            keep = entered.decided[self.targets.index(target)]
-            return torch.where(keep[..., None], computed, skipped)
+    def _ask(self, decided: Tensor) -> None:
+        """Note the decisions ``[targets, B, 1]`` of the layer's routers of tokens, and what is
+        kept: of one sequence the host waits for it, of several everything is computed."""
+        targets = self.layer.targets
+        self.kept = dict.fromkeys(targets, True)
+        if self.masked:
+            decided = decided.clone()  # the next step overwrites it
+        else:
+            decided = decided.to("cpu", copy=True)
+            self.kept = dict(zip(targets, decided.flatten().tolist(), strict=True))
+        self._note(dict(zip(targets, decided, strict=True)))
 
-        def block(factor: Tensor | None) -> Tensor:
-            update = self.self_attn.o_proj(buffers.attended)
-            if factor is None:
-                return self._mlp(x + update)
-            return x + factor * (update + self._mlp_update(x + update))
+    def _rest(self, buffers: Buffers, entered: Entered) -> None:
+        """What comes after the attention."""
+        layer, x = self.layer, buffers.hidden
 
         def attention(factor: Tensor | None) -> Tensor:
-            update = self.self_attn.o_proj(buffers.attended)
-            return x + (update if factor is None else factor * update)
+            return _added(x, layer.self_attn.o_proj(buffers.attended), factor)
 
         def feed(factor: Tensor | None) -> Tensor:
-            update = self._mlp_update(x)
-            return x + (update if factor is None else factor * update)
+            return _added(x, layer.mlp(layer.post_attention_layernorm(x)), factor)
 
-        x = buffers.hidden
-        if "block" in kept:
-            x = add("block", x, block, self.input_layernorm)
+        def block(factor: Tensor | None) -> Tensor:
+            first = layer.self_attn.o_proj(buffers.attended)
+            second = layer.mlp(layer.post_attention_layernorm(x + first))
+            if factor is None:
+                return x + first + second
+            return x + factor * (first + second)
+
+        if "block" in self.kept:
+            x = self._mixed("block", x, block, layer.input_layernorm, entered)
         else:
-            x = add("attn", x, attention, self.input_layernorm)
-            x = add("mlp", x, feed, self.post_attention_layernorm)
+            x = self._mixed("attn", x, attention, layer.input_layernorm, entered)
+            x = self._mixed("mlp", x, feed, layer.post_attention_layernorm, entered)
         buffers.hidden.copy_(x)
+
+    def _mixed(
+        self,
+        target: str,
+        x: Tensor,
+        full: Callable[[Tensor | None], Tensor],
+        norm: nn.Module,
+        entered: Entered,
+    ) -> Tensor:
+        """``full`` of the rows that keep the target, and ``x`` with the stand-in, if there is any,
+        of those that skip it."""
+        layer = self.layer
+        if target not in self.kept:
+            return full(None)
+        skipped = x
+        if layer.stand_in is not None and (self.masked or not self.kept[target]):
+            own = layer.stand_in if len(layer.targets) == 1 else layer.stand_in[target]
+            skipped = x + own(norm(x))
+        if not self.kept[target]:
+            return skipped
+        computed = full(entered.factors.get(target))
+        if entered.decided is None or not self.masked:
+            return computed
+        keep = entered.decided[layer.targets.index(target)]
+        return torch.where(keep[..., None], computed, skipped)
+
+
+def _added(x: Tensor, update: Tensor, factor: Tensor | None) -> Tensor:
+    return x + (update if factor is None else factor * update)

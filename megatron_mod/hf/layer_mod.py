@@ -21,7 +21,7 @@ from .cache_mod import (
     check_batch,
 )
 from .configuration_mod import RoutedConfig
-from .graph_mod import DecodingGraphs, GraphedDecoding
+from .graph_mod import DecodeStep, DecodingGraphs
 from .thresholds_mod import CapacityBorders, WatchedBorders, logit_border
 
 MASKED = 0.3  # of all tokens: with fewer queries a mask is quicker on a GPU
@@ -120,7 +120,7 @@ class StandIn(nn.Module):
         return self.up(self.down(hidden_states))
 
 
-class RoutedLayer(GraphedDecoding):
+class RoutedLayer:
     """Mixed into a family's decoder layer: what its routers skip is not computed.
 
     Of the family it uses ``input_layernorm``, ``self_attn``, ``post_attention_layernorm`` and
@@ -177,7 +177,7 @@ class RoutedLayer(GraphedDecoding):
     def forward(self, hidden_states: Tensor, *, routing: RoutingCall, **context: Any) -> Tensor:
         """``[B, S, H]`` to the same; ``context`` is what the family's layer takes."""
         if routing.graphs is not None:
-            decoded = self.decode(hidden_states, routing, context)
+            decoded = DecodeStep(self, routing, context).run(hidden_states)
             if decoded is not None:
                 return decoded
         if self.router is None:

@@ -243,8 +243,8 @@ class RoutingControls:
     @contextmanager
     def graphed_decoding(self) -> Iterator[None]:
         """Within it decode steps are CUDA graphs, recorded at the first steps of each batch size:
-        on a GPU that is faster than its host can launch kernels, several times as many tokens a
-        second, and what routers skip at batch 1 is time saved::
+        where a GPU waits for the host to launch kernels a step takes a fraction of the time (8B on
+        an H200: 2.5 times as fast at batch 1)::
 
             with model.graphed_decoding():
                 model.generate(...)
