@@ -9,7 +9,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from megatron_mod.benchmark.isoflop_text import TRAIN, make_tokenizer, write_tex
 from megatron_mod.benchmark.training_ways import Setup
 from megatron_mod.config.shapes import SHAPES
 from megatron_mod.conversion.export import portable_config
+from megatron_mod.model import fp8
 from megatron_mod.model.specs import choose_implementation
 from megatron_mod.parallel import device, topology
 
@@ -120,7 +121,8 @@ def _setting(asked: Asked, *, repetitions: int = 5) -> routing.Setting:
 
 
 def dense_layers(asked: Asked, ends: float) -> Iterator[dict]:
-    """The dense layer as built here beside Megatron-core's own, in turn."""
+    """The dense layer as built here beside Megatron-core's own, and beside itself with products in
+    FP8 where there are any, in turn."""
     from megatron_mod.benchmark.megatron_layer import megatron_layer
 
     setting = _setting(asked, repetitions=15)
@@ -129,6 +131,9 @@ def dense_layers(asked: Asked, ends: float) -> Iterator[dict]:
             "ours": routing.layer_of(asked.size, None, setting),
             "megatron": megatron_layer(asked.size, setting),
         }
+        if not fp8.why_not(setting.implementation):
+            in_fp8 = replace(setting, fp8="hybrid")
+            made["fp8"] = routing.layer_of(asked.size, None, in_fp8)
         timed = [
             routing.Timed(name, layer, rotary, setting, asked.size)
             for name, (layer, rotary) in made.items()

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mod.hf.thresholds_mod import border_at, threshold_at
+from megatron_mod.model import fp8
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.model.builder import build_model, transformer_config
 from megatron_mod.model.layer import RoutedTransformerLayer
@@ -47,6 +48,7 @@ class Setting:
     training: bool
     implementation: str
     dtype: torch.dtype
+    fp8: str | None = None
 
 
 def architecture(size: str, args: Setting) -> Architecture:
@@ -63,7 +65,7 @@ def architecture(size: str, args: Setting) -> Architecture:
 def layer_of(size: str, routing: RoutingConfig | None, args: Setting):
     """A model's only layer with its rotary table."""
     arch = architecture(size, args)
-    config = transformer_config(arch, dtype=args.dtype)
+    config = transformer_config(arch, dtype=args.dtype, fp8=args.fp8)
     model = build_model(arch, config, routing, implementation=args.implementation)[0]
     torch.manual_seed(1)
     for parameter in model.parameters():
@@ -87,12 +89,13 @@ class Timed:
 
     def run(self) -> None:
         layout = self.layout if isinstance(self.layer, RoutedTransformerLayer) else None
-        output, _ = self.layer(
-            self.hidden,
-            attention_mask=None,
-            rotary_pos_emb=self.rotary,
-            packed_seq_params=layout,
-        )
+        with fp8.products(self.layer.config):
+            output, _ = self.layer(
+                self.hidden,
+                attention_mask=None,
+                rotary_pos_emb=self.rotary,
+                packed_seq_params=layout,
+            )
         if self.training:
             output.sum().backward()
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_mod.commands.command import command, ranks
 from megatron_mod.config.model_folder import HuggingFaceFolder, ModelFolder, check_base
@@ -35,6 +36,9 @@ class Comparison(RankOptions):
             coarser dtype where the two folders' weights differ in it.
         trust_remote_code: run the code that a Hugging Face folder brings (an export needs no
             trust).
+        fp8: run Megatron's side with Transformer Engine in bfloat16, its products in FP8, to see
+            what these do to the logits (as trainings have them, model.fp8); tolerance is then
+            unset a step of E4M3, 0.125.
     """
 
     load: tuple[str, ...] = setting(ModelFolder())
@@ -42,6 +46,7 @@ class Comparison(RankOptions):
     json: str | None = setting(OutputFile(), default=None)
     tolerance: float | None = setting(AT_LEAST_0, default=None)
     trust_remote_code: bool = False
+    fp8: Literal["hybrid", "e4m3"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 hf_path,
                 topology,
                 base=options.base,
+                fp8=options.fp8,
                 trust_remote_code=options.trust_remote_code,
             )
             figures.append({"load": load, "hf_path": hf_path, "max_rel": difference})

@@ -69,6 +69,9 @@ class ModelConfig:
         transformer_impl: the layers' modules: `transformer_engine` (GPUs only) or `local`,
             Megatron's own with torch's attention; unset: Transformer Engine where it works, but
             `local` in float32, which Transformer Engine multiplies as TF32.
+        fp8: in which format Transformer Engine multiplies by frozen weights: `hybrid` (forward in
+            E4M3, backward in E5M2) or `e4m3`, each tensor scaled as it is; on GPUs that have FP8
+            (Ada, Hopper and later), in bfloat16; unset: in the dtype.
     """
 
     checkpoint: str | None = None
@@ -78,6 +81,7 @@ class ModelConfig:
     lora: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     transformer_impl: Literal["local", "transformer_engine"] | None = None
+    fp8: Literal["hybrid", "e4m3"] | None = None
 
 
 @dataclass

@@ -100,6 +100,8 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
             f"parallel.num_layers_in_first_pipeline_stage = {first}: both cut the pipeline; leave "
             "the second out."
         )
+    if (fp8 := config.model.fp8) is not None:
+        _check_fp8(fp8, config)
     for name in ("wandb_project", "wandb_name"):
         value = getattr(config.logging, name)
         if value is not None and config.logging.wandb is False:
@@ -108,6 +110,39 @@ def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "
                 "that to true, or leave the name out."
             )
     _check_data(d, validation_interval=t.validation_interval)
+
+
+def _check_fp8(fp8: str, config: Config) -> None:
+    """What products in FP8 cannot go with, whatever the model and the device."""
+    m, t = config.model, config.train
+    conflicts = (
+        (m.dtype == "float32", "model.dtype = float32", "asks for more bits", "bfloat16"),
+        (
+            m.transformer_impl == "local",
+            "model.transformer_impl = local",
+            "only Transformer Engine multiplies in FP8",
+            "transformer_engine",
+        ),
+        (
+            t.recompute != "none",
+            f"train.recompute = {t.recompute}",
+            "what is computed again would not be in FP8",
+            "none",
+        ),
+        (
+            t.trainable == "all",
+            "train.trainable = all",
+            "products by weights that train are not in FP8 here",
+            "routers",
+        ),
+    )
+    for conflict, other, why, remedy in conflicts:
+        if conflict:
+            name = other.partition(" ")[0]
+            raise ValueError(
+                f"model.fp8 = {fp8} and {other}: {why}; set {name} to {remedy}, or leave model.fp8 "
+                "out."
+            )
 
 
 def _check_lora(config: Config, place: Callable[[str], str]) -> None:

@@ -19,6 +19,7 @@ from megatron_mod.conversion.source import Base, Source
 from megatron_mod.data.tokenizer import load_tokenizer
 from megatron_mod.model.architecture import check_parallel
 from megatron_mod.model.builder import ModelChunks, build_model, transformer_config
+from megatron_mod.model.fp8 import why_not
 from megatron_mod.model.specs import choose_implementation, why_not_transformer_engine
 from megatron_mod.model.trainable import AVERAGE, ROUTERS, Trainable
 from megatron_mod.parallel.agree import together
@@ -36,6 +37,7 @@ def load_model(
     trained: Sequence[str] = (ROUTERS,),
     computed: range | None = None,
     recompute: str = "none",
+    fp8: str | None = None,
     lora: LoraSettings | None = None,
     filled: bool = True,
 ) -> ModelChunks:
@@ -51,12 +53,13 @@ def load_model(
         computed: the layers that it computes, all without it; nothing is read of the others (see
             ``build_model``).
         recompute: what backward computes again (see ``model/recompute.py``).
+        fp8: the format of products by frozen weights (see ``model/fp8.py``); ``None``: the dtype.
         filled: with the base's weights, or with nothing that is meant, to be filled later.
 
     Raises:
         ValueError: a base that is damaged or not whole; see ``load_base``.
     """
-    config = transformer_config(base.arch, ranks, dtype=dtype, recompute=recompute)
+    config = transformer_config(base.arch, ranks, dtype=dtype, recompute=recompute, fp8=fp8)
     model = build_model(
         base.arch,
         config,
@@ -77,6 +80,7 @@ def restore_model(
     *,
     implementation: str | None = None,
     dtype: torch.dtype = torch.float32,
+    fp8: str | None = None,
 ) -> tuple[ModelChunks, object]:
     """This rank's stage of a base checkpoint (dense) or of a training run (with its routers and
     adapters), and the tokenizer.
@@ -84,6 +88,8 @@ def restore_model(
     Args:
         implementation: ``None``: what the training ran, where it can work, and ``local`` otherwise,
             which is said; what a training would run here, of a base.
+        fp8: the format of products; ``None``: what the training had, where nothing else is said
+            about layers and dtype and it can work.
 
     Raises:
         ValueError: a topology that does not fit it.
@@ -97,9 +103,17 @@ def restore_model(
         expert=ranks.expert,
         names=OPTIONS,
     )
-    implementation = implementation or _implementation(source, dtype)
+    if implementation is None:
+        implementation = _implementation(source, dtype)
+        fp8 = fp8 or _fp8(source, implementation, dtype)
     model = load_model(
-        base, source.routing, ranks, implementation=implementation, dtype=dtype, lora=source.lora
+        base,
+        source.routing,
+        ranks,
+        implementation=implementation,
+        dtype=dtype,
+        fp8=fp8,
+        lora=source.lora,
     )
     if source.step:
         load_trained(model, source.step)
@@ -117,6 +131,22 @@ def _implementation(source: Source, dtype: torch.dtype) -> str:
         )
         return "local"
     return ran or choose_implementation(dtype=dtype)
+
+
+def _fp8(source: Source, implementation: str, dtype: torch.dtype) -> str | None:
+    """What the training's products were in, where that can work; not in float32, which asks for
+    more."""
+    ran = read_manifest(source.step).get("fp8") if source.step else None
+    if ran is None or dtype == torch.float32:
+        return None
+    if reason := why_not(implementation):
+        print_once(
+            f"{source.step}: trained with products in FP8 ({ran}), which cannot work here "
+            f"({reason}); they are computed in {str(dtype).removeprefix('torch.')}.",
+            level=logging.WARNING,
+        )
+        return None
+    return ran
 
 
 def load_trained(model: ModelChunks, step: Path) -> None:

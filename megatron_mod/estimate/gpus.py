@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from megatron_mod.parallel.peak import PEAKS, TFLOPS
 
 MIB, GB = 2**20, 10**9
+FP8 = ("h100", "h200", "l4", "4090")  # by the same sources
 
 # Assumed, until measured on a GPU.
 EFFICIENCY = 0.5  # Megatron-LM's README: 41 to 48 % of an H100's peak, communication included
@@ -41,6 +42,7 @@ class Kind:
         bandwidth: of the memory, bytes a second.
         near, far: bytes a second to a device of the same node, and of another.
         efficiency: share of the peak that the products of a training reach.
+        fp8: whether it multiplies in FP8, twice as fast as in bfloat16.
         context, group, scattered: what is taken beside tensors: at all, for each process group, and
             as a share of what comes and goes.
     """
@@ -52,14 +54,25 @@ class Kind:
     bandwidth: float
     near: float
     far: float
+    fp8: bool = False
     efficiency: float = EFFICIENCY
     context: float = CONTEXT
     group: float = GROUP
     scattered: float = SCATTERED
 
-    def rate(self, dtype: str) -> float:
-        """Operations a second that a training reaches."""
-        return self.efficiency * (self.bfloat16 if dtype == "bfloat16" else self.float32)
+    def rate(self, dtype: str, fp8: str | None = None) -> float:
+        """Operations a second that a training reaches; with ``fp8``, as if all products were in it.
+
+        Raises:
+            ValueError: with ``fp8``, a kind without.
+        """
+        if fp8 is not None and not self.fp8:
+            raise ValueError(
+                f"model.fp8 = {fp8}: {self.name} does not multiply in FP8; leave it out, or take "
+                f"one of {', '.join(kind.name for kind in KINDS.values() if kind.fp8)}."
+            )
+        peak = self.bfloat16 if dtype == "bfloat16" else self.float32
+        return self.efficiency * peak * (1 if fp8 is None else 2)
 
     def overhead(self, passing: int, *, groups: int) -> int:
         """Bytes beside the tensors, of which ``passing`` come and go."""
@@ -76,6 +89,7 @@ def _kind(name, memory, bandwidth, near, far) -> Kind:
         bandwidth * GB,
         near * GB,
         far * GB,
+        fp8=name in FP8,
     )
 
 

@@ -52,6 +52,7 @@ def of_rank(placed: Placed, rank: int, kind: Kind) -> Memory:
     lasting = {
         "weights" if whole else "frozen weights": found.base * placed.element,
         "routers and stand-ins": 4 * (found.added - found.adapters),
+        "weights in FP8": _in_fp8(placed, rank),
         "adapters": 4 * found.adapters,
         "gradients": 4 * found.trained,
         "optimizer state": state // shards,
@@ -92,6 +93,16 @@ def prefix_cache(placed: Placed) -> dict[str, int]:
     token = placed.job.arch.hidden_size * placed.element
     batch = placed.job.config.train.global_batch_size * placed.length
     return {"disk_per_token": token, "host_per_rank": 2 * batch * token}
+
+
+def _in_fp8(placed: Placed, rank: int) -> int:
+    """Transformer Engine's copies of frozen weights, made once: one, and where backward passes
+    through the layer another, transposed."""
+    job = placed.job
+    if job.config.model.fp8 is None:
+        return 0
+    weights = parameters.layer(job.arch, job.topology) - job.arch.norm_parameters
+    return sum(weights * (1 + (layer >= job.reach.first)) for layer in placed.layers_of(rank))
 
 
 def _teacher(placed: Placed, rank: int) -> int:

@@ -38,7 +38,7 @@ def of_step(placed: Placed, kind: Kind, *, per_node: int) -> StepTime:
     job = placed.job
     ranks, micro_batches = job.topology, placed.cut.micro_batches
     operations = placed.cut.costs.of(placed.cut.layout)
-    rate = kind.rate(job.config.model.dtype) * ranks.tensor * ranks.context
+    rate = kind.rate(job.config.model.dtype, job.config.model.fp8) * ranks.tensor * ranks.context
     links = _links(placed, kind, per_node=per_node)
     talking = [
         sum(size / links[what] for what, size in communication.of_stage(placed, stage).items())

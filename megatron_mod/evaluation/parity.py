@@ -22,8 +22,10 @@ from megatron_mod.data.batch import MicroBatch
 from megatron_mod.data.python_docs import topic_text
 from megatron_mod.evaluation.huggingface import load_model
 from megatron_mod.evaluation.rows import Row, collate_rows
+from megatron_mod.model.architecture import check_fp8
 from megatron_mod.model.builder import ModelChunks
 from megatron_mod.model.forward import Outcome, run_batches
+from megatron_mod.model.fp8 import require_device
 from megatron_mod.model.layout import StepContext
 from megatron_mod.parallel import device
 from megatron_mod.parallel.agree import together
@@ -31,6 +33,7 @@ from megatron_mod.parallel.topology import Topology
 from megatron_mod.routing.masks import valid_tokens
 
 PROMPT_WORDS = (64, 200)
+FP8_STEP = 2.0**-3  # of E4M3, relative
 
 
 def prompt_batch(rows: Sequence[Sequence[int]]) -> MicroBatch:
@@ -59,19 +62,31 @@ def compare(
     ranks: Topology,
     *,
     base: str | Path | None = None,
+    fp8: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[float, float]:
     """``max_relative_difference`` of a base checkpoint or a training run on some real English, the
     start of Python's language reference, and what rounding explains; called by all ranks.
 
     The layers are ``local``, whatever the training ran: Transformer Engine multiplies fp32 in TF32,
-    whose rounding is above what tells two models apart.
+    whose rounding is above what tells two models apart. With ``fp8`` they are Transformer Engine's,
+    in bfloat16 with products in that format, of which one step is what rounding may explain.
 
     ``base``: where the base of a training run is now, if not where it was.
+
+    Raises:
+        ValueError: ``fp8`` that cannot work with this model or here.
     """
     source = open_source(load, base=base if is_run(load) else None)
-    tolerance = default_tolerance(source, hf_path)
-    model, tokenizer = restore_model(source, ranks, implementation="local")
+    if fp8 is None:
+        tolerance = default_tolerance(source, hf_path)
+        model, tokenizer = restore_model(source, ranks, implementation="local")
+    else:
+        layers: dict = {"implementation": "transformer_engine", "dtype": torch.bfloat16}
+        check_fp8(source.base.arch, fp8, tensor=ranks.tensor, name="--fp8")
+        require_device(fp8, layers["implementation"], name="--fp8")
+        tolerance = FP8_STEP
+        model, tokenizer = restore_model(source, ranks, fp8=fp8, **layers)
     words = topic_text().split()
     rows = tokenizer([" ".join(words[:count]) for count in PROMPT_WORDS])["input_ids"]
     difference = max_relative_difference(

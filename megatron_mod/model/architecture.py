@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from megatron_mod.config.ranks import SETTINGS, degree
 
+FP8_MULTIPLE = 16  # of which the sizes of a product in FP8 must be
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -226,3 +228,30 @@ def _check_virtual(arch: Architecture, *, pipeline: int, virtual: int) -> None:
 
 def _divisors(*numbers: int) -> list[int]:
     return [d for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers)]
+
+
+def check_fp8(arch: Architecture, fp8: str | None, *, tensor: int, name: str = "model.fp8") -> None:
+    """That a model's products, shared by ``tensor`` ranks, can be in FP8 (``model/fp8.py``).
+
+    Raises:
+        ValueError: a mixture of experts, or sizes that are no multiples of 16.
+    """
+    if fp8 is None:
+        return
+    if arch.mixture is not None:
+        raise ValueError(
+            f"{name} = {fp8}: the model is a mixture of experts, whose products are not in FP8 "
+            "here; leave it out."
+        )
+    sizes = {
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size / tensor ranks": arch.ffn_hidden_size // tensor,
+        "query channels / tensor ranks": arch.num_attention_heads * arch.kv_channels // tensor,
+        "key channels / tensor ranks": arch.num_query_groups * arch.kv_channels // tensor,
+    }
+    if wrong := {name: size for name, size in sizes.items() if size % FP8_MULTIPLE}:
+        found = ", ".join(f"{name} = {size}" for name, size in wrong.items())
+        raise ValueError(
+            f"{name} = {fp8}: {found}, and FP8 products need multiples of {FP8_MULTIPLE}; leave it "
+            "out, or use fewer tensor ranks."
+        )

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mod.config.lora import LoraSettings
+from megatron_mod.model import fp8 as fp8_products
 from megatron_mod.model.architecture import Architecture, Mixture, padded_vocab_size
 from megatron_mod.model.cost import forward_costs
 from megatron_mod.model.layer import RoutedTransformerLayer
@@ -213,10 +214,12 @@ def transformer_config(
     *,
     dtype: torch.dtype,
     recompute: str = "none",
+    fp8: str | None = None,
 ) -> TransformerConfig:
     """Megatron's configuration of ``arch`` on ranks so laid out.
 
-    ``recompute``: what backward computes again, of ``model/recompute.py``.
+    ``recompute``: what backward computes again, of ``model/recompute.py``; ``fp8``: the format of
+    products, of ``model/fp8.py``.
     """
     virtual_pipeline, layout = ranks.virtual_pipeline, ranks.pipeline_layout
     if ranks.pipeline > 1 and layout is None:
@@ -268,6 +271,7 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **SETTINGS[recompute],
+        **fp8_products.settings(fp8),
     )
 
 
@@ -325,6 +329,8 @@ def build_model(
             for stage in stages
         ]
     )
+    if config.fp8:
+        fp8_products.pad_tokens(model)
     _mark_shards(model)
     open_parts(model, trained)
     _tell_what_trains_below(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ class PartLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    padded_forward: Callable | None = None  # put in the place of forward (``fp8.pad_tokens``)
 
     def __init__(self, *args: object, tp_group, **kwargs: object) -> None:
         super().__init__(*args, tp_group=tp_group, **kwargs)
@@ -69,7 +71,9 @@ def project(linear: nn.Module, hidden_states: Tensor, part: Part) -> Tensor:
     outputs, and the part is taken from them.
     """
     hooks = linear._forward_hooks.values()
-    changed = "forward" in vars(linear) or not all(isinstance(hook, SeesParts) for hook in hooks)
+    changed = not all(isinstance(hook, SeesParts) for hook in hooks)
+    if forward := vars(linear).get("forward"):
+        changed = changed or forward is not getattr(linear, "padded_forward", None)
     if isinstance(linear, PartLinear) and not changed:
         return linear(hidden_states, part=part)[0]
     return part.of_outputs(linear(hidden_states)[0])

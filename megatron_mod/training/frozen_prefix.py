@@ -78,6 +78,7 @@ def _states(store, config: Config, plan: Plan, folder: Path, base_fingerprint: s
         "layer": plan.computed.start,
         "dtype": config.model.dtype,
         "implementation": plan.implementation,
+        **({"fp8": config.model.fp8} if config.model.fp8 else {}),
     }
     width, dtype = plan.base.arch.hidden_size, DTYPES[config.model.dtype]
     return StatesEntry(folder, key, store.lengths(), width=width, dtype=dtype)

@@ -9,7 +9,7 @@ from megatron_mod.config.experts import check_mixture
 from megatron_mod.config.lora import LoraSettings, require_projections
 from megatron_mod.config.schema import Config
 from megatron_mod.config.validate import check_batches
-from megatron_mod.model.architecture import Architecture, check_parallel
+from megatron_mod.model.architecture import Architecture, check_fp8, check_parallel
 from megatron_mod.model.cost import LENGTH, workload
 from megatron_mod.model.pipeline import Layout
 from megatron_mod.model.reach import Reach
@@ -91,6 +91,7 @@ def arrange(
         virtual_pipeline=ranks.virtual_pipeline,
         expert=ranks.expert,
     )
+    check_fp8(arch, config.model.fp8, tensor=ranks.tensor)
     layout = asked_layout(p, arch)
     check_batches(
         global_batch_size=config.train.global_batch_size,

@@ -94,6 +94,7 @@ class Training:
             trained=config.train.parts,
             computed=plan.computed,
             recompute=config.train.recompute,
+            fp8=config.model.fp8,
             lora=plan.lora,
             filled=plan.goes_on is None,  # otherwise the checkpoint holds it all
         )

@@ -15,6 +15,7 @@ from megatron_mod.data.dataset import Samples, load_data
 from megatron_mod.data.loader import Loader
 from megatron_mod.data.order import epoch_length, steps_of
 from megatron_mod.data.tokenizer import load_tokenizer
+from megatron_mod.model import fp8
 from megatron_mod.model.cost import workload
 from megatron_mod.model.specs import choose_implementation
 from megatron_mod.model.trainable import BASE
@@ -77,6 +78,7 @@ def prepare(config: Config) -> Plan:
     check_installed(config.logging)
     wanted, dtype = config.model.transformer_impl, DTYPES[config.model.dtype]
     implementation = choose_implementation(wanted, dtype=dtype)
+    fp8.require_device(config.model.fp8, implementation)
     base, goes_on = open_model(config)
     arch = base.arch
     check_settings(config)
@@ -217,7 +219,7 @@ def description(config: Config, plan: Plan, *, parameters: int) -> str:
         f"{t.world_size} rank(s) on {device.describe()}: tensor {t.tensor} x pipeline {t.pipeline}"
         f"{f' x context {t.context}' if t.context > 1 else ''} x data {t.data}"
         f"{f', experts shared by {t.expert}' if t.expert > 1 else ''}\n"
-        f"{arch.num_layers} layers ({plan.implementation}) {state};"
+        f"{arch.num_layers} layers ({plan.implementation}{_products(config)}) {state};"
         f" training {_what_trains(config, plan)} ({parameters} parameters, {numbers})"
         f"{_what_else(config, plan)}\n"
         f"{', '.join(f'{part}: {code}' for part, code in kernels(plan.implementation).items())}\n"
@@ -228,6 +230,10 @@ def description(config: Config, plan: Plan, *, parameters: int) -> str:
         f"{', several in a row' if plan.packing else ''}"
         + (f" (train.epochs = {config.train.epochs:g})" if config.train.epochs else "")
     )
+
+
+def _products(config: Config) -> str:
+    return f", products in FP8, {config.model.fp8}" if config.model.fp8 else ""
 
 
 def _what_trains(config: Config, plan: Plan) -> str:

@@ -105,6 +105,7 @@ def _prefix(config: Config, plan: Plan) -> ModelChunks:
         ranks,
         implementation=plan.implementation,
         dtype=DTYPES[config.model.dtype],
+        fp8=config.model.fp8,
         trained=(),
         computed=below,
     ).eval()

@@ -86,6 +86,12 @@ def _settings(config: Config) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def _layers(manifest: dict) -> str | None:
+    """What a manifest says that the layers were."""
+    parts = manifest.get("implementation"), manifest.get("fp8")
+    return " in FP8 ".join(filter(None, parts)) or None
+
+
 def _flat(values: dict) -> dict[str, object]:
     return {f"{section}.{k}": v for section, fields in values.items() for k, v in fields.items()}
 
@@ -107,6 +113,7 @@ class RunCheckpoints:
             "routing": plan.routing.to_dict(),
             "lora": plan.lora.to_dict() if plan.lora else None,
             "implementation": plan.implementation,
+            "fp8": config.model.fp8,
             "data": plan.train.identity,
             "topology": _topology(config, plan),
             "steps": self.steps,
@@ -156,7 +163,7 @@ class RunCheckpoints:
                 f"{self._length().partition(' ')[0]} to go on with it."
             )
         else:
-            before, now = (m.get("implementation") for m in (manifest, self._manifest))
+            before, now = (_layers(m) for m in (manifest, self._manifest))
             changed = [
                 *(() if same else ("on another topology",)),
                 *(() if before in (now, None) else (f"on {now} layers instead of {before}",)),

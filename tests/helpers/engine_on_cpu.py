@@ -25,9 +25,11 @@ def engine_error() -> str | None:
 
 
 @contextlib.contextmanager
-def engine_on_cpu() -> Iterator[None]:
-    """For the block, in which models are built and run."""
+def engine_on_cpu(*, tokens: list[tuple[int, bool]] | None = None) -> Iterator[None]:
+    """For the block, in which models are built and run; ``tokens`` gets of each linear's input how
+    many it has and whether the product would be in FP8."""
     import transformer_engine.pytorch as te
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule as Base
 
     made = Base.__init__
@@ -36,9 +38,16 @@ def engine_on_cpu() -> Iterator[None]:
         with mock.patch("torch.cuda.is_available", return_value=True):  # needs no more
             made(self, *args, **kwargs)
 
+    def linear(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
+        if tokens is not None:
+            tokens.append((inp.shape[:-1].numel(), FP8GlobalStateManager.is_fp8_enabled()))
+        return _linear(self, inp, is_first_microbatch)
+
     forwards = {
+        te.Fp8Padding: {"forward": _pad},
+        te.Fp8Unpadding: {"forward": lambda self, inp, splits: inp[: splits[0]]},
         Base: {"__init__": make},
-        te.Linear: {"forward": _linear},
+        te.Linear: {"forward": linear},
         te.LayerNormLinear: {"forward": _norm_and_linear},
         te.RMSNorm: {"forward": lambda self, x: _norm(x, self.weight, self.eps)},
         te.DotProductAttention: {"forward": _attention},
@@ -48,6 +57,12 @@ def engine_on_cpu() -> Iterator[None]:
             for name, member in members.items():
                 stack.enter_context(mock.patch.object(owner, name, member))
         yield
+
+
+def _pad(self, inp: Tensor, splits: list[int]) -> tuple[Tensor, list[int]]:
+    (tokens,) = splits
+    missing = -tokens % 16
+    return F.pad(inp, (0, 0, 0, missing)), [tokens + missing]
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
