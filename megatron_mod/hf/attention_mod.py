@@ -11,6 +11,8 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from .kernels_mod import kernels_of_any_shape
 
+IMPLEMENTATION = "sdpa"  # Transformers' name for what is used here
+
 
 def attend(
     attn: Any, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, **how: Any

@@ -74,6 +74,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 # All files beside this one are named here: Transformers 4.57 does not look into them for more.
+from .attention_mod import IMPLEMENTATION
 from .cache_mod import CACHE, prepare_cache
 from .configuration_mod import RoutedConfig
 from .graph_mod import DecodingGraphs
@@ -262,8 +263,8 @@ class RoutingControls:
             wrong = f"the model is on {len(devices)} devices; load it on one"
         elif not DecodingGraphs.work_on(next(iter(devices))):
             wrong = "CUDA graphs need a GPU; move the model there with to('cuda')"
-        elif (found := self.config._attn_implementation) != "sdpa":
-            wrong = f"attn_implementation is {found!r}; load the model with 'sdpa'"
+        elif (found := self.config._attn_implementation) != IMPLEMENTATION:
+            wrong = f"attn_implementation is {found!r}; load the model with {IMPLEMENTATION!r}"
         elif self.training:
             wrong = "the model is in training; call eval()"
         elif issubclass(model.layer_class, RoutedMixtureLayer):

@@ -35,11 +35,11 @@ def require_device(fp8: str | None, implementation: str, *, name: str = "model.f
 
 def why_not(implementation: str) -> str | None:
     """Why layers of an implementation cannot multiply in FP8 here; ``None``: they can."""
+    only = "only Transformer Engine's layers multiply in FP8, and"
+    if reason := why_not_transformer_engine():
+        return f"{only} it cannot work here, {reason}"
     if implementation != "transformer_engine":
-        reason = why_not_transformer_engine()
-        return "only Transformer Engine's layers multiply in FP8, and " + (
-            f"it cannot work here, {reason}" if reason else f"these are {implementation}"
-        )
+        return f"{only} these are {implementation}"
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
     is_there, reason = FP8GlobalStateManager.is_fp8_available()
