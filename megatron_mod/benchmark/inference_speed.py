@@ -143,14 +143,15 @@ class Pair:
             dense, routed = speed.compare(
                 [self.dense, self.routed], [ids], prefills=repetitions, new_tokens=new_tokens
             )
-        prefill, steps = made[-new_tokens - 1], made[-new_tokens:]
+        prefill = made[-new_tokens - 1]
         work = Work.of(self.dense.config.to_dict()), Work.of(self.routed.config.to_dict())
         size = self.dense.lm_head.weight.element_size()
         flops = [prefill_flops(w, prefill, length=context) for w in work]
 
-        def decode(timings: Sequence[speed.Timing]) -> dict:
+        def decode(timings: Sequence[speed.Timing], made: Sequence[Decisions]) -> dict:
+            first, *steps = made[-new_tokens - 1 :]
             where = {"length": context, "element_size": size}
-            read = [decode_bytes(w, prefill, steps, **where) for w in work]
+            read = [decode_bytes(w, first, steps, **where) for w in work]
             times = (timing.decode_s for timing in timings)
             return {"capacity": kept_share(steps), **_beside(*times, read[0] / read[1])}
 
@@ -159,7 +160,7 @@ class Pair:
             "context": context,
             "capacity": kept_share([prefill]),
             "prefill": _beside(dense.prefill_s, routed.prefill_s, flops[0] / flops[1]),
-            "decode": decode([dense, routed]),
+            "decode": decode([dense, routed], made),
         }
         if self.plain is not None:
             graphed = [self.plain, self.routed]
@@ -167,8 +168,7 @@ class Pair:
                 for model in graphed:
                     stack.enter_context(model.graphed_decoding())
                 timings = speed.compare(graphed, [ids], prefills=1, new_tokens=new_tokens)
-            prefill, steps = made[-new_tokens - 1], made[-new_tokens:]
-            found["graphed"] = decode(timings)
+            found["graphed"] = decode(timings, made)
         return found
 
 

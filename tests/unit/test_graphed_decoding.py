@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_mod.benchmark.inference_speed import Pair
 from megatron_mod.evaluation.huggingface import load_model
 from megatron_mod.hf.graph_mod import DecodingGraphs, Entered
 from tests.helpers import exact, formula
@@ -150,3 +151,14 @@ def test_mixtures_are_refused(tmp_path, monkeypatch):
     model = load_model(mixtures.export("attn_token_all"), dtype=torch.float32).eval()
     with pytest.raises(ValueError, match="which experts a token goes to"):
         model.graphed_decoding().__enter__()
+
+
+def test_they_are_timed_beside_the_dense_model(graphs):
+    pair = Pair.of_shape("tiny", "block_token", dtype=torch.float32)
+    row = pair.measure(1, 16, repetitions=1, new_tokens=3, capacity=0.5)
+    assert graphs
+    assert row["graphed"].keys() == row["decode"].keys()
+    assert pair.plain.model.graphs is pair.routed.model.graphs is None
+    ids = pair.prompts(2, 16)
+    with torch.no_grad():
+        assert torch.equal(pair.plain(ids).logits, pair.dense(ids).logits)
