@@ -29,7 +29,7 @@ def test_routed_layers_have_norms_of_their_own(engine):
     from megatron_mod.model.specs import dense_layer_spec, routed_layer_spec
 
     routing = RoutingConfig("attn_token", (1,), (0.5,))
-    config = SimpleNamespace(qk_layernorm=False)
+    config = SimpleNamespace(qk_layernorm=False, num_moe_experts=None)
     dense = dense_layer_spec(config, "transformer_engine").submodules.self_attention.submodules
     assert "LayerNorm" in dense.linear_qkv.__name__
     routed = routed_layer_spec(config, routing, "transformer_engine").submodules
