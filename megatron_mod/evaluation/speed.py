@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_mod.hf.cache_mod import CACHE
 from megatron_mod.hf.kernels_mod import kernels_of_any_shape
 from megatron_mod.parallel.device import synchronize
 
@@ -105,7 +106,7 @@ def compare(
 
 def _next_tokens(outputs: list) -> list[tuple[Tensor, object]]:
     """Each model's likeliest tokens ``[B, 1]`` with its cache."""
-    return [(o.logits[:, -1:].argmax(-1), o.past_key_values) for o in outputs]
+    return [(o.logits[:, -1:].argmax(-1), o[CACHE]) for o in outputs]
 
 
 def _in_turn(models: Sequence, inputs: list, turn: int, times: list[list[float]]) -> list:
@@ -124,6 +125,6 @@ def _timed(model, ids: Tensor, cache: object) -> tuple[float, object]:
     with nullcontext() if cache is None else kernels_of_any_shape():
         synchronize()
         start = time.perf_counter()
-        output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         synchronize()
         return time.perf_counter() - start, output

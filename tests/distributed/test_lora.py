@@ -88,7 +88,7 @@ def test_one_rank(case, each, tmp_path):
     check(case, [*each, *DEEP], 1, [{}], tmp_path)
 
 
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_ranks(case, every, tmp_path):
     topologies = [
         {"tensor": 2},

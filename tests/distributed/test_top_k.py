@@ -171,7 +171,7 @@ def test_the_rules_differ_in_the_batch(case):
             marks=pytest.mark.slow,
         ),
         *one_in(
-            3,
+            6,
             DEEP,
             2,
             [

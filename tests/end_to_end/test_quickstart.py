@@ -419,6 +419,7 @@ def test_the_page_of_settings_shows_one_complete_configuration(tmp_path):
     cli.parse(["--config", str(path)])
 
 
+@pytest.mark.slow
 def test_readme_commands_run(quickstart, tiny_hf, tmp_path):
     """The step-by-step commands, with the tiny model in SmolLM2's place and its few steps."""
     (commands,) = (

@@ -14,6 +14,7 @@ from tests.helpers.exported import pad
 pytestmark = [pytest.mark.gpu, only_cuda, pytest.mark.usefixtures("single_process")]
 
 NEW = 6
+FP32 = {"rtol": 1e-3, "atol": 1e-3}
 EXACT = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
 
 
@@ -50,5 +51,19 @@ def test_generation(exported, granularity, keys_values, more):
     for number in range(len(batches)):
         (tokens, logits, report), (again, close, same) = found[False, number], found[True, number]
         assert torch.equal(again, tokens)
-        torch.testing.assert_close(close, logits, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(close, logits, **FP32)
         assert same == report
+
+
+def test_thresholds_may_be_set_meanwhile(exported):
+    export, _ = exported("block_token", None, more=False)
+    model = load_model(export, dtype=torch.float32).to("cuda").eval()
+    ids = torch.tensor([exported.samples[0].ids], device="cuda")
+    wanted = {}
+    for threshold in (0.0, 1.0):
+        model.set_thresholds(threshold)
+        wanted[threshold] = model.generate(ids, **EXACT)
+    with model.graphed_decoding():
+        for threshold in (1.0, 0.0, 1.0):
+            model.set_thresholds(threshold)
+            assert torch.equal(model.generate(ids, **EXACT), wanted[threshold])

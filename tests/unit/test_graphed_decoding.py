@@ -110,13 +110,15 @@ def test_thresholds_of_nothing_and_everything(exports, graphs, name, tmp_path):
     for threshold in (0.0, 1.0):
         model.set_thresholds(threshold)
         wanted[threshold] = generated(model, ids)
-    with model.graphed_decoding():  # they may be set meanwhile
-        for threshold in (1.0, 0.0, 1.0):
+    with model.graphed_decoding():  # they may be set meanwhile, and are in what is recorded
+        for threshold, is_new in ((1.0, True), (0.0, True), (1.0, False)):
+            graphs.clear()
             model.set_thresholds(threshold)
             tokens, logits, report = generated(model, ids)
             assert torch.equal(tokens, wanted[threshold][0])
             torch.testing.assert_close(logits, wanted[threshold][1], rtol=1e-4, atol=1e-5)
             assert report == wanted[threshold][2]
+            assert bool(graphs) == is_new
 
 
 def test_steps_that_need_more_run_as_ever(exports, graphs):

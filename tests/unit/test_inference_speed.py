@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.utils import ModelOutput
 
 from megatron_mod.benchmark.inference_speed import (
     Pair,
@@ -19,6 +19,7 @@ from megatron_mod.benchmark.inference_speed import (
 )
 from megatron_mod.evaluation import speed
 from megatron_mod.evaluation.work import Work
+from megatron_mod.hf.cache_mod import CACHE
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.report import quickstart
 from megatron_mod.routing.config import RoutingConfig
@@ -102,10 +103,10 @@ class Recorder:
     def __init__(self, name: str, calls: list) -> None:
         self.name, self.calls = name, calls
 
-    def __call__(self, ids, past_key_values, **_):
-        self.calls.append((self.name, tuple(ids.shape), past_key_values))
-        cache = (past_key_values or 0) + ids.shape[1]
-        return SimpleNamespace(logits=torch.zeros(len(ids), 1, 5), past_key_values=cache)
+    def __call__(self, ids, **given):
+        self.calls.append((self.name, tuple(ids.shape), given[CACHE]))
+        cache = (given[CACHE] or 0) + ids.shape[1]
+        return ModelOutput(logits=torch.zeros(len(ids), 1, 5), **{CACHE: cache})
 
 
 def test_models_take_turns_and_the_first_changes():
