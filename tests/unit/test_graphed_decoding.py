@@ -13,6 +13,7 @@ from tests.helpers import exact, formula
 from tests.helpers.exported import Exports, pad
 
 NEW = 4
+ALMOST = 1 - 1e-9  # skips everything, but keys and values are stored
 EXACT = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
 
 
@@ -107,11 +108,11 @@ def test_thresholds_of_nothing_and_everything(exports, graphs, name, tmp_path):
     model = load_model(exports.export(name), dtype=torch.float32).eval()
     ids = torch.tensor([exports.prompts[0]])
     wanted = {}
-    for threshold in (0.0, 1.0):
+    for threshold in (0.0, ALMOST, 1.0):
         model.set_thresholds(threshold)
         wanted[threshold] = generated(model, ids)
     with model.graphed_decoding():  # they may be set meanwhile, and are in what is recorded
-        for threshold, is_new in ((1.0, True), (0.0, True), (1.0, False)):
+        for threshold, is_new in ((1.0, True), (0.0, True), (ALMOST, True), (1.0, False)):
             graphs.clear()
             model.set_thresholds(threshold)
             tokens, logits, report = generated(model, ids)
@@ -119,6 +120,20 @@ def test_thresholds_of_nothing_and_everything(exports, graphs, name, tmp_path):
             torch.testing.assert_close(logits, wanted[threshold][1], rtol=1e-4, atol=1e-5)
             assert report == wanted[threshold][2]
             assert bool(graphs) == is_new
+
+
+def test_padding_is_not_kept(exports, graphs):
+    """A row whose newest token is padding."""
+    model = load_model(exports.export("block_token_all"), dtype=torch.float32).eval()
+    model.set_thresholds(0.0)
+    ids, mask = torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.ones(2, 4, dtype=torch.int64)
+    mask[1, 3] = 0
+    with torch.no_grad(), model.graphed_decoding():
+        cache = model(ids, use_cache=True).past_key_values
+        model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+    assert graphs
+    report = model.routing_report()
+    assert (report["kept"], report["units"]) == (len(report["layers"]), len(report["layers"]))
 
 
 def test_steps_that_need_more_run_as_ever(exports, graphs):
