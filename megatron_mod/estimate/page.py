@@ -78,7 +78,9 @@ def _memory(found: Estimate) -> str:
         )
     lines.append("  it fits" if found.fits else "  IT DOES NOT FIT")
     if found.machines.kind.name != CPU:
-        others = [kind.name for kind in KINDS.values() if held.total <= kind.memory]
+        fp8 = found.placed.job.config.model.fp8
+        able = [kind for kind in KINDS.values() if kind.fp8 or fp8 is None]
+        others = [kind.name for kind in able if held.total <= kind.memory]
         lines.append(f"  kinds with room for it: {', '.join(others) or 'none'}")
     return "\n".join(lines)
 

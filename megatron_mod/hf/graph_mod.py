@@ -163,8 +163,8 @@ class DecodeStep:
         """One of the layer's; in its key, all that it has in it beside weights."""
         layer, state = self.layer, ()
         if layer.router is not None:
-            routers = [layer.router] if len(layer.targets) == 1 else layer.router.values()
-            state = (*layer.logit_borders.items(), *(router.position for router in routers))
+            positions = (router.position for router in layer.routers)
+            state = (*layer.logit_borders.items(), *positions)
         return self.routing.graphs.run((layer.layer_idx, name, what, state), function, buffers)
 
     def _all_alike(self, batch: int) -> bool:
@@ -280,8 +280,7 @@ class DecodeStep:
             return full(None)
         skipped = x
         if layer.stand_in is not None and (self.masked or not self.kept[target]):
-            own = layer.stand_in if len(layer.targets) == 1 else layer.stand_in[target]
-            skipped = x + own(norm(x))
+            skipped = x + layer._own(layer.stand_in, target)(norm(x))
         if not self.kept[target]:
             return skipped
         computed = full(entered.factors.get(target))

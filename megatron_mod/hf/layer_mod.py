@@ -165,9 +165,13 @@ class RoutedLayer:
 
     def set_position(self, position: float) -> None:
         """Tell the layer's routers which budget of their range it is."""
-        routers = [self.router] if len(self.targets) == 1 else self.router.values()
-        for router in routers:
+        for router in self.routers:
             router.position = position
+
+    @property
+    def routers(self) -> list[Router]:
+        """The layer's, in the order of its targets."""
+        return [] if self.router is None else [self._own(self.router, t) for t in self.targets]
 
     @property
     def is_removed(self) -> bool:

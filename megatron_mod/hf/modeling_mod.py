@@ -271,11 +271,11 @@ class RoutingControls:
             wrong = "which experts a token goes to is no graph's to repeat; leave it out"
         if wrong:
             raise ValueError(f"graphed_decoding: {wrong}.")
-        model.graphs = DecodingGraphs()
+        before, model.graphs = model.graphs, DecodingGraphs()
         try:
             yield
         finally:
-            model.graphs = None
+            model.graphs = before
 
     def routing_report(self) -> dict[str, Any]:
         """What the last call skipped and what it saved; after ``generate``, the whole of it.

@@ -136,6 +136,16 @@ def test_padding_is_not_kept(exports, graphs):
     assert (report["kept"], report["units"]) == (len(report["layers"]), len(report["layers"]))
 
 
+def test_one_within_another(exports, graphs):
+    model = load_model(exports.export("block_token_all"), dtype=torch.float32).eval()
+    with model.graphed_decoding():
+        outer = model.model.graphs
+        with model.graphed_decoding():
+            assert model.model.graphs is not outer
+        assert model.model.graphs is outer
+    assert model.model.graphs is None
+
+
 def test_steps_that_need_more_run_as_ever(exports, graphs):
     model = load_model(exports.export("block_token_all"), dtype=torch.float32).eval()
     ids = torch.tensor([exports.prompts[0]])
