@@ -7,6 +7,10 @@ from contextlib import contextmanager
 
 from torch.backends import cuda
 
+# Of all tokens: with fewer queries a mask is quicker on a GPU, with more queries at their places
+# among all, zeros elsewhere (measured on an H200).
+MASKED = 0.3
+
 
 @contextmanager
 def kernels_of_any_shape() -> Iterator[None]:

@@ -22,9 +22,9 @@ from .cache_mod import (
 )
 from .configuration_mod import RoutedConfig
 from .graph_mod import DecodeStep, DecodingGraphs
+from .kernels_mod import MASKED
 from .thresholds_mod import CapacityBorders, WatchedBorders, logit_border
 
-MASKED = 0.3  # of all tokens: with fewer queries a mask is quicker on a GPU
 KNOTS = 5  # budgets of a range, evenly spaced, that a router has borders for
 
 

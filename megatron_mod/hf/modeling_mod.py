@@ -25,17 +25,17 @@ lets calls without a cache keep exactly those that training would.
   that skips an attention stores nothing there either; with ``all`` it still offers its key
   and value to others, unless the layer's threshold is 1: what is skipped for good makes none.
 
-The model and its generation are here, with the families at the end; the configuration is in
-``configuration_mod.py``, caches in ``cache_mod.py``, the layer in ``layer_mod.py``, that of
-mixtures in ``mixture_mod.py``, what calls decided in ``record_mod.py``, and the rule for thresholds
-in ``thresholds_mod.py``.
+The model and its generation are here, with the families at the end; what else a model offers is in
+``controls_mod.py``, the configuration in ``configuration_mod.py``, caches in ``cache_mod.py``, the
+layer in ``layer_mod.py``, that of mixtures in ``mixture_mod.py``, what calls decided in
+``record_mod.py``, and the rule for thresholds in ``thresholds_mod.py``.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,228 +74,16 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 # All files beside this one are named here: Transformers 4.57 does not look into them for more.
-from .attention_mod import IMPLEMENTATION
 from .cache_mod import CACHE, prepare_cache
 from .configuration_mod import RoutedConfig
+from .controls_mod import RoutingControls
 from .graph_mod import DecodingGraphs
 from .kernels_mod import kernels_of_any_shape
 from .layer_mod import RoutedLayer, RoutingCall
 from .mixture_mod import GateLogits, MixtureNames, RoutedMixtureLayer
+from .olmoe_mod import OldOlmoeCausalLM, OldOlmoeLayer, OldOlmoeModel
 from .record_mod import RoutingRecord
-from .thresholds_mod import (
-    CapacityBorders,
-    WatchedBorders,
-    common_border,
-    threshold_at,
-)
-
-SELECTIONS = ("causal", "top_k")
-
-
-class RoutingControls:
-    """What a routed model offers beside its family's methods; ``_decoder`` holds the layers."""
-
-    supports_gradient_checkpointing = False
-    _supports_flex_attn = False  # its block masks cannot be taken apart by sequence
-
-    def _finish_init(self) -> None:
-        routing = self.config.routing  # Transformers 4.57 refuses names that are not there
-        named = ["router", "predictor"] if routing.get("predictor_size") else ["router"]
-        self._keep_in_fp32_modules_strict = named if self.config.places else None
-        self.post_init()
-
-    @property
-    def _decoder(self) -> RoutedModel:
-        return getattr(self, "model", self)
-
-    def _routed_layers(self) -> dict[int, RoutedLayer]:
-        return {index: self._decoder.layers[index] for index in self.config.routing["layers"]}
-
-    def set_selection(self, selection: str) -> None:
-        """Say how routers that were trained to keep a number of tokens exactly decide.
-
-        ``causal`` (at first): each token by itself, by the threshold. ``top_k``: those of the
-        largest logits of each row's tokens, as in training; such a call sees the whole text and has
-        no cache. ``save_pretrained`` writes nothing of it.
-
-        Raises:
-            ValueError: another word, or routers that decide by thresholds.
-        """
-        if not self.config.is_exact:
-            raise ValueError(
-                f"set_selection({selection!r}): these routers decide by thresholds and keep no "
-                "exact number of tokens; leave it out, or train with router.selection top_k."
-            )
-        if selection not in SELECTIONS:
-            raise ValueError(
-                f"set_selection({selection!r}): must be {' or '.join(map(repr, SELECTIONS))}."
-            )
-        self._decoder.selection = selection
-
-    def set_thresholds(self, threshold: float | Sequence[float]) -> None:
-        """Keep a unit where ``sigmoid(logit)`` reaches ``threshold``: one number from 0 (keep all)
-        to 1 (skip all), or one per router (per routed layer; of one that has two, its attention's
-        first); of exact routers it is the causal rule's. ``save_pretrained`` writes it.
-
-        Raises:
-            ValueError: another number of thresholds than routers, or one out of range.
-        """
-        self._require_routers("set_thresholds")
-        before = self.config.routing
-        listed = list(threshold) if isinstance(threshold, (list, tuple)) else threshold
-        self.config.routing = {**before, "threshold": listed}
-        try:
-            thresholds = self.config.thresholds()
-        except ValueError:
-            self.config.routing = before
-            raise
-        for layer in self._routed_layers().values():
-            layer.set_thresholds(thresholds)
-
-    def _require_routers(self, call: str) -> None:
-        if noops := self.config.routing.get("num_noop_experts"):
-            raise ValueError(
-                f"{call}: these layers have no routers; their gates choose among {noops} no-op "
-                "experts."
-            )
-
-    def set_work(self, work: float) -> None:
-        """Set the share of the dense model's operations that remains, on text of the kind that the
-        routers were trained on; needs routers that were trained for a range of budgets
-        (``router.work`` of two numbers), and no data. ``save_pretrained`` writes it.
-
-        Raises:
-            ValueError: other routers, or a budget out of their range.
-        """
-        before = self.config.routing
-        if not isinstance(before.get("work"), (list, tuple)):
-            raise ValueError(
-                "set_work: these routers were trained for one budget; use set_capacity on a text, "
-                "or tools/calibrate_router.py --work."
-            )
-        self.config.routing = {**before, "budget": work}
-        try:
-            position = self.config.work_position()
-        except ValueError:
-            self.config.routing = before
-            raise
-        for layer in self._routed_layers().values():
-            layer.set_position(position)
-
-    @torch.no_grad()
-    def set_capacity(
-        self,
-        capacity: float | Sequence[float],
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        scope: str | None = None,
-    ) -> None:
-        """Set the routers' thresholds so that ``capacity`` of a text's units is kept (by the causal
-        rule, where routers are exact).
-
-        Args:
-            capacity: share of the units (sequences or tokens) from 0 to 1; one number, or with
-                ``scope="layer"`` one per router, in the order of ``set_thresholds``.
-            input_ids, attention_mask: ``[B, S]``, a text of the kind the model will see. For
-                a sequence granularity: prompts, and enough of them.
-            scope: ``layer`` holds every router to its capacity (in one pass, each layer sees what
-                the ones before it leave); ``model`` gives all one threshold, at which their mean
-                has it (in at most 20 passes). None: as the routers were trained (exact ones are
-                each held to their own).
-
-        Units with one score are kept or skipped together, so a capacity may be met only nearly;
-        ``routing_report`` tells of the next call.
-
-        Raises:
-            ValueError: a capacity or scope out of range, another number of capacities than
-                routers, or scores that no threshold can tell apart.
-        """
-        self._require_routers("set_capacity")
-        places = self.config.places
-        several = isinstance(capacity, (list, tuple))
-        trained = "layer" if self.config.is_exact else self.config.routing.get("scope", "layer")
-        scope = scope or ("layer" if several else trained)
-        targets = list(capacity) if several else [capacity] * len(places)
-        if len(targets) != len(places) or any(not 0.0 <= value <= 1.0 for value in targets):
-            raise ValueError(
-                f"capacity = {capacity}: must be a number from 0 to 1, or one per "
-                f"{self.config.of_each} ({len(places)})."
-            )
-        if scope not in ("layer", "model") or (several and scope == "model"):
-            raise ValueError(
-                f"scope = {scope!r}: must be 'layer', or 'model' with one capacity for all."
-            )
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if scope == "layer":
-            borders = CapacityBorders(dict(zip(places, targets, strict=True)))
-            self._decoder(**inputs, borders=borders)
-            self.set_thresholds([threshold_at(borders.found[place]) for place in places])
-            return
-
-        def scores_at(border: float) -> Tensor:
-            watched = WatchedBorders(border)
-            self._decoder(**inputs, borders=watched)
-            return torch.cat(watched.scores)
-
-        border = common_border(scores_at, targets[0])
-        self.set_thresholds([threshold_at(border)] * len(places))
-
-    @contextmanager
-    def graphed_decoding(self) -> Iterator[None]:
-        """Within it decode steps are CUDA graphs, recorded at the first steps of each batch size:
-        where a GPU waits for the host to launch kernels a step takes a fraction of the time (8B on
-        an H200: 2.5 times as fast at batch 1)::
-
-            with model.graphed_decoding():
-                model.generate(...)
-
-        Weights must not be replaced meanwhile; thresholds may. Steps that need gradients or return
-        hidden states run as ever.
-
-        Raises:
-            ValueError: no GPU or several, an attention other than sdpa, a model in training, or
-                mixtures of experts.
-        """
-        model = self._decoder
-        wrong = None
-        if len(devices := {weight.device for weight in model.parameters()}) > 1:
-            wrong = f"the model is on {len(devices)} devices; load it on one"
-        elif not DecodingGraphs.work_on(next(iter(devices))):
-            wrong = "CUDA graphs need a GPU; move the model there with to('cuda')"
-        elif (found := self.config._attn_implementation) != IMPLEMENTATION:
-            wrong = f"attn_implementation is {found!r}; load the model with {IMPLEMENTATION!r}"
-        elif self.training:
-            wrong = "the model is in training; call eval()"
-        elif issubclass(model.layer_class, RoutedMixtureLayer):
-            wrong = "which experts a token goes to is no graph's to repeat; leave it out"
-        if wrong:
-            raise ValueError(f"graphed_decoding: {wrong}.")
-        before, model.graphs = model.graphs, DecodingGraphs()
-        try:
-            yield
-        finally:
-            model.graphs = before
-
-    def routing_report(self) -> dict[str, Any]:
-        """What the last call skipped and what it saved; after ``generate``, the whole of it.
-
-        ``layers`` has, for each routed layer's index, the ``kept`` of its ``units`` (sequences,
-        or tokens without padding) and their ratio ``capacity``, and ``cache_bytes`` with the
-        ``cache_bytes_saved`` against the dense layer's. Of a layer with two routers these are sums,
-        and its ``attn`` and ``mlp`` have their own. The sums of all layers are beside it. Where
-        units are pairs of a token and an expert that the gate assigned it to, a layer also has for
-        each expert (no-op experts behind) ``tokens_assigned`` and ``tokens_executed``. After a
-        call by ``top_k`` there are also ``agreed``, the units that the causal rule decides about
-        alike, and their share ``agreement``.
-
-        Raises:
-            ValueError: there was no call yet.
-        """
-        record = self._decoder.record
-        if record is None:
-            raise ValueError("routing_report: the model has not been called yet.")
-        return {"granularity": self.config.routing["granularity"], **record.summary()}
+from .thresholds_mod import CapacityBorders, WatchedBorders
 
 
 @torch.compiler.assume_constant_result  # so that it runs, and stops, while the model is traced
@@ -481,40 +269,6 @@ class RoutedCausalLM(RoutingControls):
             new = text.shape[1] - self.prompt_mask.shape[1]
             inputs["routing_mask"] = nn.functional.pad(self.prompt_mask, (0, new))
         return inputs
-
-
-class OldOlmoeModel:
-    """Mixed in before OLMoE's model of Transformers 4.57, which hands nothing on to its layers."""
-
-    def forward(self, *, routing: RoutingCall, **kwargs: Any) -> Any:
-        for layer in self.layers:
-            layer.routing = routing
-        return super().forward(**kwargs)
-
-
-class OldOlmoeLayer:
-    """Mixed in before OLMoE's routed layer, for Transformers 4.57."""
-
-    returns_tuple = True
-
-    def forward(self, hidden_states: Tensor, **context: Any) -> tuple[Tensor]:
-        del context["output_router_logits"]  # which its attention does not take
-        return (super().forward(hidden_states, routing=self.routing, **context),)
-
-
-class OldOlmoeCausalLM:
-    """Mixed in before OLMoE's language model of 4.57, which drops what it does not know; in
-    ``__call__``, as generation reads the signature of ``forward``."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        own = {name: kwargs.pop(name) for name in ("routing_mask", "borders") if name in kwargs}
-        hook = self.model.register_forward_pre_hook(
-            lambda _, args, kwargs: (args, {**kwargs, **own}), with_kwargs=True
-        )
-        try:
-            return super().__call__(*args, **kwargs)
-        finally:
-            hook.remove()
 
 
 def routed_family(

@@ -12,14 +12,13 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_mod.hf.kernels_mod import kernels_of_any_shape
+from megatron_mod.hf.kernels_mod import MASKED, kernels_of_any_shape
 from megatron_mod.model.layout import AttentionPlan, TokenLayout
 from megatron_mod.model.projection import Part, project
 from megatron_mod.routing.selection import Segments
 
 NEVER = torch.iinfo(torch.int64).max  # position of what pads keys: later than every query
 LAST = NEVER - 1  # position of what pads queries: after every key, so no row of scores is empty
-MASKED = 0.3  # of a document's tokens: with fewer queries a mask is quicker (measured on an H200)
 
 
 class TorchCoreAttention(MegatronModule):
