@@ -52,6 +52,18 @@ class Row:
         return len(self.labels) - list(self.labels).count(IGNORE)
 
 
+def level_batches(texts: Sequence[Sequence[int]], *, size: int) -> list[Tensor]:
+    """The tokens of the longer half of the texts, ``size`` at a time ``[B, S]``, all cut to the
+    shortest of them, so that none are padding and times are of one thing; what fills no batch is
+    left out, if others are full.
+    """
+    longer = sorted(texts, key=len)[len(texts) // 2 :]
+    length = len(longer[0])
+    full = max(len(longer) // size, 1)
+    batches = [longer[-(number + 1) * size :][:size] for number in range(full)]
+    return [torch.tensor([ids[:length] for ids in batch]) for batch in batches]
+
+
 def evenly(rows: Sequence[T], count: int) -> list[T]:
     """At most ``count`` of the rows, from all over."""
     count = min(count, len(rows))

@@ -19,18 +19,16 @@ from megatron_mod.evaluation import speed
 from megatron_mod.evaluation.huggingface import load_huggingface, load_model
 from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
 from megatron_mod.evaluation.perplexity import perplexity
-from megatron_mod.evaluation.prompts import long_prompts
-from megatron_mod.evaluation.rows import Row
+from megatron_mod.evaluation.rows import Row, evenly, level_batches
 from megatron_mod.evaluation.static import METHOD
 from megatron_mod.evaluation.work import Work
 from megatron_mod.parallel import topology
 from megatron_mod.routing.scheme import Scheme
 
-# Tokens of a prompt whose prefill and decode are timed, if the model has room; routers keep more of
-# places beyond those that they were trained on.
-CONTEXT = 256
-PROMPTS = 6
-PREFILLS = 8  # of each, by each model
+# What is timed is of the text that is scored: a threshold keeps more or less of another one.
+BATCH = 4  # samples of a prefill: with one, cores wait for weights, which few tokens do not spare
+PREFILLS = 36  # by each model, or a few more
+QUESTIONS = 12  # whose answers are decoded, one at a time
 
 
 def build_report(
@@ -61,12 +59,7 @@ def build_report(
         for name, path in (("ranking", ranking), ("held_out", held_out))
     }
 
-    context = min(CONTEXT, dense.config.max_position_embeddings - speed.NEW_TOKENS)
-    prompts = long_prompts(tokenizer, length=context, count=PROMPTS)
-    shown = tqdm(prompts, desc="timing", unit="prompt")
-    timings = speed.compare([dense, routed], shown, prefills=PREFILLS)
-    capacity_there, counted = prompt_work(routed, work, prompts)
-
+    timings = measure_speed(dense, routed, work, rows["held_out"])
     with_dense = perplexity(HuggingFaceBackend(dense, tokenizer), rows["held_out"])
     backend = HuggingFaceBackend(routed, tokenizer, pooling=routing["pooling"])
     with tqdm(desc="passes over the text", unit="") as passes:
@@ -109,13 +102,30 @@ def build_report(
             "mean": found.point.mean_capacity,
             "per_layer": dict(zip(work.routing.labels, found.point.capacity, strict=True)),
         },
-        "speed": {
-            "context_tokens": context,
-            "capacity": capacity_there,
-            "counted": counted,
-            **{phase: beside(timings, phase) for phase in ("prefill", "decode")},
-        },
+        "speed": timings,
         "export_path": str(Path(export).resolve()),
+    }
+
+
+def measure_speed(dense, routed, work: Work, rows: Sequence[Row]) -> dict:
+    """Prefills of ``BATCH`` rows at once, and decode steps of the answers to single rows' prompts:
+    the report's ``speed``, with the prefills' capacity and counted work."""
+    models = [dense, routed]
+    batches = level_batches([row.ids for row in rows], size=BATCH)
+    shown = tqdm(batches, desc="timing prefills", unit="batch")
+    prefills = -(-PREFILLS // len(batches))
+    whole = speed.compare(models, shown, prefills=prefills, new_tokens=0)
+    room = dense.config.max_position_embeddings - speed.NEW_TOKENS
+    questions = [row.ids[: min(max(row.context, 1), room)] for row in rows]
+    shown = tqdm(evenly(questions, QUESTIONS), desc="timing answers", unit="answer")
+    answers = speed.compare(models, (torch.tensor([ids]) for ids in shown), prefills=1)
+    capacity, counted = prefill_work(routed, work, batches)
+    return {
+        "context_tokens": batches[0].shape[1],
+        "capacity": capacity,
+        "counted": counted,
+        "prefill": {"batch": len(batches[0]), **beside(whole, "prefill")},
+        "decode": {"batch": 1, **beside(answers, "decode")},
     }
 
 
@@ -155,16 +165,16 @@ def score_published(run: str | Path, rows: Sequence[Row]) -> dict:
 
 
 @torch.no_grad()
-def prompt_work(routed, work: Work, prompts: Sequence[torch.Tensor]) -> tuple[float, float]:
-    """Share of the prompts ``[1, S]``, or of their tokens, that the routed layers keep, and how
-    many times less work than dense that leaves their prefills."""
+def prefill_work(routed, work: Work, batches: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """Share of the sequences of batches ``[B, S]``, or of their tokens, that the routed layers
+    keep, and how many times less work than dense that leaves their prefills."""
     with decisions_of(routed) as made:
-        for prompt in prompts:
-            routed(prompt.to(routed.device), use_cache=False, logits_to_keep=1)
-    lengths = [prompt.shape[1] for prompt in prompts]
-    pairs = zip(made, lengths, strict=True)
-    flops = sum(prefill_flops(work, decisions, length=length) for decisions, length in pairs)
-    return kept_share(made), sum(work.prefill(length, {}) for length in lengths) / flops
+        for batch in batches:
+            routed(batch.to(routed.device), use_cache=False, logits_to_keep=1)
+    pairs = zip(made, batches, strict=True)
+    flops = sum(prefill_flops(work, found, length=batch.shape[1]) for found, batch in pairs)
+    dense = sum(len(batch) * work.prefill(batch.shape[1], {}) for batch in batches)
+    return kept_share(made), dense / flops
 
 
 def read(path: str | Path) -> str:
@@ -225,13 +235,16 @@ def table(report: dict) -> str:
             (
                 f"{phase} time",
                 f"dense {1e3 * timing[phase]['dense_s']:.0f} ms, routed"
-                f" {1e3 * timing[phase]['routed_s']:.0f} ms: {in_words(timing[phase])} at"
-                f" {timing['context_tokens']} tokens"
-                f" (capacity there {timing['capacity']:.2f}{counted})",
+                f" {1e3 * timing[phase]['routed_s']:.0f} ms: {in_words(timing[phase])} {what}",
             )
-            for phase, counted in (
-                ("prefill", f", {timing['counted']:.2f}x counted"),
-                ("decode", ""),
+            for phase, what in (
+                (
+                    "prefill",
+                    f"for {timing['prefill']['batch']} held-out samples of"
+                    f" {timing['context_tokens']} tokens (capacity there {timing['capacity']:.2f},"
+                    f" {timing['counted']:.2f}x counted)",
+                ),
+                ("decode", "for a token of the answer to a held-out question"),
             )
         ),
         ("export", report["export_path"]),
