@@ -40,7 +40,7 @@ def advise(first: Estimate) -> Change | None:
     half = first.placed.job.config.data.max_length // 2
     for given_up in ({}, {"data.max_length": max(half, 2)}, _NO_STAND_INS):
         for factor in MORE_NODES:
-            nodes = factor * first.machines.nodes
+            nodes = factor * first.cluster.nodes
             for count in range(MOST_CHANGES + 1):
                 found = [
                     change
@@ -65,7 +65,7 @@ def _sets(first: Estimate, count: int, *, nodes: int) -> Iterator[dict[str, obje
 
 def _choices(first: Estimate, *, nodes: int) -> dict[str, list]:
     """Other values that lower the memory of a rank and leave what is learned as it is."""
-    job, per_node = first.placed.job, first.machines.per_node
+    job, per_node = first.placed.job, first.cluster.per_node
     t, ranks, is_frozen = job.config.train, job.topology, not job.reach.trains_base
     recompute = ["none", "selective", "full"]
     degrees = [2**power for power in range(1, 11)]
@@ -87,14 +87,14 @@ def _choices(first: Estimate, *, nodes: int) -> dict[str, list]:
 
 def _tried(first: Estimate, settings: Mapping[str, object], *, nodes: int) -> Change | None:
     """The estimate with these settings, if there can be such a training and it fits."""
-    machines = first.machines
+    cluster = first.cluster
     try:
         found = estimate(
             changed(first.placed.job.config, settings),
             first.placed.job.arch,
             nodes=nodes,
-            per_node=machines.per_node,
-            kind_of=lambda placed: machines.kind,
+            per_node=cluster.per_node,
+            kind_of=lambda placed: cluster.kind,
         )
     except ValueError:
         return None

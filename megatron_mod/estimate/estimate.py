@@ -17,7 +17,7 @@ from megatron_mod.training.job import arrange
 
 
 @dataclass(frozen=True)
-class Machines:
+class Cluster:
     """``nodes`` of ``per_node`` devices of a kind, one rank each."""
 
     nodes: int
@@ -38,25 +38,25 @@ class Estimate:
     """
 
     placed: Placed
-    machines: Machines
+    cluster: Cluster
     rank: int
     memory: Memory
     step: StepTime
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.machines.kind.memory
+        return self.memory.total <= self.cluster.kind.memory
 
     def to_dict(self) -> dict:
         """JSON form; bytes, seconds and shares."""
         job, ranks = self.placed.job, self.placed.job.topology
         all_of, own = parameters.total(self.placed), parameters.of_rank(self.placed, self.rank)
-        kind, step = self.machines.kind, self.step
+        kind, step = self.cluster.kind, self.step
         sent = [communication.of_step(self.placed, rank) for rank in range(ranks.pipeline)]
         return {
             "gpu": kind.name,
-            "nodes": self.machines.nodes,
-            "gpus_per_node": self.machines.per_node,
+            "nodes": self.cluster.nodes,
+            "gpus_per_node": self.cluster.per_node,
             "world_size": ranks.world_size,
             "ranks": ranks.to_dict(),
             "pipeline_layout": list(self.placed.cut.layout),
@@ -131,7 +131,7 @@ def estimate(
     rank, held = memory.fullest(placed, kind)
     return Estimate(
         placed,
-        Machines(nodes, per_node, kind),
+        Cluster(nodes, per_node, kind),
         rank,
         held,
         time.of_step(placed, kind, per_node=per_node),

@@ -18,6 +18,7 @@ The last four sit on PCIe 4.0 x16; between nodes that hold them 100 Gbit/s for e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_mod.parallel.peak import PEAKS, TFLOPS
@@ -61,16 +62,8 @@ class Kind:
     scattered: float = SCATTERED
 
     def rate(self, dtype: str, fp8: str | None = None) -> float:
-        """Operations a second that a training reaches; with ``fp8``, as if all products were in it.
-
-        Raises:
-            ValueError: with ``fp8``, a kind without.
-        """
-        if fp8 is not None and not self.fp8:
-            raise ValueError(
-                f"model.fp8 = {fp8}: {self.name} does not multiply in FP8; leave it out, or take "
-                f"one of {', '.join(kind.name for kind in KINDS.values() if kind.fp8)}."
-            )
+        """Operations a second that a training reaches; with ``fp8``, as if all products were in it
+        (of a kind that has it)."""
         peak = self.bfloat16 if dtype == "bfloat16" else self.float32
         return self.efficiency * peak * (1 if fp8 is None else 2)
 
@@ -108,3 +101,12 @@ KINDS = {
     )
 }
 CPU = "cpu"
+
+
+def require_fp8(fp8: str | None, name: str, has_it: Callable[[], bool]) -> None:
+    """Raise ``ValueError`` where a training multiplies in FP8 and the device cannot."""
+    if fp8 is not None and not has_it():
+        raise ValueError(
+            f"model.fp8 = {fp8}: {name} does not multiply in FP8; leave it out, or take one of "
+            f"{', '.join(FP8)}."
+        )

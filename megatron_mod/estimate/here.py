@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_mod.estimate.gpus import CPU, GB, KINDS, Kind
+from megatron_mod.estimate.gpus import CPU, GB, KINDS, Kind, require_fp8
 from megatron_mod.estimate.matmul import matmul_rate
 from megatron_mod.estimate.placed import Placed
 from megatron_mod.parallel import device, peak
@@ -38,6 +38,7 @@ def gpu(placed: Placed) -> Kind:
     """The GPU of this machine: the known kind of its name with its own memory, or an unknown one,
     whose rate is measured and whose links are those of PCIe."""
     name, memory = device.describe(), device.memory()
+    require_fp8(placed.job.config.model.fp8, name, _has_fp8)
     of_name = peak.named(name)
     known = [kind for kind in KINDS.values() if kind.name.partition("-")[0] == of_name]
     if known:
@@ -47,6 +48,11 @@ def gpu(placed: Placed) -> Kind:
     return replace(
         KINDS["a10"], name=name, memory=memory, bfloat16=rate, float32=rate, efficiency=REACHED
     )
+
+
+def _has_fp8() -> bool:
+    """As Transformer Engine asks."""
+    return torch.cuda.get_device_capability() >= (8, 9)
 
 
 def _rate(placed: Placed) -> float:

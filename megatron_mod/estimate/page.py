@@ -23,7 +23,7 @@ def gib(size: float) -> str:
 
 def needed(found: Estimate) -> str:
     """Of the fullest device, in a few words."""
-    kind = found.machines.kind
+    kind = found.cluster.kind
     return f"{gib(found.memory.total)} of {gib(kind.memory)} ({kind.name})"
 
 
@@ -45,9 +45,9 @@ def advice(change: Change | None) -> str:
 def _model(found: Estimate) -> str:
     placed, ranks = found.placed, found.placed.job.topology
     total, own = parameters.total(placed), parameters.of_rank(placed, found.rank)
-    machines = found.machines
+    cluster = found.cluster
     lines = [
-        f"machines       {machines.nodes} node(s) of {machines.per_node} x {machines.kind.name}",
+        f"machines       {cluster.nodes} node(s) of {cluster.per_node} x {cluster.kind.name}",
         f"ranks          {ranks.world_size} (tensor {ranks.tensor} x pipeline {ranks.pipeline} x "
         f"context {ranks.context} x data {ranks.data}"
         f"{f', experts shared by {ranks.expert}' if ranks.expert > 1 else ''})",
@@ -70,14 +70,14 @@ def _memory(found: Estimate) -> str:
     lines.append(f"  {'together':<42}{held.total / GIB:9.2f}")
     if held.peak == "start":
         lines.append(f"  most at the start; {gib(sum(held.step.values()))} come and go in a step")
-    lines.append(f"  {'there is':<42}{found.machines.kind.memory / GIB:9.2f}")
+    lines.append(f"  {'there is':<42}{found.cluster.kind.memory / GIB:9.2f}")
     if cache := found.to_dict()["memory"]["prefix_cache"]:
         lines.append(
             f"  prefix cache: {cache['disk_per_token']} bytes a token on the disk, "
             f"{gib(cache['host_per_rank'])} of host memory a rank of the first stage"
         )
     lines.append("  it fits" if found.fits else "  IT DOES NOT FIT")
-    if found.machines.kind.name != CPU:
+    if found.cluster.kind.name != CPU:
         fp8 = found.placed.job.config.model.fp8
         able = [kind for kind in KINDS.values() if kind.fp8 or fp8 is None]
         others = [kind.name for kind in able if held.total <= kind.memory]

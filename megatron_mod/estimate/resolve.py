@@ -13,7 +13,7 @@ from megatron_mod.conversion.hf_reader import read_config, read_config_file
 from megatron_mod.conversion.scratch import new_architecture
 from megatron_mod.conversion.source import holds_model, open_model
 from megatron_mod.estimate import here
-from megatron_mod.estimate.gpus import CPU, KINDS, Kind
+from megatron_mod.estimate.gpus import CPU, FP8, KINDS, Kind, require_fp8
 from megatron_mod.estimate.placed import Placed
 from megatron_mod.model.architecture import Architecture
 
@@ -66,7 +66,10 @@ def _named(hf_config: str) -> Architecture:
 
 def kind_of(name: str, *, per_node: int) -> Callable[[Placed], Kind]:
     """The kind of device of this name; this machine's processor is measured when it is known with
-    what."""
-    if name == CPU:
-        return lambda placed: here.cpu(placed, ranks=per_node)
-    return lambda placed: KINDS[name]
+    what. It raises ``ValueError`` for one that does not multiply as the training does."""
+
+    def find(placed: Placed) -> Kind:
+        require_fp8(placed.job.config.model.fp8, name, lambda: name in FP8)
+        return here.cpu(placed, ranks=per_node) if name == CPU else KINDS[name]
+
+    return find

@@ -14,6 +14,7 @@ from megatron_mod.conversion.restore import load_model
 from megatron_mod.conversion.source import open_source
 from megatron_mod.estimate import memory
 from megatron_mod.estimate.gpus import KINDS
+from megatron_mod.estimate.resolve import kind_of
 from megatron_mod.evaluation.parity import megatron_logits, prompt_batch
 from megatron_mod.model import fp8
 from megatron_mod.model.architecture import Mixture, check_fp8
@@ -90,16 +91,19 @@ def test_a_part_of_a_padded_linear(single_process):
     assert calls == [{}, {"part": part}]
 
 
-def test_what_is_estimated():
+def test_what_is_estimated(monkeypatch):
     plain, in_fp8 = (place(model__dtype="bfloat16", model__fp8=value) for value in (None, "hybrid"))
-    h100, a100 = KINDS["h100"], KINDS["a100-80"]
+    h100 = KINDS["h100"]
     held = [memory.of_rank(each, 0, h100).lasting["weights in FP8"] for each in (plain, in_fp8)]
     layer = 96 * (96 + 2 * 48 + 96) + 3 * 96 * 256
     # Layers 1 and 2 are routed: backward goes through the last three.
     assert held == [0, layer * (1 + 2 + 2 + 2)]
     assert h100.rate("bfloat16", "hybrid") == 2 * h100.rate("bfloat16")
-    with pytest.raises(ValueError, match="a100-80 does not multiply in FP8; .* h100, h200, l4"):
-        a100.rate("bfloat16", "hybrid")
+    assert kind_of("h100", per_node=1)(in_fp8) is h100
+    for name in ("a100-80", "cpu"):
+        monkeypatch.setattr("megatron_mod.estimate.here.cpu", None)  # nothing is measured first
+        with pytest.raises(ValueError, match=f"{name} does not multiply in FP8; .* h100, h200, l4"):
+            kind_of(name, per_node=1)(in_fp8)
 
 
 @pytest.mark.parametrize("granularity", ["attn_token", "block_token"])
