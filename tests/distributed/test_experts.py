@@ -97,7 +97,12 @@ def test_the_batch_skips_some_pairs(any_case):
     ("trainings", "world", "topologies"),
     [
         (TRAININGS, 1, [{}, {"packed": True}]),
-        (DEEP, 1, [{"rows": 1}, {"recompute": "full"}, {"recompute": "selective"}]),
+        pytest.param(
+            DEEP,
+            1,
+            [{"rows": 1}, {"recompute": "full"}, {"recompute": "selective"}],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["one_rank", "one_rank_again"],
 )

@@ -123,6 +123,7 @@ def trainer(tmp_path_factory, single_process):
     return made
 
 
+@pytest.mark.slow  # as test_resume_topologies, with adapters
 def test_a_run_goes_on_at_another_topology(trainer, tmp_path):
     """From the same start to the same end, to rounding, wherever it goes on."""
     settings = {

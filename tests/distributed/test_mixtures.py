@@ -58,7 +58,7 @@ def models(tmp_path_factory, single_process):
     [
         (1, [{}], 1),
         *one_in(2, 2, TWO, id="two_ranks"),
-        *one_in(2, 4, FOUR, id="four_ranks"),
+        pytest.param(4, FOUR, 1, id="four_ranks", marks=pytest.mark.slow),
     ],
 )
 def test_logits_equal_hugging_face(models, world, topologies, every, tmp_path):

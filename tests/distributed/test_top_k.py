@@ -185,12 +185,13 @@ def test_the_rules_differ_in_the_batch(case):
             ],
             id="two_ranks_deep",
         ),
-        *one_in(
-            2,
+        pytest.param(
             DEEP,
             4,
             [{"tensor": 2, "pipeline": 2}, {**TENSOR, "context": 2, "rows": 1}],
+            1,
             id="four_ranks",
+            marks=pytest.mark.slow,
         ),
     ],
 )

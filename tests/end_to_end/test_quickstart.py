@@ -117,6 +117,9 @@ def test_quickstart_report(quickstart):
         assert timing["speedup"] == pytest.approx(timing["dense_s"] / timing["routed_s"])
         told = not timing["speedup_low"] <= 1 <= timing["speedup_high"]
         assert timing["is_measurable"] == told
+    batches = [report["speed"][phase]["batch"] for phase in ("prefill", "decode")]
+    assert batches == [4, 1], "of the six longer samples, and of a question"
+    assert "x counted)" in printed
     check_static(report, out)
     check_published(report, out)
     removed = len(report["quality"]["static_removed_layers"])

@@ -10,8 +10,10 @@ from megatron_mod.data import python_docs
 from megatron_mod.data.python_docs import records, write_splits
 
 
-def test_python_docs_are_real_and_split_without_overlap(tmp_path):
-    assert len(records()) > 500
+def test_python_docs_are_real_and_split_without_overlap(tmp_path, monkeypatch):
+    found = records()
+    assert len(found) > 500
+    monkeypatch.setattr(python_docs, "records", lambda: found)
     paths = write_splits(tmp_path, {"held_out": 20, "train": 0})
     read = {name: path.read_text().splitlines() for name, path in paths.items()}
     assert len(read["held_out"]) == 20
