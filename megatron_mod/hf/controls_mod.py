@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .mixture_mod import RoutedMixtureLayer
 from .thresholds_mod import CapacityBorders, WatchedBorders, common_border, threshold_at
 
 SELECTIONS = ("causal", "top_k")
+T = TypeVar("T")
 
 
 class RoutingControls:
@@ -67,16 +68,21 @@ class RoutingControls:
             ValueError: another number of thresholds than routers, or one out of range.
         """
         self._require_routers("set_thresholds")
-        before = self.config.routing
         listed = list(threshold) if isinstance(threshold, (list, tuple)) else threshold
-        self.config.routing = {**before, "threshold": listed}
+        thresholds = self._configured("threshold", listed, self.config.thresholds)
+        for layer in self._routed_layers().values():
+            layer.set_thresholds(thresholds)
+
+    def _configured(self, name: str, value: Any, read: Callable[[], T]) -> T:
+        """What the configuration says with another entry in ``routing``, which stays as it was
+        where it is refused."""
+        before = self.config.routing
+        self.config.routing = {**before, name: value}
         try:
-            thresholds = self.config.thresholds()
+            return read()
         except ValueError:
             self.config.routing = before
             raise
-        for layer in self._routed_layers().values():
-            layer.set_thresholds(thresholds)
 
     def _require_routers(self, call: str) -> None:
         if noops := self.config.routing.get("num_noop_experts"):
@@ -93,18 +99,12 @@ class RoutingControls:
         Raises:
             ValueError: other routers, or a budget out of their range.
         """
-        before = self.config.routing
-        if not isinstance(before.get("work"), (list, tuple)):
+        if not isinstance(self.config.routing.get("work"), (list, tuple)):
             raise ValueError(
                 "set_work: these routers were trained for one budget; use set_capacity on a text, "
                 "or tools/calibrate_router.py --work."
             )
-        self.config.routing = {**before, "budget": work}
-        try:
-            position = self.config.work_position()
-        except ValueError:
-            self.config.routing = before
-            raise
+        position = self._configured("budget", work, self.config.work_position)
         for layer in self._routed_layers().values():
             layer.set_position(position)
 

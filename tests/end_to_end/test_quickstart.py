@@ -120,6 +120,7 @@ def test_quickstart_report(quickstart):
     batches = [report["speed"][phase]["batch"] for phase in ("prefill", "decode")]
     assert batches == [4, 1], "of the six longer samples, and of a question"
     assert "x counted)" in printed
+    assert 0.7 < report["speed"]["counted"] < 3, "all rows of a batch on either side"
     check_static(report, out)
     check_published(report, out)
     removed = len(report["quality"]["static_removed_layers"])

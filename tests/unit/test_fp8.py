@@ -12,7 +12,7 @@ import torch
 from megatron_mod.conversion.convert import hf_to_megatron
 from megatron_mod.conversion.restore import load_model
 from megatron_mod.conversion.source import open_source
-from megatron_mod.estimate import memory
+from megatron_mod.estimate import here, memory
 from megatron_mod.estimate.gpus import KINDS
 from megatron_mod.estimate.resolve import kind_of
 from megatron_mod.evaluation.parity import megatron_logits, prompt_batch
@@ -104,6 +104,20 @@ def test_what_is_estimated(monkeypatch):
         monkeypatch.setattr("megatron_mod.estimate.here.cpu", None)  # nothing is measured first
         with pytest.raises(ValueError, match=f"{name} does not multiply in FP8; .* h100, h200, l4"):
             kind_of(name, per_node=1)(in_fp8)
+
+
+@pytest.mark.parametrize(("name", "capability"), [("A100", (8, 0)), ("H100", (9, 0))])
+def test_this_machines_gpu_is_asked(monkeypatch, name, capability):
+    monkeypatch.setattr(here.device, "describe", lambda: f"NVIDIA {name} 80GB")
+    monkeypatch.setattr(here.device, "memory", lambda: 80 * 2**30)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    plain, in_fp8 = (place(model__dtype="bfloat16", model__fp8=value) for value in (None, "hybrid"))
+    assert name in here.gpu(plain).name
+    if capability >= (8, 9):
+        assert here.gpu(in_fp8) == here.gpu(plain)
+        return
+    with pytest.raises(ValueError, match="model.fp8 = hybrid: NVIDIA A100 80GB does not multiply"):
+        here.gpu(in_fp8)
 
 
 @pytest.mark.parametrize("granularity", ["attn_token", "block_token"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from megatron_mod.benchmark.inference_speed import (
     prefill_flops,
 )
 from megatron_mod.evaluation import speed
+from megatron_mod.evaluation.rows import Row
 from megatron_mod.evaluation.work import Work
 from megatron_mod.hf.cache_mod import CACHE
 from megatron_mod.model.architecture import Architecture
@@ -258,3 +260,25 @@ def test_the_quickstart_says_when_there_is_no_difference():
     assert found["speedup"] == found["dense_s"] / found["routed_s"] == 1.25
     assert words == "1.25x (1.20x to 1.30x at 99 %, 20 pairs)"
     assert shown([1.5], [1.0])[1] == "no difference measurable in 1 pairs"
+
+
+def test_the_quickstart_times_the_text_that_it_scores(monkeypatch):
+    """Longer samples four at a time, and the answers to single questions."""
+    rows = [Row([n] * (20 + n), context=5 + n, labels=[]) for n in range(16)]
+    asked = []
+
+    def compare(models, prompts, **how):
+        asked.append((models, [prompt.tolist() for prompt in prompts], how))
+        return [speed.Timing([1.0], [1.0])] * 2
+
+    monkeypatch.setattr(quickstart.speed, "compare", compare)
+    monkeypatch.setattr(quickstart, "prefill_work", lambda *given: (0.5, 1.25))
+    config = SimpleNamespace(max_position_embeddings=speed.NEW_TOKENS + 11)
+    dense = SimpleNamespace(config=config)
+    found = quickstart.measure_speed(dense, "routed", None, rows)
+    (models, batches, _), (_, questions, _) = asked
+    assert models == [dense, "routed"]
+    assert batches == [[[n] * 28 for n in some] for some in (range(12, 16), range(8, 12))]
+    assert questions == [[[n] * min(5 + n, 11)] for n in range(1, 16, 2)]
+    assert (found["context_tokens"], found["prefill"]["batch"]) == (28, 4)
+    assert (found["capacity"], found["counted"]) == (0.5, 1.25)
