@@ -13,8 +13,8 @@ from tests.helpers import asked, formula, tiny
 from tests.helpers.ranks import meet, run_ranks
 from tests.helpers.routed import save_export
 
-QUICK = [{"tensor": 2, "pipeline": 2}, {}]  # the rest: data
-REST = [{"pipeline": 2}, {"tensor": 2}]
+QUICK = [{"tensor": 2, "pipeline": 2}]
+REST = [{"pipeline": 2}, {"tensor": 2}, {}]  # of four ranks; the rest: data
 CASES = [("attn_sequence", "all"), ("attn_sequence", "prompt"), ("block_token_all", None)]
 ROUNDING = 1e-5  # relative, fp32
 

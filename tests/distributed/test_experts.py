@@ -94,20 +94,20 @@ def test_the_batch_skips_some_pairs(any_case):
 
 
 @pytest.mark.parametrize(
-    ("trainings", "world", "topologies"),
+    ("trainings", "topologies", "every"),
     [
-        (TRAININGS, 1, [{}, {"packed": True}]),
+        *one_in(2, TRAININGS, [{}, {"packed": True}], id="one_rank"),
         pytest.param(
             DEEP,
-            1,
             [{"rows": 1}, {"recompute": "full"}, {"recompute": "selective"}],
+            1,
+            id="one_rank_again",
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["one_rank", "one_rank_again"],
 )
-def test_one_rank_equals_the_formula(any_case, trainings, world, topologies, tmp_path):
-    check(any_case, trainings, world, topologies, tmp_path)
+def test_one_rank_equals_the_formula(any_case, trainings, topologies, every, tmp_path):
+    check(any_case, trainings, 1, topologies, tmp_path, every)
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ KINDS = {
 }
 
 
-QUICK = ("tensor", "pipeline-tied", "virtual", "context", "data")
-REST = ("pipeline", "data-tied")
+QUICK = ("tensor", "pipeline-tied", "data")
+REST = ("pipeline", "virtual", "context", "data-tied")
 
 
 @pytest.fixture(

@@ -262,12 +262,12 @@ def test_the_batch_skips_some_units_in_every_scheme(case):
     ("trainings", "world", "topologies", "every"),
     [
         *one_in(2, [*ALL, *ADDED], 1, [{}, {"packed": True}], id="one_rank"),
-        pytest.param([*EVERY, *SPARSE], 1, [{"rows": 1}], 1, id="one_row"),
+        *one_in(2, [*EVERY, *SPARSE], 1, [{"rows": 1}], id="one_row"),
         pytest.param(
             [*ALL, *ADDED_DEEP], 2, [TENSOR, PIPELINE], 1, id="two_ranks", marks=pytest.mark.slow
         ),
         *one_in(
-            3,
+            4,
             [*DEEP, *ADDED_DEEP],
             2,
             [
@@ -290,7 +290,7 @@ def test_the_batch_skips_some_units_in_every_scheme(case):
             [{"tensor": 2, "pipeline": 2}, {"context": 2, "pipeline": 2}, {"tensor": 2}],
             id="four_ranks",
         ),
-        pytest.param(FEW, 2, [{"context": 2, "rows": 1}], 1, id="two_ranks_few"),
+        *one_in(2, FEW, 2, [{"context": 2, "rows": 1}], id="two_ranks_few"),
         pytest.param(
             SELECTED_FEW,
             4,

@@ -6,8 +6,6 @@ import json
 import math
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean
 from string import ascii_letters
@@ -27,8 +25,8 @@ from megatron_mod.routing.config import logit_border
 from tests.helpers import formula, tiny
 from tests.helpers.routed import save_export
 from tests.helpers.text import write_lines
+from tests.helpers.tools import run_tool
 
-ROOT = Path(__file__).resolve().parents[2]
 ONE = Topology(tensor=1, pipeline=1, data=1)
 LAYERS, SAMPLES = (0, 1, 2), 24
 ROUNDING = 1e-4
@@ -313,7 +311,9 @@ def test_a_model_without_routers_is_refused(case):
         calibrate(BudgetRequest(str(case[0]), str(case[1]), capacity=0.5), ONE)
 
 
-def test_the_command_changes_an_export_in_place_and_evaluation_sees_it(case, tmp_path):
+def test_the_command_changes_an_export_in_place_and_evaluation_sees_it(
+    case, tmp_path, monkeypatch, capsys
+):
     hf, data, exports = case
     weights = load_file(exports["block_token_all"] / "model.safetensors")
     routers = {layer: weights[f"model.layers.{layer}.router.weight"] for layer in LAYERS}
@@ -322,9 +322,9 @@ def test_the_command_changes_an_export_in_place_and_evaluation_sees_it(case, tmp
     first = BudgetRequest(str(export), str(data), capacity=0.7, curve=())
     again = BudgetRequest(str(export), str(data), capacity=0.4, curve=())
     assert calibrate(again, ONE)["chosen"] != calibrate(first, ONE)["chosen"]
-    done = tool("calibrate_router", "--load", export, "--data", data, "--capacity", 0.4, "--curve")
-    assert done.returncode == 0, done.stderr
-    (reached,) = re.findall(r"--capacity 0.4: capacity (\S+);", done.stdout)
+    words = ("--load", export, "--data", data, "--capacity", 0.4, "--curve")
+    assert run_tool(monkeypatch, "calibrate_router", *words) == 0
+    (reached,) = re.findall(r"--capacity 0.4: capacity (\S+);", capsys.readouterr().out)
     backend = load_backend(export, ONE, dtype="float32")
     rows = read_rows(data, backend.tokenizer, max_length=128)
     capacity = fmean(perplexity(backend, rows).capacity)
@@ -337,8 +337,3 @@ def test_one_budget_must_be_given(budgets):
     names = "exactly one of --capacity --speedup --max-perplexity-increase"
     with pytest.raises(ValueError, match=names):
         BudgetRequest("export", "data.jsonl", **budgets)
-
-
-def tool(name: str, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / f"tools/{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
