@@ -41,7 +41,7 @@ main() {
     done
     [ $# -gt 0 ] || set -- tests/unit/test_specs.py tests/unit/test_restore.py \
         tests/unit/test_transformer_engine.py tests/unit/test_kernels.py tests/unit/test_fp8.py \
-        "tests/distributed/test_granularities.py::test_loss_and_gradients_equal_the_formula[two_ranks]" \
+        "tests/distributed/test_granularities.py::test_loss_and_gradients_equal_the_formula[two_ranks_deep]" \
         tests/distributed/test_distributed_optimizer.py tests/distributed/test_experts.py
     local lane summary=() status=0 began result
     for lane in "${lanes[@]}"; do
