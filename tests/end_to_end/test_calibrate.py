@@ -323,6 +323,7 @@ def test_the_command_changes_an_export_in_place_and_evaluation_sees_it(
     again = BudgetRequest(str(export), str(data), capacity=0.4, curve=())
     assert calibrate(again, ONE)["chosen"] != calibrate(first, ONE)["chosen"]
     words = ("--load", export, "--data", data, "--capacity", 0.4, "--curve")
+    capsys.readouterr()
     assert run_tool(monkeypatch, "calibrate_router", *words) == 0
     (reached,) = re.findall(r"--capacity 0.4: capacity (\S+);", capsys.readouterr().out)
     backend = load_backend(export, ONE, dtype="float32")

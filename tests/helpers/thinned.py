@@ -15,6 +15,15 @@ def number_asked(topologies: int, trainings: int, every: int) -> int:
     return sum(is_asked(t, n, every) for t in range(topologies) for n in range(trainings))
 
 
+def some(every: int, trainings: list, *values: object, id: str) -> list:
+    """A test's parameters: of ``trainings`` one in ``every``, and ``values``; as a slow test all of
+    them. For a single topology, with which ``one_in`` would leave trainings out unseen."""
+    return [
+        pytest.param(trainings[::every], *values, id=id),
+        pytest.param(trainings, *values, id=f"{id}_whole", marks=pytest.mark.slow),
+    ]
+
+
 def one_in(every: int, *values: object, id: str) -> list:
     """A test's parameters: ``values``, and of all their pairs one in ``every``; as a slow test all
     of them."""
