@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The long runs: the real model at every topology it allows, a large conversion, and faults at random:
 # 100 flipped bits over base, run, exports and cache, 40 kills, full disks of 10 sizes (as root, who
-# may mount them), signals, ranks that fail, 2,000 steps with kills (SOAK_SEED). About an hour on two
-# cores, a quarter of it the faults.
+# may mount them), signals, ranks that fail, 2,000 steps with kills (SOAK_SEED); settings drawn at random
+# (DRAWN_SEED, DRAWN). About an hour on two cores, a quarter of it the faults.
 # Then the batch scripts on a real SLURM, where there is one or root may install it: tests/slurm/run.sh.
 # With arguments, which go to pytest, those tests alone.
 #
