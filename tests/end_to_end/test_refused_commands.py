@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 
 import pytest
-import yaml
 
 from megatron_mod.config import cli
 from tests.distributed import cases
-from tests.helpers.commands import ROOT, blocks, run, save_tiny, settings, torchrun
+from tests.helpers.commands import ROOT, run, save_tiny, settings, torchrun
 from tests.helpers.text import write_lines
 
 
@@ -118,18 +116,3 @@ def test_quickstart_refuses_before_it_starts(tiny_hf, tmp_path):
         assert message in printed
         assert "Traceback" not in printed
         assert not (tmp_path / "x").exists()
-
-
-def test_the_page_of_settings_shows_one_complete_configuration(tmp_path):
-    (block,) = blocks("configs/README.md", "yaml")
-    shown = yaml.safe_load(block)
-    assert [f"{section}.{field}" for section in shown for field in shown[section]] == list(
-        cli.FIELDS
-    )
-    uncommented = [
-        line for line in block.splitlines() if re.match(r"  \w", line) and "#" not in line
-    ]
-    assert not uncommented
-    path = tmp_path / "readme.yaml"
-    path.write_text(block)
-    cli.parse(["--config", str(path)])

@@ -58,5 +58,6 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def blocks(page: str, language: str) -> list[str]:
+    """The code of one language on a page."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)

@@ -13,6 +13,7 @@ import yaml
 
 from megatron_mod.commands.train import DryRun
 from megatron_mod.config.cli import FIELDS, SECTIONS, parse
+from tests.helpers.commands import blocks
 from tests.unit.test_commands import SCHEMAS, SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +27,7 @@ COMMANDS = {script: name for name, script in SCRIPTS.items()}
 
 
 def commands(page: str) -> list[list[str]]:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    lines = "".join(re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+    lines = "".join(blocks(page, "bash"))
     lines = re.sub(r"\[[^]\n]*\]", "", lines.replace("\\\n", " "))
     return [
         words
@@ -68,9 +68,10 @@ def test_commands_have_the_options_that_are_shown(page):
             assert plain in known, f"{name}: --{option}"
 
 
-def test_all_settings_are_listed_with_their_defaults(tmp_path):
-    text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+def test_all_settings_are_listed_and_explained_with_their_defaults(tmp_path):
+    (block,) = blocks("configs/README.md", "yaml")
+    settings = [line for line in block.splitlines() if re.match(r"  \w", line)]
+    assert all("#" in line for line in settings), "one that says nothing of what it is"
     listed = {
         f"{part}.{k}": v for part, own in yaml.safe_load(block).items() for k, v in own.items()
     }
