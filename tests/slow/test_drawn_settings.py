@@ -99,24 +99,29 @@ def named(degrees: dict) -> dict[str, object]:
     return {f"parallel.{DEGREES[name]}": value for name, value in degrees.items()}
 
 
+def told(family: str, settings: dict) -> str:
+    """To find it again by; a string, which pytest does not shorten."""
+    return f"{family}: {json.dumps({k: v for k, v in settings.items() if v is not None})}"
+
+
 def test_what_trains_is_exported_and_evaluated_alike(trainers, tmp_path, monkeypatch, capsys):
     drawn = accepted(trainers, tmp_path, seed=SEED, ranks=1)
     for number, (family, settings, _) in enumerate(drawn):
-        trainer, what = trainers[family], (family, settings)
+        trainer, what = trainers[family], told(family, settings)
         run, export = tmp_path / f"run{number}", tmp_path / f"export{number}"
         words = arguments(trainer, run, settings)
-        assert run_tool(monkeypatch, "train", *words) == 0, (what, capsys.readouterr())
+        assert run_tool(monkeypatch, "train", *words) == 0, what
         words = ("--load", run, "--save", export)
         status = run_tool(monkeypatch, "convert_megatron_to_hf", *words)
         said = capsys.readouterr()
         if settings.get("router.selection") == "random":
             assert "drawn by lot" in said.err, what
             continue
-        assert status == 0, (what, said)
+        assert status == 0, f"{what}: {said.err}"
         check_export(what, trainer, run, export, monkeypatch)
 
 
-def check_export(what: object, trainer: Trainer, run: Path, export: Path, monkeypatch) -> None:
+def check_export(what: str, trainer: Trainer, run: Path, export: Path, monkeypatch) -> None:
     found = export.parent / "found.json"
     words = ("--load", run, "--hf-path", export, "--json", found)
     assert run_tool(monkeypatch, "compare_logits", *words) == 0, what
@@ -128,8 +133,8 @@ def check_export(what: object, trainer: Trainer, run: Path, export: Path, monkey
     assert perplexities[0] == pytest.approx(perplexities[1], rel=LOGITS), what
     model, _ = load_huggingface(export)
     ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
-    told = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    cached, plain = (model.generate(ids, use_cache=cache, **told) for cache in (True, False))
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cached, plain = (model.generate(ids, use_cache=cache, **options) for cache in (True, False))
     assert torch.equal(cached, plain), what
 
 
@@ -145,10 +150,10 @@ def test_two_ranks_train_as_one_does(trainers, tmp_path, monkeypatch):
     )
     for number, (family, settings, degrees) in enumerate(drawn):
         one = tmp_path / f"one{number}"
+        what = told(family, {**settings, **named(degrees)})
         words = arguments(trainers[family], one, settings)
-        assert run_tool(monkeypatch, "train", *words) == 0, (family, settings)
+        assert run_tool(monkeypatch, "train", *words) == 0, what
         ours, theirs = (metrics(run)[0] for run in (tmp_path / f"two{number}", one))
-        what = (family, degrees, settings)
         assert ours["capacity"] == theirs["capacity"], what
         for key in ("task_loss", "grad_norm"):
-            assert ours[key] == pytest.approx(theirs[key], rel=LOSS, abs=SILENT), (key, what)
+            assert ours[key] == pytest.approx(theirs[key], rel=LOSS, abs=SILENT), f"{key}, {what}"
