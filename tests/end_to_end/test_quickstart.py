@@ -87,7 +87,7 @@ def check_shape(value, shape):
         check_shape(value[key], inner)
 
 
-def test_quickstart_report(quickstart, config):
+def test_quickstart_report(quickstart, config, tmp_path):
     printed, out = quickstart
     report = json.loads((out / "report.json").read_text())
     exported = json.loads((out / "export" / "config.json").read_text())
@@ -111,7 +111,7 @@ def test_quickstart_report(quickstart, config):
     assert "x counted)" in printed
     assert 0.7 < report["speed"]["counted"] < 3, "all rows of a batch on either side"
     check_static(report, out, layers)
-    check_published(report, out)
+    check_published(report, out, tmp_path / "published")
     removed = len(report["quality"]["static_removed_layers"])
     assert f"best static removal (greedy, {removed} layers) " in printed
     steps = config.train.steps
@@ -168,9 +168,8 @@ def check_static(report: dict, out: Path, layers: list[int]) -> None:
     assert (report["speed"]["counted"] > 1) == (kept < 1)
 
 
-def check_published(report: dict, out: Path) -> None:
+def check_published(report: dict, out: Path, hf: Path) -> None:
     """The other run's perplexity and work are those of its own decisions."""
-    hf = out.parent / "published_hf"
     run(
         sys.executable, "tools/convert_megatron_to_hf.py",
         *("--load", out / "published", "--save", hf),
