@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from megatron_mod.config.recipes import PUBLISHED
 from tests.helpers import tiny
+from tests.helpers.runs import metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,8 +53,7 @@ def settings(base: Path, data: Path) -> list:
 
 def read_metrics(folder: Path) -> list[dict]:
     """Of a run's steps."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if "loss" in line]
+    return [line for line in metrics(folder) if "loss" in line]
 
 
 def blocks(page: str, language: str) -> list[str]:

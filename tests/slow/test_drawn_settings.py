@@ -17,12 +17,14 @@ import pytest
 import torch
 
 from megatron_mod.config import cli
+from megatron_mod.config.ranks import SETTINGS
 from megatron_mod.evaluation.huggingface import load_huggingface
 from megatron_mod.training.plan import prepare
 from tests.distributed import resume_cases
+from tests.helpers.commands import read_metrics
 from tests.helpers.drawn import FAMILIES, draw
 from tests.helpers.ranks import run_ranks
-from tests.helpers.runs import DEFAULT, Trainer, metrics
+from tests.helpers.runs import DEFAULT, Trainer
 from tests.helpers.tools import run_tool
 
 SEED = int(os.environ.get("DRAWN_SEED", "3"))
@@ -42,13 +44,12 @@ TOPOLOGIES = (
     {"context": 2, "expert": 2},
 )  # fmt: skip
 DEGREES = {
-    "tensor": "tensor_model_parallel_size", "pipeline": "pipeline_model_parallel_size",
-    "virtual_pipeline": "virtual_pipeline_model_parallel_size",
-    "context": "context_parallel_size", "expert": "expert_model_parallel_size",
-    "sequence_parallel": "sequence_parallel",
-}  # fmt: skip
-LOGITS, LOSS = 2e-4, 1e-4  # relative differences
-SILENT = 1e-6  # a loss that is rounding: of a distillation that skips nothing yet
+    **SETTINGS,
+    "virtual_pipeline": "parallel.virtual_pipeline_model_parallel_size",
+    "sequence_parallel": "parallel.sequence_parallel",
+}
+LOGITS, LOSS, LATER = 2e-4, 1e-4, 2e-3  # relative differences; after a step Adam makes much of few
+SILENT = 1e-5  # a loss, or a gradient, that may be rounding
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,8 @@ def trainers(tmp_path_factory, single_process):
     return made
 
 
-def arguments(trainer: Trainer, run: Path, settings: dict, **more: object) -> list[str]:
-    asked = {**UNSET, **STEPS, **settings, **more}
+def arguments(trainer: Trainer, run: Path, settings: dict) -> list[str]:
+    asked = {**UNSET, **STEPS, **settings}
     return trainer.arguments(run, **{name.replace(".", "__"): v for name, v in asked.items()})
 
 
@@ -96,7 +97,7 @@ def accepted(trainers: dict, folder: Path, *, seed: int, ranks: int) -> list[tup
 
 def named(degrees: dict) -> dict[str, object]:
     """Degrees as settings."""
-    return {f"parallel.{DEGREES[name]}": value for name, value in degrees.items()}
+    return {DEGREES[name]: value for name, value in degrees.items()}
 
 
 def told(family: str, settings: dict) -> str:
@@ -153,7 +154,12 @@ def test_two_ranks_train_as_one_does(trainers, tmp_path, monkeypatch):
         what = told(family, {**settings, **named(degrees)})
         words = arguments(trainers[family], one, settings)
         assert run_tool(monkeypatch, "train", *words) == 0, what
-        ours, theirs = (metrics(run)[0] for run in (tmp_path / f"two{number}", one))
-        assert ours["capacity"] == theirs["capacity"], what
-        for key in ("task_loss", "grad_norm"):
-            assert ours[key] == pytest.approx(theirs[key], rel=LOSS, abs=SILENT), f"{key}, {what}"
+        lines = (read_metrics(run) for run in (tmp_path / f"two{number}", one))
+        for ours, theirs in zip(*lines, strict=True):
+            rel = LOSS if theirs["step"] == 1 else LATER
+            assert ours["capacity"] == pytest.approx(theirs["capacity"], abs=SILENT), what
+            for key in ("task_loss", "grad_norm"):
+                near = pytest.approx(theirs[key], rel=rel, abs=SILENT)
+                assert ours[key] == near, f"{key} of step {theirs['step']}, {what}"
+            if settings["train.loss"] == "distill" and min(theirs["capacity"]) == 1:
+                break  # nothing to distil: its gradient is rounding, of which Adam makes a step
