@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from megatron_mod.model.architecture import Architecture
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "configs" / "smollm2" / "135m_block_token.yaml"
+CONFIGS = ROOT / "configs" / "smollm2"
+ROUTERS, ROUTERS_AND_ADAPTERS, ADAPTERS = (
+    CONFIGS / f"135m_{name}.yaml" for name in ("block_token", "block_token_lora", "lora")
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -36,6 +39,11 @@ def arguments() -> argparse.Namespace:
         "--hf-path",
         type=Path,
         help="local Llama-architecture Hugging Face folder (default: SmolLM2-135M-Instruct)",
+    )
+    parser.add_argument(
+        "--lora",
+        action="store_true",
+        help="train adapters with the routers, which then skip half, and alone to compare with",
     )
     parser.add_argument("--nproc", type=int, help="ranks (default: tensor x pipeline)")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
@@ -104,17 +112,21 @@ def read_architecture(hf_path: Path, *, tensor: int, pipeline: int) -> Architect
     return arch
 
 
-def fitting(arch: Architecture, *, is_default: bool) -> tuple[list[str], int]:
-    """Overrides that fit the configuration to the model at hand, and the length samples are cut to.
+def fitting(arch: Architecture, config: Path) -> list[str]:
+    """Overrides that fit a configuration of SmolLM2-135M to another model: its deeper half is
+    routed, or has adapters, or both."""
+    deepest = str(max(1, arch.num_layers // 2))
+    overrides = ["--data.max_length", str(longest(arch))]
+    if config != ADAPTERS:
+        overrides += ["--router.layers.deepest", deepest, "--router.stand_in_rank", "null"]
+    if config != ROUTERS:
+        overrides += ["--lora.layers.deepest", deepest]
+    return overrides
 
-    The configuration is SmolLM2-135M's; another model routes its deeper half.
-    """
-    max_length = min(256, arch.max_sequence_length)
-    overrides = []
-    if not is_default:
-        overrides += ["--router.layers.deepest", str(max(1, arch.num_layers // 2))]
-        overrides += ["--router.stand_in_rank", "null", "--data.max_length", str(max_length)]
-    return overrides, max_length
+
+def longest(arch: Architecture) -> int:
+    """Tokens that samples are cut to, where they are measured."""
+    return min(256, arch.max_sequence_length)
 
 
 def main() -> None:
@@ -135,8 +147,7 @@ def main() -> None:
     )
     steps.script("tools/make_python_docs.py", "--save", data, "--held_out", args.held_out)
 
-    overrides, max_length = fitting(arch, is_default=args.hf_path is None)
-    overrides += ["--model.checkpoint", out / "megatron"]
+    overrides = ["--model.checkpoint", out / "megatron"]
     overrides += ["--data.train", data / "train.jsonl"]
     overrides += ["--data.validation", data / "validation.jsonl"]
     overrides += ["--parallel.tensor_model_parallel_size", args.tensor]
@@ -145,11 +156,20 @@ def main() -> None:
         overrides += ["--train.frozen_prefix", "cache", "--train.prefix_cache", out / "prefix"]
     if args.steps is not None:
         overrides += ["--train.steps", args.steps]
-    steps.say(f"3/6 Training routers (tensor {args.tensor} x pipeline {args.pipeline})")
-    training = ("launch/pretrain_router.py", "--config", CONFIG, *overrides)
-    steps.ranks(*training, "--checkpoint.save", out / "run")
+
+    def train(name: str, config: Path, *settings: str) -> None:
+        fitted = [] if args.hf_path is None else fitting(arch, config)
+        words = ("--config", config, *overrides, *fitted, *settings)
+        steps.ranks("launch/pretrain_router.py", *words, "--checkpoint.save", out / name)
+
+    what = "routers and adapters" if args.lora else "routers"
+    steps.say(f"3/6 Training {what} (tensor {args.tensor} x pipeline {args.pipeline})")
+    train("run", ROUTERS_AND_ADAPTERS if args.lora else ROUTERS)
     steps.say("    ... and once more by the published recipe, to compare with")
-    steps.ranks(*training, *as_options(PUBLISHED), "--checkpoint.save", out / "published")
+    train("published", ROUTERS, *as_options(PUBLISHED))
+    if args.lora:
+        steps.say("    ... and the adapters alone, on the dense model")
+        train("adapted", ADAPTERS)
 
     steps.say("4/6 Exporting to Hugging Face")
     steps.script("tools/convert_megatron_to_hf.py", "--load", out / "run", "--save", out / "export")
@@ -166,7 +186,8 @@ def main() -> None:
         "launch/quickstart_report.py",
         *("--hf-path", hf_path, "--export", out / "export", "--run", out / "run"),
         *("--published", out / "published", "--parity", out / "parity.json"),
-        *("--max-length", max_length),
+        *(("--adapted", out / "adapted") if args.lora else ()),
+        *("--max-length", longest(arch)),
         *("--ranking", data / "ranking.jsonl", "--held-out", data / "held_out.jsonl"),
         *("--save", out / "report.json"),
     )

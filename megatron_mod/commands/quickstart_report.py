@@ -27,6 +27,8 @@ class QuickstartReportOptions(Options):
         held_out: text everything is scored on.
         published: checkpoint.save folder of the same training by the published recipe; unset: not
             compared with.
+        adapted: checkpoint.save folder of the run's adapters alone, trained on the dense model;
+            unset: the run has none, or they are not compared with.
         max_length: tokens a sample is cut to.
         save: the report's file.
     """
@@ -39,6 +41,7 @@ class QuickstartReportOptions(Options):
     held_out: str = setting(InputFile())
     save: str = setting(OutputFile())
     published: str | None = setting(TrainingRun(), default=None)
+    adapted: str | None = setting(TrainingRun(), default=None)
     max_length: int = setting(Range(least=2), default=256)
 
 

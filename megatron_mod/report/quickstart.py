@@ -18,6 +18,7 @@ from megatron_mod.data.dataset import load_samples
 from megatron_mod.evaluation import speed
 from megatron_mod.evaluation.huggingface import load_huggingface, load_model
 from megatron_mod.evaluation.huggingface_backend import HuggingFaceBackend
+from megatron_mod.evaluation.load import load_backend
 from megatron_mod.evaluation.perplexity import perplexity
 from megatron_mod.evaluation.rows import Row, evenly, level_batches
 from megatron_mod.evaluation.static import METHOD
@@ -41,6 +42,7 @@ def build_report(
     held_out: str | Path,
     max_length: int,
     published: str | Path | None = None,
+    adapted: str | Path | None = None,
 ) -> dict:
     """Measure quality and speed and put them beside the training's summary.
 
@@ -48,6 +50,7 @@ def build_report(
         ranking: text that the layers of static removal are chosen on.
         held_out: text that everything is scored on. Training saw neither.
         published: a run of the published recipe, to be scored too.
+        adapted: a run of adapters alone, on the dense model, to be scored too.
     """
     dense, tokenizer = load_huggingface(hf_path)
     routed = load_model(export)
@@ -94,6 +97,7 @@ def build_report(
             "static_counted_speedup": found.static_speedup,
             "work": {"routed": 1 / found.speedup, "static": 1 / found.static_speedup},
             **(score_published(published, rows["held_out"]) if published else {}),
+            **(score_adapted(adapted, rows["held_out"]) if adapted else {}),
             "eval_tokens": with_dense.tokens,
             "pooling": routing["pooling"] or "token",  # a token decides on itself
         },
@@ -164,6 +168,14 @@ def score_published(run: str | Path, rows: Sequence[Row]) -> dict:
     }
 
 
+def score_adapted(run: str | Path, rows: Sequence[Row]) -> dict:
+    """A training run of adapters alone on the rows: ``adapted_perplexity``, the dense model's with
+    them."""
+    with topology.single_process():
+        backend = load_backend(run, topology.ONE_RANK, dtype="float32", batch_size=4)
+        return {"adapted_perplexity": perplexity(backend, rows).perplexity}
+
+
 @torch.no_grad()
 def prefill_work(routed, work: Work, batches: Sequence[torch.Tensor]) -> tuple[float, float]:
     """Share of the sequences of batches ``[B, S]``, or of their tokens, that the routed layers
@@ -231,6 +243,7 @@ def table(report: dict) -> str:
             f" dense model's on held-out text; static capacity {quality['static_capacity']:.3f}",
         ),
         *_published_row(quality),
+        *_adapted_row(quality),
         *(
             (
                 f"{phase} time",
@@ -263,6 +276,14 @@ def _published_row(quality: dict) -> list[tuple[str, str]]:
             f" {quality['published_capacity']:.3f}, work {quality['published_work']:.3f}",
         )
     ]
+
+
+def _adapted_row(quality: dict) -> list[tuple[str, str]]:
+    if "adapted_perplexity" not in quality:
+        return []
+    alone, dense = quality["adapted_perplexity"], quality["dense_perplexity"]
+    found = f"perplexity {alone:.2f} ({100 * (alone / dense - 1):+.1f} %) on the dense model"
+    return [("adapters alone", f"{found}; static removal above keeps those trained with routers")]
 
 
 def in_words(found: dict) -> str:

@@ -146,7 +146,7 @@ def _check_work(routing: RoutingConfig, counted: Workload, *, mean_length: float
         keys = ", router.keys_values: selected" * (routing.keys_values == "all")
         raise ValueError(
             f"router.work = {routing.least_work:g}: skipping everything that is routed, "
-            f"{routing.granularity} on {len(routing.layers)} layers, leaves {least:.3f} of the "
+            f"{routing.granularity} on layers {list(routing.layers)}, leaves {least:.3f} of the "
             f"dense model's operations at this data's lengths ({mean_length:.0f} tokens in the "
             f"mean); ask for no less, or route more (router.layers: all, a block granularity"
             f"{keys})."
