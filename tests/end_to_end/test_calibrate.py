@@ -25,6 +25,7 @@ from megatron_mod.routing.config import logit_border
 from tests.helpers import formula, tiny
 from tests.helpers.routed import save_export
 from tests.helpers.text import write_lines
+from tests.helpers.thinned import pairs
 from tests.helpers.tools import run_tool
 
 ONE = Topology(tensor=1, pipeline=1, data=1)
@@ -127,9 +128,7 @@ def check(case, scheme: str, point: dict) -> None:
     assert point["static_capacity"] == pytest.approx(1 - len(removed) / len(places))
 
 
-@pytest.mark.parametrize(
-    ("scheme", "scope"), zip(formula.SCHEMES, ["layer", "model"] * 5, strict=True)
-)
+@pytest.mark.parametrize(("scheme", "scope"), pairs(4, formula.SCHEMES, ("layer", "model")))
 def test_a_capacity_is_met(case, scheme, scope, tmp_path):
     report = run(case, scheme, tmp_path / "new", capacity=0.5, scope=scope)
     chosen = report["chosen"]

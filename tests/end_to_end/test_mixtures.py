@@ -20,6 +20,7 @@ from tests.distributed import cases
 from tests.helpers import tiny
 from tests.helpers.broken import WEIGHTS, edit_config, edit_tensors, put
 from tests.helpers.fused import fuse
+from tests.helpers.thinned import pairs
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
@@ -85,8 +86,7 @@ def test_the_fused_layout_is_that_of_transformers(models, tmp_path):
     assert not changed(load_file(fused / WEIGHTS), load_file(tmp_path / "fused" / WEIGHTS))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(("part", "layout"), pairs(2, PARTS, LAYOUTS))
 def test_one_element_arrives(models, family, tmp_path, layout, part):
     """In Megatron's checkpoint where it belongs and nowhere else, in its logits, and back."""
     expert = 2

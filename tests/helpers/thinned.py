@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 
 
@@ -21,6 +23,16 @@ def some(every: int, trainings: list, *values: object, id: str) -> list:
     return [
         pytest.param(trainings[::every], *values, id=id),
         pytest.param(trainings, *values, id=f"{id}_whole", marks=pytest.mark.slow),
+    ]
+
+
+def pairs(every: int, first: Iterable, second: Iterable) -> list:
+    """A test's cases: all pairs of two lists, of which one in ``every`` is quick, spread over both;
+    the others are slow tests."""
+    return [
+        pytest.param(a, b, marks=[] if is_asked(at, to, every) else [pytest.mark.slow])
+        for at, a in enumerate(first)
+        for to, b in enumerate(second)
     ]
 
 
