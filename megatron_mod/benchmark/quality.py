@@ -197,9 +197,9 @@ def _adapted(
     name = f"removed_{'+'.join(targets)}_{removed}"
 
     def measure() -> dict:
-        routers = setup.out / name
+        routers, unrouted = setup.out / name, _unrouted(setup, targets, stand_ins=True)
         with topology.single_process():
-            model = Model(setup, _unrouted(setup, targets, stand_ins=True))
+            model = Model(setup, unrouted)
             places = [p for p in model.routed.backend.places if scheme.label(p) in labels]
             if not routers.exists():
                 thresholds = thresholds_without(model.routed.backend.places, places)
