@@ -144,9 +144,10 @@ def _check_work(routing: RoutingConfig, counted: Workload, *, mean_length: float
     assert routing.least_work is not None
     if routing.least_work < least:
         keys = ", router.keys_values: selected" * (routing.keys_values == "all")
+        layers = f"{len(routing.layers)} layer{'s' * (len(routing.layers) > 1)}"
         raise ValueError(
             f"router.work = {routing.least_work:g}: skipping everything that is routed, "
-            f"{routing.granularity} on layers {list(routing.layers)}, leaves {least:.3f} of the "
+            f"{routing.granularity} on {layers}, leaves {least:.3f} of the "
             f"dense model's operations at this data's lengths ({mean_length:.0f} tokens in the "
             f"mean); ask for no less, or route more (router.layers: all, a block granularity"
             f"{keys})."
