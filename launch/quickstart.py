@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--lora",
         action="store_true",
-        help="train adapters with the routers, which then skip half, and alone to compare with",
+        help="adapters train with the routers, which then skip half, and alone to compare with",
     )
     parser.add_argument("--nproc", type=int, help="ranks (default: tensor x pipeline)")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
