@@ -14,6 +14,7 @@ from megatron_mod.benchmark.inference_speed import decisions_of, kept_share, pre
 from megatron_mod.calibration.curve import Curve
 from megatron_mod.calibration.routed import load_routed
 from megatron_mod.calibration.search import Calibration
+from megatron_mod.conversion.source import open_source
 from megatron_mod.data.dataset import load_samples
 from megatron_mod.evaluation import speed
 from megatron_mod.evaluation.huggingface import load_huggingface, load_model
@@ -51,7 +52,14 @@ def build_report(
         held_out: text that everything is scored on. Training saw neither.
         published: a run of the published recipe, to be scored too.
         adapted: a run of adapters alone, on the dense model, to be scored too.
+
+    Raises:
+        ValueError: ``adapted`` has routers.
     """
+    if adapted and open_source(adapted).routing is not None:
+        raise ValueError(
+            f"--adapted {adapted}: has routers; give a run of adapters alone (router.layers: [])."
+        )
     dense, tokenizer = load_huggingface(hf_path)
     routed = load_model(export)
     routing = routed.config.routing

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_mod.config import cli
 from megatron_mod.evaluation.perplexity import read_rows
+from megatron_mod.report.quickstart import build_report
 from tests.helpers.commands import run, save_tiny
 
 HELD_OUT = 8
@@ -55,6 +56,12 @@ def test_what_the_adapters_alone_are_worth_is_hugging_faces_own(quickstart, tmp_
     assert f"adapters alone  perplexity {found:.2f} (" in printed
     assert max(report["parity"].values()) <= 2e-5
     assert report["capacity"]["target"] == 0.5
+
+
+def test_what_has_routers_is_not_adapters_alone(quickstart):
+    inputs = dict.fromkeys(("hf_path", "export", "parity", "ranking", "held_out"), "unread")
+    with pytest.raises(ValueError, match=r"--adapted .*/run: has routers; give a run of adapters"):
+        build_report(**inputs, run="unread", adapted=quickstart[1] / "run", max_length=64)
 
 
 def perplexity(hf: Path, out: Path) -> float:
