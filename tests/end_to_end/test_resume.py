@@ -352,8 +352,13 @@ SMALL = {**DEFAULT, "router__stand_in_rank": 4, "optimizer__lr": 0.01}
         {},
         {"train__loss": "distill", "train__trainable": "routers+stand_ins"},
         {"router__granularity": "mlp_sequence", "router__training_compute": "sparse"},
+        {
+            "router__granularity": "attn_token+mlp_token",
+            "router__capacity": None,
+            "router__work": [0.8, 0.95],
+        },
     ],
-    ids=["default", "trained_stand_ins", "sparse_sequences"],
+    ids=["default", "trained_stand_ins", "sparse_sequences", "range_of_work"],
 )
 def test_the_default_recipe_goes_on_to_the_last_bit(trainer, tmp_path, monkeypatch, changes):
     whole, run = tmp_path / "whole", tmp_path / "run"
