@@ -96,7 +96,8 @@ class TokenSelection(Choice):
 
     def take(self, values: Tensor) -> Tensor:
         """The kept of ``[B, S, ...]``, or of ``[1, S, ...]`` if the rows share it."""
-        return values[0, self.columns] if len(values) == 1 else values.flatten(0, 1)[self.index]
+        index = self.columns if len(values) == 1 else self.index
+        return values.flatten(0, 1).index_select(0, index)
 
     def pad(self, values: Tensor) -> Tensor:
         """Of each kept token to ``[B, longest, ...]``, every row's at its start, zeros behind."""
@@ -107,7 +108,9 @@ class TokenSelection(Choice):
 
     def unpad(self, padded: Tensor) -> Tensor:
         """The reverse of ``pad``."""
-        return padded[0] if self.shape[0] == 1 else padded.flatten(0, 1)[self.places]
+        if self.shape[0] == 1:
+            return padded[0]
+        return padded.flatten(0, 1).index_select(0, self.places)
 
 
 class RoutedCacheLayer(DynamicLayer):

@@ -28,8 +28,8 @@ from megatron_mod.parallel import topology
 from megatron_mod.routing.scheme import Scheme
 
 # What is timed is of the text that is scored: a threshold keeps more or less of another one.
-BATCH = 4  # samples of a prefill: with one, cores wait for weights, which few tokens do not spare
-PREFILLS = 24  # by each model, or a few more
+BATCH = 8  # samples of a prefill, as texts are scored: products of few rows are slower by the row
+PREFILLS = 36  # by each model, or a few more
 QUESTIONS = 8  # whose answers are decoded, one at a time
 
 
