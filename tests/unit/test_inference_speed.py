@@ -263,8 +263,8 @@ def test_the_quickstart_says_when_there_is_no_difference():
 
 
 def test_the_quickstart_times_the_text_that_it_scores(monkeypatch):
-    """Longer samples four at a time, and the answers to single questions."""
-    rows = [Row([n] * (20 + n), context=5 + n, labels=[]) for n in range(16)]
+    """Longer samples eight at a time, and the answers to single questions."""
+    rows = [Row([n] * (20 + n), context=5 + n, labels=[]) for n in range(32)]
     asked = []
 
     def compare(models, prompts, **how):
@@ -278,7 +278,7 @@ def test_the_quickstart_times_the_text_that_it_scores(monkeypatch):
     found = quickstart.measure_speed(dense, "routed", None, rows)
     (models, batches, _), (_, questions, _) = asked
     assert models == [dense, "routed"]
-    assert batches == [[[n] * 28 for n in some] for some in (range(12, 16), range(8, 12))]
-    assert questions == [[[n] * min(5 + n, 11)] for n in range(1, 16, 2)]
-    assert (found["context_tokens"], found["prefill"]["batch"]) == (28, 4)
+    assert batches == [[[n] * 36 for n in some] for some in (range(24, 32), range(16, 24))]
+    assert questions == [[[n] * min(5 + n, 11)] for n in range(2, 32, 4)]
+    assert (found["context_tokens"], found["prefill"]["batch"]) == (36, 8)
     assert (found["capacity"], found["counted"]) == (0.5, 1.25)
