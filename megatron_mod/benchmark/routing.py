@@ -141,12 +141,12 @@ class Timed:
         been made."""
         with self._forward_alone():
             self.run()
-            with _Operations() as counter:
+            with Operations() as counter:
                 self.run()
         return counter.count
 
 
-class _Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     """Counts operations that compute something."""
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ from transformers import LlamaModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .configuration_mod import RoutedConfig
+from .room_mod import GrowingLayer
 
 # What a forward's cache is called: since Transformers 5.24 by the first name.
 _PARAMETERS = inspect.signature(LlamaModel.forward).parameters
@@ -113,7 +114,7 @@ class TokenSelection(Choice):
         return padded.flatten(0, 1).index_select(0, self.places)
 
 
-class RoutedCacheLayer(DynamicLayer):
+class RoutedCacheLayer(GrowingLayer):
     """A layer's keys and values where not everything is stored; knows how long the text is."""
 
     def __init__(self, window: int | None = None) -> None:
@@ -175,8 +176,10 @@ class SequenceCacheLayer(RoutedCacheLayer):
         """Take on the decisions ``[B]`` bool about each target."""
         self.choices = {target: Choice(keep) for target, keep in kept.items()}
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(keys, values)
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states)
         if self.window:
             last = max(keys.shape[2] - self.window + 1, 0)
             self.keys, self.values = keys[:, :, last:], values[:, :, last:]
@@ -254,8 +257,7 @@ class TokenCacheLayer(RoutedCacheLayer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``store``, of the only sequence: keys and values ``[1, heads, N, D]`` of the tokens at
         these ``columns`` ``[N]`` of the call."""
-        self.keys = torch.cat([self.keys, keys], 2)
-        self.values = torch.cat([self.values, values], 2)
+        super().update(keys, values)
         self.slots = torch.cat([self.slots, self.seen + columns[None]], 1)
         return self.keys, self.values, self.slots
 
@@ -307,7 +309,7 @@ class EmptyCacheLayer(RoutedCacheLayer):
         pass
 
 
-def check_batch(batch: int, *, cached: int) -> None:
+def check_batch(batch: int, *, cached: int | None) -> None:
     if batch != cached:
         raise ValueError(
             f"the cache holds the decisions of {cached} sequences, but the batch has {batch}; "
@@ -336,7 +338,8 @@ def prepare_cache(cache: Cache, config: RoutedConfig, removed: Collection[int] =
         kinds = dict.fromkeys(config.routing["layers"], TokenCacheLayer)
     kinds.update(dict.fromkeys(removed, EmptyCacheLayer))
     if cache.get_seq_length() == 0:
-        cache.layers = DynamicCache(config=config).layers
+        layers = DynamicCache(config=config).layers
+        cache.layers = [GrowingLayer() if type(each) is DynamicLayer else each for each in layers]
         cache.layer_class_to_replicate = None
         own = {"attention": config.attention_target} if config.per_sequence else {}
         for index, kind in kinds.items():

@@ -197,7 +197,7 @@ class RoutingControls:
             wrong = "which experts a token goes to is no graph's to repeat; leave it out"
         if wrong:
             raise ValueError(f"graphed_decoding: {wrong}.")
-        before, model.graphs = model.graphs, DecodingGraphs()
+        before, model.graphs = model.graphs, DecodingGraphs(model.layers)
         try:
             yield
         finally:

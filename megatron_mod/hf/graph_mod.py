@@ -1,12 +1,12 @@
 """Decode steps as CUDA graphs: what the host would launch kernel by kernel, at once.
 
-Where a step's time is the host's, nothing that a layer skips makes it shorter. Two graphs a layer,
-recorded at the first step, leave the host little: what comes before the attention, and what comes
-after it, of which there is one for each set of targets that may be kept. Between them keys and
-values are stored, the attention, whose size grows, is computed as ever, and a router of tokens is
-asked: of one sequence the host waits for the decision and launches what is kept; of several, whose
-tokens share the weights that are read, everything is computed and ``y = x + m * F(x)`` is chosen
-from. All graphs of a batch size work in the same memory, the residual stream in place.
+Where a step's time is the host's, nothing that a layer skips makes it shorter. A graph reaches from
+what follows a layer's attention to what precedes the next one's, and is recorded at the first step,
+one for each set of targets that may be kept. Between two of them keys and values are stored, the
+attention, whose size grows, is computed as ever, and a router of tokens is asked: of one sequence
+the host waits for the decision and launches what is kept; of several, whose tokens share the
+weights that are read, everything is computed and ``y = x + m * F(x)`` is chosen from. All graphs of
+a batch size work in the same memory, the residual stream in place.
 """
 
 from __future__ import annotations
@@ -25,19 +25,40 @@ from .cache_mod import CACHE, SequenceCacheLayer, TokenCacheLayer, check_batch
 @dataclass
 class Buffers:
     """Memory that graphs of one batch size read and write: the residual stream ``[B, 1, H]``, what
-    the attention found ``[B, 1, heads * D]``, cosine and sine of the positions ``[B or 1, 1, D]``,
-    and which tokens are no padding ``[B, 1]``."""
+    the attention found ``[B, 1, heads * D]``, cosine and sine of the positions, ``[B, 1, 1, D]`` or
+    ``[1, 1, 1, D]`` (the sine's first half negated), and which tokens are no padding ``[B, 1]``."""
 
     hidden: Tensor
     attended: Tensor
-    rotary: Sequence[Tensor]
+    cosine: Tensor
+    sine: Tensor
     valid: Tensor
     filled_for: Any = None  # the call that positions and padding are of
+    entered: tuple[Hashable, Entered] | None = None  # the next layer's, by ``state``
+
+    def fill(self, call: Any, rotary: Sequence[Tensor]) -> None:
+        """Take on positions and padding of a forward call, once."""
+        if self.filled_for is call:
+            return
+        for own, table in zip((self.cosine, self.sine), rotary, strict=True):
+            own.copy_(table.unsqueeze(-2))
+        self.sine[..., : self.sine.shape[-1] // 2].neg_()
+        valid = call.valid(1)
+        self.valid.fill_(True) if valid is None else self.valid.copy_(valid)
+        self.filled_for, self.entered = call, None
+
+    def state(self, layer: int) -> Hashable:
+        """Another one whenever something but a graph has changed the layer's input."""
+        return layer, self.hidden._version
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        """Queries or keys ``[B, 1, heads, D]``, by their positions."""
+        return torch.addcmul(heads * self.cosine, heads.roll(heads.shape[-1] // 2, -1), self.sine)
 
 
 @dataclass
 class Entered:
-    """What a layer's first graph leaves: queries, keys and values ``[B, heads, 1, D]`` (None: it
+    """What precedes a layer's attention: queries, keys and values ``[B, heads, 1, D]`` (None: it
     has no use for them), the decisions of its routers of tokens ``[targets, B, 1]`` bool, and what
     exact ones multiply by, ``[B, 1, 1]`` of each target."""
 
@@ -49,7 +70,8 @@ class Entered:
 class DecodingGraphs:
     """The graphs of a model's layers, and the memory that they share."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = layers
         self.buffers: dict[Hashable, Buffers] = {}
         self.recorded: dict[Hashable, tuple[Callable[[], None], Any]] = {}
         self.pool: Any = None
@@ -67,19 +89,16 @@ class DecodingGraphs:
         key = (*hidden_states.shape, *rotary[0].shape, hidden_states.dtype)
         if key not in self.buffers:
             with torch.inference_mode(False):
+                cosine, sine = (t.new_empty(t.unsqueeze(-2).shape) for t in rotary)
                 self.buffers[key] = Buffers(
                     torch.empty_like(hidden_states, requires_grad=False),
                     hidden_states.new_zeros(*hidden_states.shape[:2], channels),
-                    [torch.empty_like(table, requires_grad=False) for table in rotary],
-                    torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=rotary[0].device),
+                    cosine,
+                    sine,
+                    cosine.new_ones(hidden_states.shape[:2], dtype=torch.bool),
                 )
         buffers = self.buffers[key]
-        if buffers.filled_for is not call:
-            for own, table in zip(buffers.rotary, rotary, strict=True):
-                own.copy_(table)
-            valid = call.valid(1)
-            buffers.valid.fill_(True) if valid is None else buffers.valid.copy_(valid)
-            buffers.filled_for = call
+        buffers.fill(call, rotary)
         if hidden_states is not buffers.hidden:
             buffers.hidden.copy_(hidden_states)
         return buffers
@@ -135,40 +154,40 @@ class DecodeStep:
     def run(self, hidden_states: Tensor) -> Tensor | None:
         """The layer's output, in memory that the next layer may change; None: the rows would go
         different ways, each in its own graph."""
-        layer, batch = self.layer, len(hidden_states)
-        if self.by_token and layer.stores_selected and batch > 1:
+        layer, graphs = self.layer, self.routing.graphs
+        if not self._prepare(len(hidden_states)):
             return None
-        if isinstance(self.storage, SequenceCacheLayer) and not self._all_alike(batch):
-            return None
-        self.masked = self.by_token and batch > 1
-        attends = not layer.is_removed if self.by_token else self.kept.get(self.attention, True)
         rotary, channels = self.context["position_embeddings"], layer.self_attn.o_proj.in_features
-        buffers = self.routing.graphs.enter(self.routing, hidden_states, rotary, channels)
-        entered = Entered()
-        if self.by_token or attends:
-            entered = self._graph(
-                buffers, "enter", (attends,), lambda: self._enter(buffers, attends)
-            )
-        found = self._attend(entered, attends) if self.by_token or attends else None
+        buffers = graphs.enter(self.routing, hidden_states, rotary, channels)
+        entered, found = Entered(), None
+        if self._enters:
+            entered = self._entered(buffers)
+            found = self._attend(entered)
+        buffers.entered = None
         if found is not None:
             buffers.attended.copy_(found)
         if found is not None or any(self.kept.values()) or self._adds_to_what_is_skipped():
-            what = tuple(self.kept.items())
-            self._graph(buffers, "rest", what, lambda: self._rest(buffers, entered))
+            following = self._following(len(hidden_states))
+            key: tuple = (layer.layer_idx, "from", *self.kept.items())
+            if self.masked or entered.factors:  # it reads them where it was recorded with them
+                key += (id(entered),)
+            if following is not None:
+                key += following._key
+            made = graphs.run(key, lambda: self._between(buffers, entered, following), buffers)
+            if following is not None:
+                buffers.entered = buffers.state(following.layer.layer_idx), made
         if isinstance(self.storage, SequenceCacheLayer):
             self.storage.advance(1)
         return buffers.hidden
 
-    def _graph(self, buffers: Buffers, name: str, what: tuple, function: Callable[[], Any]) -> Any:
-        """One of the layer's; in its key, all that it has in it beside weights."""
-        layer, state = self.layer, ()
-        if layer.router is not None:
-            positions = (router.position for router in layer.routers)
-            state = (*layer.logit_borders.items(), *positions)
-        return self.routing.graphs.run((layer.layer_idx, name, what, state), function, buffers)
-
-    def _all_alike(self, batch: int) -> bool:
-        """Whether the sequences go one way, by what was decided at their prefill."""
+    def _prepare(self, batch: int) -> bool:
+        """Whether there are graphs of this step; of sequences, what they keep is known then."""
+        layer = self.layer
+        if self.by_token and layer.stores_selected and batch > 1:
+            return False
+        self.masked = self.by_token and batch > 1
+        if not isinstance(self.storage, SequenceCacheLayer):
+            return True
         check_batch(batch, cached=self.storage.batch)
         choices = self.storage.choices.items()
         self.kept = {target: len(made.index) > 0 for target, made in choices}
@@ -176,6 +195,41 @@ class DecodeStep:
             return False
         self._note({target: made.keep for target, made in choices})
         return True
+
+    @property
+    def _attends(self) -> bool:
+        """Whether queries, keys and values are made before it is known who asks."""
+        if self.by_token:
+            return not self.layer.is_removed
+        return self.kept.get(self.attention, True)
+
+    @property
+    def _enters(self) -> bool:
+        """Whether anything precedes the attention."""
+        return self.by_token or self._attends
+
+    @property
+    def _key(self) -> tuple:
+        """Of what precedes the attention: all that it has in it beside weights."""
+        layer, state = self.layer, ()
+        if layer.router is not None:
+            positions = (router.position for router in layer.routers)
+            state = (*layer.logit_borders.items(), *positions)
+        return (layer.layer_idx, "to", self._attends, state)
+
+    def _following(self, batch: int) -> DecodeStep | None:
+        """The next layer's step, if anything of it can be done at once."""
+        layers, following = self.routing.graphs.layers, self.layer.layer_idx + 1
+        if following == len(layers):
+            return None
+        step = DecodeStep(layers[following], self.routing, self.context)
+        return step if step._prepare(batch) and step._enters else None
+
+    def _entered(self, buffers: Buffers) -> Entered:
+        """What precedes the attention, unless the layer before has made it."""
+        if buffers.entered and buffers.entered[0] == buffers.state(self.layer.layer_idx):
+            return buffers.entered[1]
+        return self.routing.graphs.run(self._key, lambda: self._enter(buffers), buffers)
 
     def _note(self, decisions: dict[str, Tensor]) -> None:
         for target, keep in decisions.items():
@@ -185,16 +239,15 @@ class DecodeStep:
         """Whether a layer that keeps nothing changes its input."""
         return self.layer.stand_in is not None or not {"mlp", "block"} & set(self.layer.targets)
 
-    def _enter(self, buffers: Buffers, attends: bool) -> Entered:
-        """What comes before the attention, of a layer's input."""
-        layer, entered = self.layer, Entered()
-        normed = layer.input_layernorm(buffers.hidden)
-        if attends:
-            positions = {"q": buffers.rotary, "k": buffers.rotary, "v": None}
-            entered.projected = [
-                project(layer.self_attn, name, normed, rotary).transpose(1, 2)
-                for name, rotary in positions.items()
-            ]
+    def _enter(self, buffers: Buffers) -> Entered:
+        """What precedes the attention, of a layer's input."""
+        layer, attn, entered = self.layer, self.layer.self_attn, Entered()
+        normed = _normed(layer.input_layernorm, buffers.hidden)
+        if self._attends:
+            query, keys, values = (project(attn, name, normed) for name in "qkv")
+            both = buffers.rotate(torch.cat([query, keys], -2))
+            parts = (*both.tensor_split([query.shape[-2]], -2), values)
+            entered.projected = [heads.transpose(1, 2) for heads in parts]
         if self.by_token:
             decided = []
             for target in layer.targets:
@@ -205,10 +258,10 @@ class DecodeStep:
             entered.decided = torch.stack(decided)
         return entered
 
-    def _attend(self, entered: Entered, attends: bool) -> Tensor | None:
+    def _attend(self, entered: Entered) -> Tensor | None:
         """What the tokens find ``[B, 1, heads * D]`` (None: they do not ask), keys and values being
         stored; tokens' decisions are asked for on the way, as late as possible."""
-        layer, storage = self.layer, self.storage
+        layer, storage, attends = self.layer, self.storage, self._attends
         selected = isinstance(storage, TokenCacheLayer)
         projected: Sequence[Any] = entered.projected or (None, None, None)
         query, keys, values = projected
@@ -241,54 +294,57 @@ class DecodeStep:
             self.kept = dict(zip(targets, decided.flatten().tolist(), strict=True))
         self._note(dict(zip(targets, decided, strict=True)))
 
-    def _rest(self, buffers: Buffers, entered: Entered) -> None:
-        """What comes after the attention."""
+    def _between(
+        self, buffers: Buffers, entered: Entered, following: DecodeStep | None
+    ) -> Entered | None:
+        """What comes after the attention, and before the following layer's."""
         layer, x = self.layer, buffers.hidden
 
-        def attention(factor: Tensor | None) -> Tensor:
-            return _added(x, layer.self_attn.o_proj(buffers.attended), factor)
+        def attention() -> Tensor:
+            return layer.self_attn.o_proj(buffers.attended)
 
-        def feed(factor: Tensor | None) -> Tensor:
-            return _added(x, layer.mlp(layer.post_attention_layernorm(x)), factor)
+        def feed() -> Tensor:
+            return layer.mlp(_normed(layer.post_attention_layernorm, x))
 
-        def block(factor: Tensor | None) -> Tensor:
-            first = layer.self_attn.o_proj(buffers.attended)
-            second = layer.mlp(layer.post_attention_layernorm(x + first))
-            if factor is None:
-                return x + first + second
-            return x + factor * (first + second)
+        def block() -> Tensor:
+            first = attention()
+            return first + layer.mlp(_normed(layer.post_attention_layernorm, x + first))
 
         if "block" in self.kept:
-            x = self._mixed("block", x, block, layer.input_layernorm, entered)
+            self._add("block", x, block, layer.input_layernorm, entered)
         else:
-            x = self._mixed("attn", x, attention, layer.input_layernorm, entered)
-            x = self._mixed("mlp", x, feed, layer.post_attention_layernorm, entered)
-        buffers.hidden.copy_(x)
+            self._add("attn", x, attention, layer.input_layernorm, entered)
+            self._add("mlp", x, feed, layer.post_attention_layernorm, entered)
+        return None if following is None else following._enter(buffers)
 
-    def _mixed(
+    def _add(
         self,
         target: str,
         x: Tensor,
-        full: Callable[[Tensor | None], Tensor],
+        update: Callable[[], Tensor],
         norm: nn.Module,
         entered: Entered,
-    ) -> Tensor:
-        """``full`` of the rows that keep the target, and ``x`` with the stand-in, if there is any,
-        of those that skip it."""
-        layer = self.layer
-        if target not in self.kept:
-            return full(None)
-        skipped = x
-        if layer.stand_in is not None and (self.masked or not self.kept[target]):
-            skipped = x + layer._own(layer.stand_in, target)(norm(x))
-        if not self.kept[target]:
-            return skipped
-        computed = full(entered.factors.get(target))
-        if entered.decided is None or not self.masked:
-            return computed
-        keep = entered.decided[layer.targets.index(target)]
-        return torch.where(keep[..., None], computed, skipped)
+    ) -> None:
+        """To ``x`` in place, what a target gives those rows that keep it, and the stand-in, if
+        there is any, those that skip it."""
+        layer, given = self.layer, None
+        if keeps := self.kept.get(target, True):
+            given = update()
+            if (factor := entered.factors.get(target)) is not None:
+                given = factor * given
+        if target in self.kept and (self.masked or not keeps):
+            instead = None
+            if layer.stand_in is not None:
+                instead = layer._own(layer.stand_in, target)(_normed(norm, x))
+            if given is None:
+                given = instead
+            elif entered.decided is not None:
+                keep = entered.decided[layer.targets.index(target)][..., None]
+                given = torch.where(keep, given, 0.0 if instead is None else instead)
+        if given is not None:
+            x.add_(given)
 
 
-def _added(x: Tensor, update: Tensor, factor: Tensor | None) -> Tensor:
-    return x + (update if factor is None else factor * update)
+def _normed(norm: Any, values: Tensor) -> Tensor:
+    """As a family's norm, which is many kernels, in one: ``w * x / sqrt(mean(x^2) + eps)``."""
+    return nn.functional.rms_norm(values, norm.weight.shape, norm.weight, norm.variance_epsilon)

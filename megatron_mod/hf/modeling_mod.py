@@ -84,6 +84,7 @@ from .layer_mod import RoutedLayer, RoutingCall
 from .mixture_mod import GateLogits, MixtureNames, RoutedMixtureLayer
 from .olmoe_mod import OldOlmoeCausalLM, OldOlmoeLayer, OldOlmoeModel
 from .record_mod import RoutingRecord
+from .room_mod import ROOM  # noqa: F401
 from .thresholds_mod import CapacityBorders, WatchedBorders
 
 

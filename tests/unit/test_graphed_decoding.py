@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_mod.benchmark.inference_speed import Pair
+from megatron_mod.benchmark.routing import Operations
 from megatron_mod.evaluation.huggingface import load_model
 from megatron_mod.hf.graph_mod import DecodingGraphs, Entered
 from tests.helpers import exact, formula
@@ -144,6 +147,57 @@ def test_one_within_another(exports, graphs):
             assert model.model.graphs is not outer
         assert model.model.graphs is outer
     assert model.model.graphs is None
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_hooks_may_change_what_a_layer_is_given(exports, graphs, in_place):
+    model = load_model(exports.export("attn_token_all"), dtype=torch.float32).eval()
+    ids = torch.tensor([exports.prompts[0]])
+    plain = generated(model, ids)
+
+    def steer(layer, args, output):
+        return output.mul_(1.5) if in_place else 1.5 * output
+
+    hook = model.model.layers[1].register_forward_hook(steer)
+    tokens, logits, report = generated(model, ids)
+    assert not torch.equal(logits, plain[1])
+    with model.graphed_decoding():
+        again = generated(model, ids)
+    hook.remove()
+    assert torch.equal(again[0], tokens)
+    torch.testing.assert_close(again[1], logits, rtol=1e-4, atol=1e-5)
+    assert again[2] == report
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("routed", [False, True])
+def test_what_the_host_launches(graphs, monkeypatch, batch, routed):
+    """A layer's step is one graph, keys and values that are stored, the attention and what it
+    found; of a router at batch 1, its decision, at others the decisions to report."""
+    pair = Pair.of_shape("tiny", "attn_token", dtype=torch.float32)
+    model, layers = pair.routed if routed else pair.plain, len(pair.plain.model.layers)
+    model.set_thresholds(0.0)
+    ids = pair.prompts(batch, 16)
+    launched = []
+    run = DecodingGraphs.run
+    with torch.no_grad(), model.graphed_decoding():
+        cache = model(ids, use_cache=True).past_key_values
+        model(ids[:, :1], past_key_values=cache)
+        counter = Operations()
+
+        def launch(*args):
+            launched.append(counter.count)
+            result = run(*args)
+            counter.count = launched[-1]  # the graph's are not the host's
+            return result
+
+        monkeypatch.setattr(DecodingGraphs, "run", launch)
+        with counter:
+            model(ids[:, :1], past_key_values=cache)
+    assert len(launched) == layers + 1
+    asked = model.config.routing["layers"] if routed else ()
+    between = [after - before for before, after in pairwise(launched)]
+    assert between == [5 if layer in asked else 4 for layer in range(layers)]
 
 
 def test_steps_that_need_more_run_as_ever(exports, graphs):

@@ -1,0 +1,113 @@
+"""What a cache has room for is never copied, and never shared by what must be apart."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from megatron_mod.hf.room_mod import ROOM, GrowingLayer
+
+
+def drawn(tokens: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = torch.randn(2, batch, 3, tokens, 4)
+    return keys, values
+
+
+def both() -> tuple[GrowingLayer, DynamicLayer]:
+    return GrowingLayer(), DynamicLayer()
+
+
+def step(layers, tokens: int = 1, batch: int = 2) -> None:
+    """Let both store the same, and find the same stored."""
+    more = drawn(tokens, batch)
+    given = [layer.update(*more) for layer in layers]
+    for ours, theirs in zip(given[0], given[1], strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(layers[0].keys, layers[1].keys)
+    assert layers[0].get_seq_length() == layers[1].get_seq_length()
+
+
+def test_a_step_copies_itself_alone():
+    layers = both()
+    step(layers, 5)
+    first = layers[0].keys.data_ptr()
+    for _ in range(ROOM):
+        step(layers)
+        assert layers[0].keys.data_ptr() == first
+    step(layers)
+    assert layers[0].keys.data_ptr() != first
+    step(layers)
+
+
+def test_what_is_given_stays_its_owners():
+    layer, (keys, values) = GrowingLayer(), drawn(1)
+    layer.update(keys, values)
+    before = layer.keys.clone()
+    keys.zero_()
+    assert torch.equal(layer.keys, before)
+
+
+def reorder(layer):
+    layer.reorder_cache(torch.tensor([1, 1]))
+
+
+def repeat(layer):
+    layer.batch_repeat_interleave(2)
+
+
+def crop(layer):
+    layer.crop(-2 if hasattr(layer, "is_croppable") else 5)
+
+
+@pytest.mark.parametrize(("change", "batch"), [(reorder, 2), (repeat, 4), (crop, 2)])
+def test_what_changes_it_between_steps(change, batch):
+    layers = both()
+    step(layers, 6)
+    step(layers)
+    held = layers[0].keys
+    seen = held.clone()
+    for layer in layers:
+        change(layer)
+    for _ in range(3):
+        step(layers, batch=batch)
+    assert torch.equal(held, seen)  # whoever still has it sees no later token in it
+
+
+def test_copies_go_their_own_ways():
+    one, plain = both()
+    step((one, plain), 4)
+    step((one, plain))
+    other, twin = copy.deepcopy(one), copy.deepcopy(plain)
+    for _ in range(2):
+        step((one, plain))
+        step((other, twin))
+        step((one, plain))
+
+
+def test_from_one_mode_to_the_other():
+    layers = both()
+    with torch.inference_mode():
+        step(layers, 3)
+    with torch.no_grad():
+        step(layers)
+        step(layers)
+
+
+def test_gradients_reach_what_is_stored():
+    layer = GrowingLayer()
+    parts = [drawn(2)[0].requires_grad_() for _ in range(3)]
+    for part in parts:
+        found, _ = layer.update(part, part)
+    (found * torch.arange(6.0)[:, None]).sum().backward()
+    for number, part in enumerate(parts):
+        assert torch.equal(part.grad[0, 0, :, 0], torch.tensor([2.0 * number, 2.0 * number + 1]))
+
+
+def test_another_batch_is_refused():
+    layer = GrowingLayer()
+    layer.update(*drawn(3))
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        layer.update(*drawn(1, batch=1))
