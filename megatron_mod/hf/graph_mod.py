@@ -4,9 +4,10 @@ Where a step's time is the host's, nothing that a layer skips makes it shorter. 
 what follows a layer's attention to what precedes the next one's, and is recorded at the first step,
 one for each set of targets that may be kept. Between two of them keys and values are stored, the
 attention, whose size grows, is computed as ever, and a router of tokens is asked: of one sequence
-the host waits for the decision and launches what is kept; of several, whose tokens share the
-weights that are read, everything is computed and ``y = x + m * F(x)`` is chosen from. All graphs of
-a batch size work in the same memory, the residual stream in place.
+the host waits for the decision and launches what is kept; of several, which share the weights that
+are read, everything but the attention of sequences that skip it is computed, and decisions choose
+from it: ``y = x + m * F(x)``. All graphs of a batch size work in the same memory, the residual
+stream in place.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_mod import attend, project
-from .cache_mod import CACHE, SequenceCacheLayer, TokenCacheLayer, check_batch
+from .cache_mod import CACHE, Choice, SequenceCacheLayer, TokenCacheLayer, check_batch
 
 
 @dataclass
@@ -74,6 +75,7 @@ class DecodingGraphs:
         self.layers = layers
         self.buffers: dict[Hashable, Buffers] = {}
         self.recorded: dict[Hashable, tuple[Callable[[], None], Any]] = {}
+        self.decisions: dict[Hashable, tuple[dict[str, Choice], Tensor]] = {}
         self.pool: Any = None
 
     @staticmethod
@@ -102,6 +104,20 @@ class DecodingGraphs:
         if hidden_states is not buffers.hidden:
             buffers.hidden.copy_(hidden_states)
         return buffers
+
+    def decided(self, layer: int, choices: dict[str, Choice]) -> Tensor:
+        """Memory of a layer's decisions about the sequences of a batch, ``[targets, B, 1]``, which
+        holds these now."""
+        keeps = [made.keep for made in choices.values()]
+        key = (layer, len(keeps[0]))
+        if key not in self.decisions:
+            with torch.inference_mode(False):
+                self.decisions[key] = {}, keeps[0].new_empty(len(keeps), len(keeps[0]), 1)
+        held, memory = self.decisions[key]
+        if held is not choices:
+            memory.copy_(torch.stack(keeps)[..., None])
+            self.decisions[key] = choices, memory
+        return memory
 
     def run(self, key: tuple, function: Callable[[], Any], buffers: Buffers) -> Any:
         """``function()``, whose work is recorded when ``key`` is first met and repeated later; what
@@ -150,27 +166,24 @@ class DecodeStep:
         self.attention: Any = None if layer.router is None else layer.attention_target
         self.kept: dict[str, bool] = {}  # by target; not routed ones are not in it
         self.masked = False  # decisions choose from what is computed of all rows
+        self.decided: Tensor | None = None  # of sequences, [targets, B, 1]
 
     def run(self, hidden_states: Tensor) -> Tensor | None:
-        """The layer's output, in memory that the next layer may change; None: the rows would go
-        different ways, each in its own graph."""
+        """The layer's output, in memory that the next layer may change; None: there are no graphs
+        of what it stores."""
         layer, graphs = self.layer, self.routing.graphs
         if not self._prepare(len(hidden_states)):
             return None
         rotary, channels = self.context["position_embeddings"], layer.self_attn.o_proj.in_features
         buffers = graphs.enter(self.routing, hidden_states, rotary, channels)
-        entered, found = Entered(), None
-        if self._enters:
-            entered = self._entered(buffers)
-            found = self._attend(entered)
+        entered = self._entered(buffers) if self._enters else Entered()
+        asked = self._enters and self._attend(buffers, entered)
         buffers.entered = None
-        if found is not None:
-            buffers.attended.copy_(found)
-        if found is not None or any(self.kept.values()) or self._adds_to_what_is_skipped():
+        if asked or any(self.kept.values()) or self._adds_to_what_is_skipped():
             following = self._following(len(hidden_states))
-            key: tuple = (layer.layer_idx, "from", *self.kept.items())
-            if self.masked or entered.factors:  # it reads them where it was recorded with them
-                key += (id(entered),)
+            key: tuple = (layer.layer_idx, "from", self.masked, *self.kept.items())
+            if entered.factors or (self.masked and self.by_token):
+                key += (id(entered),)  # which is read where it was recorded with it
             if following is not None:
                 key += following._key
             made = graphs.run(key, lambda: self._between(buffers, entered, following), buffers)
@@ -186,14 +199,15 @@ class DecodeStep:
         if self.by_token and layer.stores_selected and batch > 1:
             return False
         self.masked = self.by_token and batch > 1
-        if not isinstance(self.storage, SequenceCacheLayer):
-            return True
-        check_batch(batch, cached=self.storage.batch)
-        choices = self.storage.choices.items()
-        self.kept = {target: len(made.index) > 0 for target, made in choices}
-        if any(self.kept[target] and not made.is_everything for target, made in choices):
-            return False
-        self._note({target: made.keep for target, made in choices})
+        if isinstance(self.storage, SequenceCacheLayer):
+            check_batch(batch, cached=self.storage.batch)
+            choices = self.storage.choices
+            self.kept = {target: len(made.index) > 0 for target, made in choices.items()}
+            self.masked = any(
+                self.kept[target] and not made.is_everything for target, made in choices.items()
+            )
+            self.decided = self.routing.graphs.decided(layer.layer_idx, choices)
+            self._note({target: made.keep for target, made in choices.items()})
         return True
 
     @property
@@ -241,8 +255,9 @@ class DecodeStep:
 
     def _enter(self, buffers: Buffers) -> Entered:
         """What precedes the attention, of a layer's input."""
-        layer, attn, entered = self.layer, self.layer.self_attn, Entered()
-        normed = _normed(layer.input_layernorm, buffers.hidden)
+        layer, attn = self.layer, self.layer.self_attn
+        entered = Entered()
+        normed = layer.input_layernorm(buffers.hidden)
         if self._attends:
             query, keys, values = (project(attn, name, normed) for name in "qkv")
             both = buffers.rotate(torch.cat([query, keys], -2))
@@ -258,16 +273,21 @@ class DecodeStep:
             entered.decided = torch.stack(decided)
         return entered
 
-    def _attend(self, entered: Entered) -> Tensor | None:
-        """What the tokens find ``[B, 1, heads * D]`` (None: they do not ask), keys and values being
-        stored; tokens' decisions are asked for on the way, as late as possible."""
+    def _attend(self, buffers: Buffers, entered: Entered) -> bool:
+        """Whether any row asks; what it finds is in ``buffers.attended`` then. Keys and values are
+        stored, and tokens' decisions asked for on the way, as late as possible."""
         layer, storage, attends = self.layer, self.storage, self._attends
         selected = isinstance(storage, TokenCacheLayer)
+        rows, mask = self._rows(), None if selected else self.context["attention_mask"]
         projected: Sequence[Any] = entered.projected or (None, None, None)
+        if rows is not None and attends:
+            projected = [heads.index_select(0, rows) for heads in projected]
+            if mask is not None and len(mask) > 1:
+                mask = mask.index_select(0, rows)
         query, keys, values = projected
         if attends and not selected:
             keys, values = self.context[CACHE].update(keys, values, layer.layer_idx)
-        if entered.decided is not None:
+        if self.by_token:
             self._ask(entered.decided)
             if not attends:
                 self.kept[self.attention] = False
@@ -278,11 +298,22 @@ class DecodeStep:
             if selected or layer.is_removed:
                 storage.advance(1)
         if not attends:
-            return None
-        mask = None if selected else self.context["attention_mask"]
-        return attend(layer.self_attn, query, keys, values, mask, is_causal=False)
+            return False
+        found = attend(layer.self_attn, query, keys, values, mask, is_causal=False)
+        if rows is None:
+            buffers.attended.copy_(found)
+        else:
+            buffers.attended.index_copy_(0, rows, found)
+        return True
 
-    def _ask(self, decided: Tensor) -> None:
+    def _rows(self) -> Tensor | None:
+        """Which sequences go through the attention ``[N]``; None: all."""
+        if self.by_token or self.attention is None:
+            return None
+        choice = self.storage.choices[self.attention]
+        return None if choice.is_everything else choice.index
+
+    def _ask(self, decided: Any) -> None:
         """Note the decisions ``[targets, B, 1]`` of the layer's routers of tokens, and what is
         kept: of one sequence the host waits for it, of several everything is computed."""
         targets = self.layer.targets
@@ -304,11 +335,11 @@ class DecodeStep:
             return layer.self_attn.o_proj(buffers.attended)
 
         def feed() -> Tensor:
-            return layer.mlp(_normed(layer.post_attention_layernorm, x))
+            return layer.mlp(layer.post_attention_layernorm(x))
 
         def block() -> Tensor:
             first = attention()
-            return first + layer.mlp(_normed(layer.post_attention_layernorm, x + first))
+            return first + layer.mlp(layer.post_attention_layernorm(x + first))
 
         if "block" in self.kept:
             self._add("block", x, block, layer.input_layernorm, entered)
@@ -335,16 +366,12 @@ class DecodeStep:
         if target in self.kept and (self.masked or not keeps):
             instead = None
             if layer.stand_in is not None:
-                instead = layer._own(layer.stand_in, target)(_normed(norm, x))
+                instead = layer._own(layer.stand_in, target)(norm(x))
             if given is None:
                 given = instead
-            elif entered.decided is not None:
-                keep = entered.decided[layer.targets.index(target)][..., None]
+            elif self.masked:
+                decided: Any = entered.decided if self.by_token else self.decided
+                keep = decided[layer.targets.index(target)][..., None]
                 given = torch.where(keep, given, 0.0 if instead is None else instead)
         if given is not None:
             x.add_(given)
-
-
-def _normed(norm: Any, values: Tensor) -> Tensor:
-    """As a family's norm, which is many kernels, in one: ``w * x / sqrt(mean(x^2) + eps)``."""
-    return nn.functional.rms_norm(values, norm.weight.shape, norm.weight, norm.variance_epsilon)

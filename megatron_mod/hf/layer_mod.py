@@ -129,6 +129,9 @@ class RoutedLayer:
 
     def __init__(self, config: RoutedConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            # As the family's, which is eight kernels on a GPU.
+            setattr(self, name, nn.RMSNorm(config.hidden_size, config.rms_norm_eps))
         self.layer_idx = layer_idx
         self.router = None
         if layer_idx in config.routing["layers"]:

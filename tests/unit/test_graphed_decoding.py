@@ -64,18 +64,23 @@ def generated(model, ids, mask=None, **settings):
     return output.sequences, torch.stack(output.logits), model.routing_report()
 
 
+def assert_same(found: list, wanted: list) -> None:
+    """Of calls of ``generated``."""
+    for ours, (tokens, logits, report) in zip(found, wanted, strict=True):
+        assert torch.equal(ours[0], tokens)
+        torch.testing.assert_close(ours[1], logits, rtol=1e-4, atol=1e-5)
+        assert ours[2] == report
+
+
 def check(export, recorded, prompts) -> None:
     """Of padded texts, of beams of them, and of one alone, graphs make what is made without."""
     model = load_model(export, dtype=torch.float32).eval()
     together, alone = pad(prompts[:3], "left"), (torch.tensor([prompts[1]]),)
     for inputs, settings in ((together, {}), (together, {"num_beams": 2}), (alone, {})):
-        tokens, logits, report = generated(model, *inputs, **settings)
+        wanted = [generated(model, *inputs, **settings)]
         recorded.clear()
         with model.graphed_decoding():
-            again = generated(model, *inputs, **settings)
-        assert torch.equal(again[0], tokens)
-        torch.testing.assert_close(again[1], logits, rtol=1e-4, atol=1e-5)
-        assert again[2] == report
+            assert_same([generated(model, *inputs, **settings)], wanted)
         assert recorded
 
 
@@ -118,10 +123,7 @@ def test_thresholds_of_nothing_and_everything(exports, graphs, name, tmp_path):
         for threshold, is_new in ((1.0, True), (0.0, True), (ALMOST, True), (1.0, False)):
             graphs.clear()
             model.set_thresholds(threshold)
-            tokens, logits, report = generated(model, ids)
-            assert torch.equal(tokens, wanted[threshold][0])
-            torch.testing.assert_close(logits, wanted[threshold][1], rtol=1e-4, atol=1e-5)
-            assert report == wanted[threshold][2]
+            assert_same([generated(model, ids)], [wanted[threshold]])
             assert bool(graphs) == is_new
 
 
@@ -152,21 +154,33 @@ def test_one_within_another(exports, graphs):
 @pytest.mark.parametrize("in_place", [False, True])
 def test_hooks_may_change_what_a_layer_is_given(exports, graphs, in_place):
     model = load_model(exports.export("attn_token_all"), dtype=torch.float32).eval()
-    ids = torch.tensor([exports.prompts[0]])
-    plain = generated(model, ids)
+    prompts = pad(exports.prompts[:3], "left"), (torch.tensor([exports.prompts[0]]),)
 
     def steer(layer, args, output):
-        return output.mul_(1.5) if in_place else 1.5 * output
+        steering = torch.linspace(-1, 1, output.shape[-1])
+        return output.add_(steering) if in_place else output + steering
 
-    hook = model.model.layers[1].register_forward_hook(steer)
-    tokens, logits, report = generated(model, ids)
-    assert not torch.equal(logits, plain[1])
+    def both() -> list:
+        found = [generated(model, *inputs) for inputs in prompts]
+        hook = model.model.layers[1].register_forward_hook(steer)
+        found += [generated(model, *inputs) for inputs in prompts]
+        hook.remove()
+        return found
+
+    wanted = both()
     with model.graphed_decoding():
-        again = generated(model, ids)
-    hook.remove()
-    assert torch.equal(again[0], tokens)
-    torch.testing.assert_close(again[1], logits, rtol=1e-4, atol=1e-5)
-    assert again[2] == report
+        found = both()
+    assert_same(found, wanted)
+
+
+def test_sequences_of_another_batch(exports, graphs):
+    """Decisions are the batch's own, of which there may be several in turn."""
+    model = load_model(exports.export("block_sequence"), dtype=torch.float32).eval()
+    batches = [pad(exports.prompts[first : first + 3], "left") for first in range(3)]
+    wanted = [generated(model, *batch) for batch in batches]
+    assert len({str(report["layers"]) for _, _, report in wanted}) > 1
+    with model.graphed_decoding():
+        assert_same([generated(model, *batch) for batch in batches], wanted)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
