@@ -67,3 +67,28 @@ def test_thresholds_may_be_set_meanwhile(exported):
         for threshold in (1.0, 0.0, 1.0):
             model.set_thresholds(threshold)
             assert torch.equal(model.generate(ids, **EXACT), wanted[threshold])
+
+
+def test_hooks_may_change_what_a_layer_is_given(exported):
+    export, _ = exported("attn_token", "all", more=False)
+    model = load_model(export, dtype=torch.float32).to("cuda").eval()
+    ids = torch.tensor([exported.samples[0].ids], device="cuda")
+
+    def both() -> list[torch.Tensor]:
+        found = [model.generate(ids, **EXACT)]
+        for in_place in (False, True):
+
+            def steer(layer, args, output, in_place=in_place):
+                steering = torch.linspace(-1, 1, output.shape[-1], device="cuda")
+                return output.add_(steering) if in_place else output + steering
+
+            hook = model.model.layers[1].register_forward_hook(steer)
+            found.append(model.generate(ids, **EXACT))
+            hook.remove()
+        return found
+
+    wanted = both()
+    with model.graphed_decoding():
+        found = both()
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours, theirs)
