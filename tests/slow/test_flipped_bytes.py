@@ -39,8 +39,12 @@ class Whole:
         settings = {"data__cache": self.folder / "cache", **changes}
         self.trainer.train(run, **settings)
         source = open_source(run, base=settings.get("model__checkpoint"))
-        routers = read_step(source.step, source.routing)
-        return metrics(run), {layer: weight.tolist() for layer, weight in routers.items()}
+        added = read_step(source.step, source.routing)
+        return metrics(run), [
+            (layer, name, tensor.tolist())
+            for layer, own in added.items()
+            for name, tensor in own.items()
+        ]
 
     def start(self, out: Path, **changes: object) -> tuple:
         return self.train(out, train__steps=3, **changes)
