@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from megatron_mod.process import LOST
 from tests.helpers.jobs import Job, run_alone
 from tests.helpers.runs import Trainer, metrics, saved
 
@@ -31,7 +32,7 @@ def test_a_stopped_rank_is_named_and_ends_too(trainer, tmp_path, stopped):
     arguments = trainer.arguments(tmp_path / "run", train__timeout=0.3, **PIPELINE)
     broken = fault("stop", stopped)
     ranks = run_alone(arguments, ranks=2, folder=tmp_path, fault=broken, seconds=200)
-    assert [status for status, _ in ranks] == [2, 2]
+    assert [status for status, _ in ranks] == [LOST, LOST]
     said, text = ranks[1 - stopped][1], "".join(output for _, output in ranks)
     assert re.search(rf"^error: rank {stopped} \(process \d+ on ", said, re.MULTILINE), text
     assert "as long as train.timeout = 0.3 minutes allows" in said
@@ -60,7 +61,7 @@ def test_a_killed_rank_is_named_once(trainer, tmp_path):
         folder.mkdir()
         arguments = trainer.arguments(folder / "run", **THREE)
         ranks = run_alone(arguments, ranks=3, folder=folder, fault=fault("kill", killed))
-        assert [status for status, _ in ranks] == [-9 if n == killed else 2 for n in range(3)]
+        assert [status for status, _ in ranks] == [-9 if n == killed else LOST for n in range(3)]
         text = "".join(output for _, output in ranks)
         assert text.count(f"error: rank {killed} (process ") == 1, text
         assert text.count("error") == 2  # "by an error above"
