@@ -24,8 +24,9 @@ class Room:
         cropped or reordered one, which is copied too."""
         if held is None or not held.shape[2]:
             held = more[:, :, :0]
-        if _takes_grad(held, more) or _differ(held, more):
-            return torch.cat([held, more], 2)  # which also says what does not fit
+        fits = (held.shape[:2], held.dtype) == (more.shape[:2], more.dtype)
+        if torch.is_grad_enabled() or not fits:  # cat says what is wrong
+            return torch.cat([held, more], 2)
         before, length = held.shape[2], held.shape[2] + more.shape[2]
         if self.whole is None or held is not self.held or length > self.whole.shape[2]:
             with torch.inference_mode(False):  # it may grow outside of the mode that it began in
@@ -36,16 +37,9 @@ class Room:
         return self.held
 
 
-def _takes_grad(held: Tensor, more: Tensor) -> bool:
-    return torch.is_grad_enabled() and (held.requires_grad or more.requires_grad)
-
-
-def _differ(held: Tensor, more: Tensor) -> bool:
-    return (held.shape[:2], held.dtype) != (more.shape[:2], more.dtype)
-
-
 class GrowingLayer(DynamicLayer):
-    """As Transformers' layer of a ``DynamicCache``, which copies everything at each step."""
+    """As Transformers' layer of a ``DynamicCache``, which copies everything at each step (as this
+    one does where gradients may be wanted)."""
 
     def __init__(self) -> None:
         super().__init__()

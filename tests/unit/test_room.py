@@ -20,6 +20,7 @@ def both() -> tuple[GrowingLayer, DynamicLayer]:
     return GrowingLayer(), DynamicLayer()
 
 
+@torch.no_grad()
 def step(layers, tokens: int = 1, batch: int = 2) -> None:
     """Let both store the same, and find the same stored."""
     more = drawn(tokens, batch)
