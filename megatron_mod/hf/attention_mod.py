@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import rotate_half
 
@@ -28,6 +29,10 @@ def attend_at_places(
 ) -> Tensor:
     """``attend``, of shapes that do not depend on what is chosen."""
     scaling = attn.head_dim**-0.5  # OLMoE's attention of 4.57 has no name for it
+    if query.shape[2] == 1:  # asked together, the heads of a group need no copies of its keys
+        query = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+        found = scaled_dot_product_attention(query, keys, values, visible, scale=scaling)
+        return found.flatten(1).unsqueeze(1)
     attended, _ = sdpa_attention_forward(attn, query, keys, values, visible, scaling=scaling, **how)
     return attended.flatten(2)
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention_mod import attend, project
+from .attention_mod import attend_at_places, project
 from .cache_mod import CACHE, Choice, SequenceCacheLayer, TokenCacheLayer, check_batch
 
 
@@ -299,7 +299,7 @@ class DecodeStep:
                 storage.advance(1)
         if not attends:
             return False
-        found = attend(layer.self_attn, query, keys, values, mask, is_causal=False)
+        found = attend_at_places(layer.self_attn, query, keys, values, mask)
         if rows is None:
             buffers.attended.copy_(found)
         else:
