@@ -30,9 +30,10 @@ def attend_at_places(
     """``attend``, of shapes that do not depend on what is chosen."""
     scaling = attn.head_dim**-0.5  # OLMoE's attention of 4.57 has no name for it
     if query.shape[2] == 1:  # asked together, the heads of a group need no copies of its keys
-        query = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+        batch, groups, _, channels = keys.shape
+        query = query.reshape(batch, groups, -1, channels)
         found = scaled_dot_product_attention(query, keys, values, visible, scale=scaling)
-        return found.flatten(1).unsqueeze(1)
+        return found.reshape(batch, 1, -1)
     attended, _ = sdpa_attention_forward(attn, query, keys, values, visible, scaling=scaling, **how)
     return attended.flatten(2)
 

@@ -76,6 +76,7 @@ class DecodingGraphs:
         self.buffers: dict[Hashable, Buffers] = {}
         self.recorded: dict[Hashable, tuple[Callable[[], None], Any]] = {}
         self.decisions: dict[Hashable, tuple[dict[str, Choice], Tensor]] = {}
+        self.following: DecodeStep | None = None  # the next layer's, made by the last one's
         self.pool: Any = None
 
     @staticmethod
@@ -167,17 +168,26 @@ class DecodeStep:
         self.kept: dict[str, bool] = {}  # by target; not routed ones are not in it
         self.masked = False  # decisions choose from what is computed of all rows
         self.decided: Tensor | None = None  # of sequences, [targets, B, 1]
+        self.attends = True  # queries, keys and values are made before it is known who asks
+        self.enters = True  # there is something that precedes the attention
 
-    def run(self, hidden_states: Tensor) -> Tensor | None:
-        """The layer's output, in memory that the next layer may change; None: there are no graphs
-        of what it stores."""
+    @classmethod
+    def of(cls, layer: Any, routing: Any, context: dict[str, Any], batch: int) -> DecodeStep | None:
+        """A layer's; None: there are no graphs of what it stores."""
+        step, routing.graphs.following = routing.graphs.following, None
+        if step is not None and step.layer is layer and step.routing is routing:
+            step.context = context
+            return step
+        step = cls(layer, routing, context)
+        return step if step._prepare(batch) else None
+
+    def run(self, hidden_states: Tensor) -> Tensor:
+        """The layer's output, in memory that the next layer may change."""
         layer, graphs = self.layer, self.routing.graphs
-        if not self._prepare(len(hidden_states)):
-            return None
         rotary, channels = self.context["position_embeddings"], layer.self_attn.o_proj.in_features
         buffers = graphs.enter(self.routing, hidden_states, rotary, channels)
-        entered = self._entered(buffers) if self._enters else Entered()
-        asked = self._enters and self._attend(buffers, entered)
+        entered = self._entered(buffers) if self.enters else Entered()
+        asked = self.enters and self._attend(buffers, entered)
         buffers.entered = None
         if asked or any(self.kept.values()) or self._adds_to_what_is_skipped():
             following = self._following(len(hidden_states))
@@ -208,19 +218,11 @@ class DecodeStep:
             )
             self.decided = self.routing.graphs.decided(layer.layer_idx, choices)
             self._note({target: made.keep for target, made in choices.items()})
-        return True
-
-    @property
-    def _attends(self) -> bool:
-        """Whether queries, keys and values are made before it is known who asks."""
+        self.attends = self.kept.get(self.attention, True)
         if self.by_token:
-            return not self.layer.is_removed
-        return self.kept.get(self.attention, True)
-
-    @property
-    def _enters(self) -> bool:
-        """Whether anything precedes the attention."""
-        return self.by_token or self._attends
+            self.attends = not layer.is_removed
+        self.enters = self.by_token or self.attends
+        return True
 
     @property
     def _key(self) -> tuple:
@@ -229,15 +231,16 @@ class DecodeStep:
         if layer.router is not None:
             positions = (router.position for router in layer.routers)
             state = (*layer.logit_borders.items(), *positions)
-        return (layer.layer_idx, "to", self._attends, state)
+        return (layer.layer_idx, "to", self.attends, state)
 
     def _following(self, batch: int) -> DecodeStep | None:
         """The next layer's step, if anything of it can be done at once."""
         layers, following = self.routing.graphs.layers, self.layer.layer_idx + 1
         if following == len(layers):
             return None
-        step = DecodeStep(layers[following], self.routing, self.context)
-        return step if step._prepare(batch) and step._enters else None
+        step = DecodeStep.of(layers[following], self.routing, self.context, batch)
+        self.routing.graphs.following = step
+        return step if step is not None and step.enters else None
 
     def _entered(self, buffers: Buffers) -> Entered:
         """What precedes the attention, unless the layer before has made it."""
@@ -258,7 +261,7 @@ class DecodeStep:
         layer, attn = self.layer, self.layer.self_attn
         entered = Entered()
         normed = layer.input_layernorm(buffers.hidden)
-        if self._attends:
+        if self.attends:
             query, keys, values = (project(attn, name, normed) for name in "qkv")
             both = buffers.rotate(torch.cat([query, keys], -2))
             parts = (*both.tensor_split([query.shape[-2]], -2), values)
@@ -276,7 +279,7 @@ class DecodeStep:
     def _attend(self, buffers: Buffers, entered: Entered) -> bool:
         """Whether any row asks; what it finds is in ``buffers.attended`` then. Keys and values are
         stored, and tokens' decisions asked for on the way, as late as possible."""
-        layer, storage, attends = self.layer, self.storage, self._attends
+        layer, storage, attends = self.layer, self.storage, self.attends
         selected = isinstance(storage, TokenCacheLayer)
         rows, mask = self._rows(), None if selected else self.context["attention_mask"]
         projected: Sequence[Any] = entered.projected or (None, None, None)

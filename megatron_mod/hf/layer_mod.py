@@ -184,9 +184,9 @@ class RoutedLayer:
     def forward(self, hidden_states: Tensor, *, routing: RoutingCall, **context: Any) -> Tensor:
         """``[B, S, H]`` to the same; ``context`` is what the family's layer takes."""
         if routing.graphs is not None:
-            decoded = DecodeStep(self, routing, context).run(hidden_states)
-            if decoded is not None:
-                return decoded
+            step = DecodeStep.of(self, routing, context, len(hidden_states))
+            if step is not None:
+                return step.run(hidden_states)
         if self.router is None:
             return self._unrouted(hidden_states, context)
         route = self._by_sequence if self.per_sequence else self._by_token
