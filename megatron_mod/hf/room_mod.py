@@ -16,32 +16,35 @@ class Room:
 
     def __init__(self) -> None:
         self.whole = torch.empty(0)
-        self.held: Tensor | None = None  # what was last returned: the beginning of ``whole``
-        self.free: list[Tensor] = []  # [B, heads, 1, D] each, the next one last
+        self.held: Tensor | None = None  # what was last returned
+        self.free: list[Tensor] = []  # places behind it, [B, heads, 1, D], the next one last
 
     def extend(self, held: Tensor | None, more: Tensor) -> Tensor:
-        """``held`` with ``more`` behind it, in memory of its own. ``held``: what this returned
-        before, to which one more token costs a copy of itself alone, or any other tensor (None:
-        nothing), say a cropped or reordered one."""
-        if self.free and held is self.held and not torch.is_grad_enabled():
-            place = self.free[-1]
-            if more.shape == place.shape and more.dtype is place.dtype:
-                self.free.pop().copy_(more)
-                self.held = self.whole.narrow(2, 0, self.whole.shape[2] - len(self.free))
-                return self.held
-        if held is None or not held.shape[2]:
-            held = more[:, :, :0]
-        fits = held.shape[:2] == more.shape[:2] and held.dtype is more.dtype
-        if torch.is_grad_enabled() or not fits:  # then cat says what is wrong
-            return torch.cat([held, more], 2)
-        before, length = held.shape[2], held.shape[2] + more.shape[2]
-        with torch.inference_mode(False), torch.no_grad():  # it may grow in another mode
-            self.whole = more.new_empty(*more.shape[:2], length + ROOM, more.shape[3])
-            self.free = list(self.whole[:, :, length:].split(1, 2))[::-1]
-        self.whole[:, :, :before] = held
-        self.whole[:, :, before:length] = more
-        self.held = self.whole[:, :, :length]
+        """``held`` with ``more`` behind it, in memory of its own. One more token behind what this
+        returned before costs a copy of itself alone; any other tensor (None: nothing), say a
+        cropped one or beams in a new order, is copied."""
+        if held is None or held is not self.held or not _is_a_token_more(held, more):
+            self.free = []
+            self.held = torch.cat([more] if held is None else [held, more], 2)
+            return self.held
+        if not self.free:
+            self._make(held)
+        self.free.pop().copy_(more)
+        self.held = self.whole.narrow(2, 0, self.whole.shape[2] - len(self.free))
         return self.held
+
+    def _make(self, held: Tensor) -> None:
+        tokens = held.shape[2]
+        with torch.inference_mode(False):  # it may grow outside of the mode that it began in
+            self.whole = held.new_empty(*held.shape[:2], tokens + ROOM, held.shape[3])
+            self.free = list(self.whole[:, :, tokens:].split(1, 2))[::-1]
+        self.whole[:, :, :tokens] = held
+
+
+def _is_a_token_more(held: Tensor, more: Tensor) -> bool:
+    if torch.is_grad_enabled() or more.shape[2] != 1:
+        return False
+    return more.shape[:2] == held.shape[:2] and more.dtype is held.dtype
 
 
 class GrowingLayer(DynamicLayer):
