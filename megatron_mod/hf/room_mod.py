@@ -25,7 +25,7 @@ class Room:
         cropped one or beams in a new order, is copied."""
         if held is None or held is not self.held or not _is_a_token_more(held, more):
             self.free = []
-            self.held = torch.cat([more] if held is None else [held, more], 2)
+            self.whole = self.held = torch.cat([more] if held is None else [held, more], 2)
             return self.held
         if not self.free:
             self._make(held)
