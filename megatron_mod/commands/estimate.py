@@ -48,11 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from megatron_mod.estimate.advice import advise
         from megatron_mod.estimate.estimate import estimate
         from megatron_mod.estimate.page import advice, page
-        from megatron_mod.estimate.resolve import kind_of, shape_of
+        from megatron_mod.estimate.resolve import hf_config_of, kind_of, shape_of
 
         found = estimate(
             config,
-            shape_of(config, options.hf_config),
+            shape_of(config, hf_config_of(config, options.hf_config)),
             nodes=options.nodes,
             per_node=options.gpus_per_node or 8,
             kind_of=kind_of(options.gpu or "h100", per_node=options.gpus_per_node or 8),

@@ -34,7 +34,7 @@ class Machines(Options):
         gpu: what they are (80 and 24 GB kinds among them); `cpu`: this machine's processor, whose
             rate is measured.
         hf_config: config.json of the model, a Hugging Face folder with one, or a published model's
-            name, where the configuration's own checkpoint is not here.
+            name, where the configuration's own checkpoint is not here; unset: the name in its path.
     """
 
     nodes: int = setting(COUNT, default=1)

@@ -21,7 +21,7 @@ from megatron_mod.estimate import here
 from megatron_mod.estimate.advice import advise
 from megatron_mod.estimate.estimate import estimate
 from megatron_mod.estimate.page import advice, page
-from megatron_mod.estimate.resolve import kind_of, shape_of
+from megatron_mod.estimate.resolve import hf_config_of, kind_of, shape_of
 from megatron_mod.model.architecture import Architecture
 from megatron_mod.monitoring.weights_and_biases import check_installed
 from megatron_mod.parallel import device
@@ -58,8 +58,9 @@ def show(config: Config, machines: Machines) -> None:
     world_size, per_node = _ranks(config, machines)
     print(f"{_needed(config, world_size)}\n")
     model_is_here = not any(each.setting.startswith("model.") for each in missing)
-    if model_is_here or machines.hf_config is not None:
-        arch = shape_of(config, machines.hf_config)
+    hf_config = hf_config_of(config, machines.hf_config)
+    if model_is_here or hf_config is not None:
+        arch = shape_of(config, hf_config)
         _print_estimate(config, arch, machines, world_size=world_size, per_node=per_node)
     else:
         print("estimate: none without the model; --hf-config takes its config.json, or its name")

@@ -26,8 +26,10 @@ from megatron_mod.parallel.peak import PEAKS, TFLOPS
 MIB, GB = 2**20, 10**9
 FP8 = ("h100", "h200", "l4", "4090")  # by the same sources
 
-# Assumed, until measured on a GPU.
-EFFICIENCY = 0.5  # Megatron-LM's README: 41 to 48 % of an H100's peak, communication included
+# Megatron-LM's README has 41 to 48 % of an H100's peak, communication included; a dense layer of an
+# 8B model reached 54 % of an H200's (8,192 tokens, forward: tools/benchmark/RESULTS.md).
+EFFICIENCY = 0.5
+# Assumed, until measured on several GPUs.
 CONTEXT = 0.8 * GB  # CUDA's own, and the matrix library's working space
 GROUP = 0.2 * GB  # NCCL's buffers of a process group
 SCATTERED = 0.05  # of what comes and goes, between the allocator's blocks

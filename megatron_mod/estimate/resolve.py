@@ -18,6 +18,18 @@ from megatron_mod.estimate.placed import Placed
 from megatron_mod.model.architecture import Architecture
 
 
+def hf_config_of(config: Config, hf_config: str | None) -> str | None:
+    """``hf_config``, or where neither it nor the training's own model is here, the published model
+    that a folder on its path is called after, which is then printed."""
+    place = config.model.checkpoint or config.model.hf_path
+    if hf_config or place is None or Path(place).exists() or holds_model(config):
+        return hf_config
+    name = next((part for part in reversed(Path(place).parts) if part in SHAPES), None)
+    if name is not None:
+        print(f"{place} is not here: taken to be {name} (--hf-config says another)\n")
+    return name
+
+
 def shape_of(config: Config, hf_config: str | None) -> Architecture:
     """Of the training's own model, or where it is not here of ``hf_config``.
 

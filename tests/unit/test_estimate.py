@@ -23,6 +23,7 @@ from megatron_mod.estimate import activations, communication, here, memory, para
 from megatron_mod.estimate.advice import advise, changed
 from megatron_mod.estimate.estimate import estimate
 from megatron_mod.estimate.gpus import CPU, KINDS
+from megatron_mod.estimate.resolve import hf_config_of
 from megatron_mod.estimate.schedule import most_kept
 from megatron_mod.estimate.time import of_step
 from megatron_mod.model.architecture import Mixture
@@ -309,8 +310,6 @@ def ask(tmp_path, monkeypatch, capsys):
     ],
 )  # fmt: skip
 def test_advice_fits_when_it_is_followed(ask, path, options):
-    if "--hf-config" not in options:
-        options = [*options, "--hf-config", "llama3-8b"]
     status, said, _, found = ask(path, *options)
     assert (status, found["fits"]) == (0, False)
     advised = found["change"]
@@ -340,7 +339,7 @@ def test_settings_that_do_not_go_together_are_no_advice(estimated):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--hf-config"),
+        (["--model.checkpoint", "no/base"], "add --hf-config with its config.json"),
         (["--hf-config", "llama9"], "no such file or folder; give one of"),
         (["--hf-config", "llama3-8b", "--gpus-per-node", 3], "does not divide the 3 ranks"),
         (["--hf-config", "llama3-8b", "--gpu", "b300"], "--gpu b300: must be a100-40"),
@@ -355,6 +354,16 @@ def test_mistakes_are_one_message(ask, options, message):
     assert said.startswith("error: ")
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_a_model_is_known_by_a_folder_s_name_only_where_it_is_not_here(estimated, tmp_path, capsys):
+    config = estimated.config_of(model__checkpoint=str(tmp_path / "llama3-8b" / "megatron"))
+    assert hf_config_of(config, "tiny") == "tiny"
+    assert not capsys.readouterr().out
+    assert hf_config_of(config, None) == "llama3-8b"
+    assert "megatron is not here: taken to be llama3-8b" in capsys.readouterr().out
+    (tmp_path / "llama3-8b" / "megatron").mkdir(parents=True)
+    assert hf_config_of(config, None) is None
 
 
 def test_a_config_json_is_as_good_as_a_name(ask, tmp_path):
