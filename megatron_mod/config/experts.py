@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_mod.routing.scheme import Scheme
 
 if TYPE_CHECKING:
-    from megatron_mod.config.schema import RouterConfig
+    from megatron_mod.config.router_section import RouterConfig
     from megatron_mod.model.architecture import Architecture
 
 EXPERT_TOKEN = "expert_token"

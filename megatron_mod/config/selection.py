@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_mod.config.schema import Config, RouterConfig
+    from megatron_mod.config.router_section import RouterConfig
+    from megatron_mod.config.schema import Config
 
 EXACT_GRANULARITIES = ("attn_token", "mlp_token", "block_token")
 

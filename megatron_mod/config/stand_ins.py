@@ -11,8 +11,8 @@ import yaml
 from megatron_mod.config import mistakes
 from megatron_mod.config.model_folder import ModelFolder, is_run
 from megatron_mod.config.ranks import Degrees
+from megatron_mod.config.router_section import RouterConfig
 from megatron_mod.config.rules import COUNT, InputFile, InputFolder, NewFolder, Range, setting
-from megatron_mod.config.schema import RouterConfig
 from megatron_mod.routing.config import Layers
 from megatron_mod.routing.scheme import Granularity, Scheme
 

@@ -12,7 +12,8 @@ from megatron_mod.config.noops import check_noops
 from megatron_mod.config.selection import check_selection, check_whole_model
 
 if TYPE_CHECKING:
-    from megatron_mod.config.schema import Config, DataConfig, RouterConfig, TrainConfig
+    from megatron_mod.config.router_section import RouterConfig
+    from megatron_mod.config.schema import Config, DataConfig, TrainConfig
 
 
 def check_values(config: Config, *, place: Callable[[str], str] = lambda name: "") -> None:

@@ -15,7 +15,8 @@ from megatron_mod.checkpoint.manifest import (
     step_folders,
 )
 from megatron_mod.config.lora import LoraSettings, lora_of
-from megatron_mod.config.schema import Config, RouterConfig
+from megatron_mod.config.router_section import RouterConfig
+from megatron_mod.config.schema import Config
 from megatron_mod.conversion.adapters import read_settings
 from megatron_mod.conversion.routers import read_routing
 from megatron_mod.model.architecture import Architecture
