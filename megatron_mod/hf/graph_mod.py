@@ -4,10 +4,10 @@ Where a step's time is the host's, nothing that a layer skips makes it shorter. 
 what follows a layer's attention to what precedes the next one's, and is recorded at the first step,
 one for each set of targets that may be kept. Between two of them keys and values are stored, the
 attention, whose size grows, is computed as ever, and a router of tokens is asked: of one sequence
-the host waits for the decision and launches what is kept; of several, which share the weights that
-are read, everything but the attention of sequences that skip it is computed, and decisions choose
-from it: ``y = x + m * F(x)``. All graphs of a batch size work in the same memory, the residual
-stream in place.
+the host waits for the decision, while the device is busy with the attention, and launches what is
+kept; of several, which share the weights that are read, everything but the attention of sequences
+that skip it is computed, and decisions choose from it: ``y = x + m * F(x)``. All graphs of a batch
+size work in the same memory, the residual stream in place.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from torch import Tensor, nn
 
 from .attention_mod import attend_at_places, project
 from .cache_mod import CACHE, Choice, SequenceCacheLayer, TokenCacheLayer, check_batch
+
+# Of keys, in bytes: up to so many are attended to before it is known whether they need be. By
+# reckoning: with their values 22 us at 3 TB/s, less than a host takes to hear and to launch.
+AHEAD = 2**25
 
 
 @dataclass
@@ -78,6 +82,7 @@ class DecodingGraphs:
         self.decisions: dict[Hashable, tuple[dict[str, Choice], Tensor]] = {}
         self.following: DecodeStep | None = None  # the next layer's, made by the last one's
         self.pool: Any = None
+        self.answer: tuple[Tensor, Any] | None = None  # memory of the host, and when it is filled
 
     @staticmethod
     def work_on(device: torch.device) -> bool:
@@ -120,6 +125,24 @@ class DecodingGraphs:
             self.decisions[key] = choices, memory
         return memory
 
+    def ask(self, decided: Tensor) -> Callable[[], Tensor]:
+        """What waits for a layer's decisions ``[targets, 1, 1]`` and returns them on the host; what
+        is launched before it is called does not delay them."""
+        if decided.device.type == "cpu":
+            return decided.clone
+        if self.answer is None or self.answer[0].shape != decided.shape:
+            memory = torch.empty_like(decided, device="cpu", pin_memory=True)
+            self.answer = memory, torch.cuda.Event()
+        memory, filled = self.answer
+        memory.copy_(decided, non_blocking=True)
+        filled.record(torch.cuda.current_stream(decided.device))
+
+        def answer() -> Tensor:
+            filled.synchronize()
+            return memory.clone()
+
+        return answer
+
     def run(self, key: tuple, function: Callable[[], Any], buffers: Buffers) -> Any:
         """``function()``, whose work is recorded when ``key`` is first met and repeated later; what
         it returns is its own memory, which the next call of the same key overwrites."""
@@ -135,23 +158,26 @@ class DecodingGraphs:
         self, function: Callable[[], Any], restore: Callable[[], Any]
     ) -> tuple[Callable[[], None], Any]:
         """What repeats ``function``, and its result; ``restore`` undoes a call of it."""
-        if self.pool is None:
-            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        here = torch.cuda.current_stream()
-        self.stream.wait_stream(here)
-        with torch.cuda.stream(self.stream):
-            function()  # what libraries make at their first use does not belong into a graph
-        here.wait_stream(self.stream)
-        restore()
-        graph = torch.cuda.CUDAGraph()
-        self.stream.wait_stream(here)
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.pool)  # torch.cuda.graph would empty the cache each time
-            try:
-                result = function()
-            finally:
-                graph.capture_end()
-        here.wait_stream(self.stream)
+        device = next(iter(self.buffers.values())).hidden.device
+        with torch.cuda.device(device):  # another one may be the current device
+            if self.pool is None:
+                self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            here = torch.cuda.current_stream()
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                function()  # what libraries make at their first use does not belong into a graph
+            here.wait_stream(self.stream)
+            restore()
+            graph = torch.cuda.CUDAGraph()
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                # torch.cuda.graph would empty the cache each time
+                graph.capture_begin(pool=self.pool)
+                try:
+                    result = function()
+                finally:
+                    graph.capture_end()
+            here.wait_stream(self.stream)
         return graph.replay, result
 
 
@@ -187,10 +213,10 @@ class DecodeStep:
         rotary, channels = self.context["position_embeddings"], layer.self_attn.o_proj.in_features
         buffers = graphs.enter(self.routing, hidden_states, rotary, channels)
         entered = self._entered(buffers) if self.enters else Entered()
+        following = self._following(len(hidden_states))
         asked = self.enters and self._attend(buffers, entered)
         buffers.entered = None
         if asked or any(self.kept.values()) or self._adds_to_what_is_skipped():
-            following = self._following(len(hidden_states))
             key: tuple = (layer.layer_idx, "from", self.masked, *self.kept.items())
             if entered.factors or (self.masked and self.by_token):
                 key += (id(entered),)  # which is read where it was recorded with it
@@ -277,54 +303,78 @@ class DecodeStep:
         return entered
 
     def _attend(self, buffers: Buffers, entered: Entered) -> bool:
-        """Whether any row asks; what it finds is in ``buffers.attended`` then. Keys and values are
-        stored, and tokens' decisions asked for on the way, as late as possible."""
-        layer, storage, attends = self.layer, self.storage, self.attends
+        """Whether any row asks; what it finds is in ``buffers.attended`` then."""
+        if self.by_token:
+            return self._attend_as_told(buffers, entered)
+        if self.attends:
+            rows, mask = self._rows(), self.context["attention_mask"]
+            projected: Any = entered.projected
+            if rows is not None:
+                projected = [heads.index_select(0, rows) for heads in projected]
+                if mask is not None and len(mask) > 1:
+                    mask = mask.index_select(0, rows)
+            query, keys, values = projected
+            keys, values = self.context[CACHE].update(keys, values, self.layer.layer_idx)
+            self._find(buffers, query, keys, values, mask, rows)
+        return self.attends
+
+    def _attend_as_told(self, buffers: Buffers, entered: Entered) -> bool:
+        """``_attend`` of a layer whose routers decide about tokens: what they say is waited for as
+        late as possible, behind an attention that the device is busy with meanwhile."""
+        storage, attends = self.storage, self.attends
         selected = isinstance(storage, TokenCacheLayer)
-        rows, mask = self._rows(), None if selected else self.context["attention_mask"]
-        projected: Sequence[Any] = entered.projected or (None, None, None)
-        if rows is not None and attends:
-            projected = [heads.index_select(0, rows) for heads in projected]
-            if mask is not None and len(mask) > 1:
-                mask = mask.index_select(0, rows)
+        mask = None if selected else self.context["attention_mask"]
+        projected: Any = entered.projected or (None, None, None)
         query, keys, values = projected
         if attends and not selected:
-            keys, values = self.context[CACHE].update(keys, values, layer.layer_idx)
-        if self.by_token:
-            self._ask(entered.decided)
-            if not attends:
-                self.kept[self.attention] = False
-            attends = self.kept.get(self.attention, True)
-            if attends and selected:
-                column = torch.zeros(1, dtype=torch.int64, device=query.device)
-                keys, values, _ = storage.append(keys, values, column)
-            if selected or layer.is_removed:
-                storage.advance(1)
+            keys, values = self.context[CACHE].update(keys, values, self.layer.layer_idx)
+        decided: Any = entered.decided
+        answer = decided.clone if self.masked else self.routing.graphs.ask(decided)
+        ahead = attends and not selected and (self.attention is None or keys.nbytes <= AHEAD)
+        if ahead:
+            self._find(buffers, query, keys, values, mask)
+        self._hear(answer())
         if not attends:
-            return False
-        found = attend_at_places(layer.self_attn, query, keys, values, mask)
+            self.kept[self.attention] = False
+        attends = self.kept.get(self.attention, True)
+        if attends and selected:
+            column = torch.zeros(1, dtype=torch.int64, device=query.device)
+            keys, values, _ = storage.append(keys, values, column)
+        if selected or self.layer.is_removed:
+            storage.advance(1)
+        if attends and not ahead:
+            self._find(buffers, query, keys, values, mask)
+        return attends
+
+    def _find(
+        self,
+        buffers: Buffers,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        rows: Tensor | None = None,
+    ) -> None:
+        """Put into ``buffers.attended`` what queries find, of these ``rows`` (None: of all)."""
+        found = attend_at_places(self.layer.self_attn, query, keys, values, mask)
         if rows is None:
             buffers.attended.copy_(found)
         else:
             buffers.attended.index_copy_(0, rows, found)
-        return True
 
     def _rows(self) -> Tensor | None:
         """Which sequences go through the attention ``[N]``; None: all."""
-        if self.by_token or self.attention is None:
+        if self.attention is None:
             return None
         choice = self.storage.choices[self.attention]
         return None if choice.is_everything else choice.index
 
-    def _ask(self, decided: Any) -> None:
+    def _hear(self, decided: Tensor) -> None:
         """Note the decisions ``[targets, B, 1]`` of the layer's routers of tokens, and what is
-        kept: of one sequence the host waits for it, of several everything is computed."""
+        kept: of several sequences everything is computed."""
         targets = self.layer.targets
         self.kept = dict.fromkeys(targets, True)
-        if self.masked:
-            decided = decided.clone()  # the next step overwrites it
-        else:
-            decided = decided.to("cpu", copy=True)
+        if not self.masked:
             self.kept = dict(zip(targets, decided.flatten().tolist(), strict=True))
         self._note(dict(zip(targets, decided, strict=True)))
 

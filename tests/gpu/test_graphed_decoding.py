@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_mod.evaluation.huggingface import load_model
+from megatron_mod.hf import graph_mod
 from tests.gpu.test_equality import SCHEMES
 from tests.gpu.test_export import Exported
 from tests.gpu.where import only_cuda
@@ -67,6 +68,21 @@ def test_thresholds_may_be_set_meanwhile(exported):
         for threshold in (1.0, 0.0, 1.0):
             model.set_thresholds(threshold)
             assert torch.equal(model.generate(ids, **EXACT), wanted[threshold])
+
+
+@pytest.mark.parametrize("most", [0, graph_mod.AHEAD], ids=["before", "behind"])
+@pytest.mark.parametrize("name", ["attn_token", "block_token", "mlp_token"])
+def test_decisions_before_and_behind_the_attention(exported, monkeypatch, name, most):
+    export, _ = exported(name, "all" if name != "mlp_token" else None, more=True)
+    model = load_model(export, dtype=torch.float32).to("cuda").eval()
+    monkeypatch.setattr(graph_mod, "AHEAD", most)
+    for sample in exported.samples:
+        ids = torch.tensor([sample.ids], device="cuda")
+        wanted = model.generate(ids, **EXACT), model.routing_report()
+        with model.graphed_decoding():
+            found = model.generate(ids, **EXACT), model.routing_report()
+        assert torch.equal(found[0], wanted[0])
+        assert found[1] == wanted[1]
 
 
 def test_hooks_may_change_what_a_layer_is_given(exported):

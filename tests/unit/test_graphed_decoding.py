@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_mod.benchmark.inference_speed import Pair
 from megatron_mod.benchmark.routing import Operations
 from megatron_mod.evaluation.huggingface import load_model
+from megatron_mod.hf import graph_mod
 from megatron_mod.hf.graph_mod import DecodingGraphs, Entered
 from tests.helpers import exact, formula
 from tests.helpers.exported import Exports, pad
@@ -212,6 +213,44 @@ def test_what_the_host_launches(graphs, monkeypatch, batch, routed):
     asked = model.config.routing["layers"] if routed else ()
     between = [after - before for before, after in pairwise(launched)]
     assert between == [5 if layer in asked else 4 for layer in range(layers)]
+
+
+@pytest.mark.parametrize("name", ["attn_token_all", "block_token_all", "mlp_token"])
+def test_a_decision_is_waited_for_behind_the_attention(exports, graphs, monkeypatch, name):
+    """Of few keys, or where it is not about the attention; of many keys before it, which is then
+    left out where it is skipped."""
+    model = load_model(exports.export(name), dtype=torch.float32).eval()
+    layers, ids = model.config.routing["layers"], torch.tensor([exports.prompts[0]])
+    model.set_thresholds([0.0] * (len(layers) - 1) + [ALMOST])
+    wanted = generated(model, ids)
+    events: list[str] = []
+    ask, attend = DecodingGraphs.ask, graph_mod.attend_at_places
+
+    def asked(self, decided):
+        answer = ask(self, decided)
+        return lambda: (events.append("wait"), answer())[1]
+
+    def attended(*args):
+        events.append("attend")
+        return attend(*args)
+
+    monkeypatch.setattr(DecodingGraphs, "ask", asked)
+    monkeypatch.setattr(graph_mod, "attend_at_places", attended)
+    ahead = ["attend", "wait"]
+    for most in (graph_mod.AHEAD, 0):
+        monkeypatch.setattr(graph_mod, "AHEAD", most)
+        events.clear()
+        with model.graphed_decoding():
+            assert_same([generated(model, ids)], [wanted])
+        expected: list[str] = []
+        for layer in range(model.config.num_hidden_layers):
+            if layer not in layers:
+                expected += ["attend"]
+            elif most or name == "mlp_token":
+                expected += ahead
+            else:
+                expected += ["wait"] if layer == layers[-1] else ahead[::-1]
+        assert events == expected * (NEW - 1)
 
 
 def test_steps_that_need_more_run_as_ever(exports, graphs):
