@@ -21,8 +21,9 @@ from .cache_mod import (
     check_batch,
 )
 from .configuration_mod import RoutedConfig
-from .graph_mod import DecodeStep, DecodingGraphs
+from .graph_mod import DecodingGraphs
 from .kernels_mod import MASKED
+from .step_mod import DecodeStep
 from .thresholds_mod import CapacityBorders, WatchedBorders, logit_border
 
 KNOTS = 5  # budgets of a range, evenly spaced, that a router has borders for

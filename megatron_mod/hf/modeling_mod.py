@@ -85,6 +85,7 @@ from .mixture_mod import GateLogits, MixtureNames, RoutedMixtureLayer
 from .olmoe_mod import OldOlmoeCausalLM, OldOlmoeLayer, OldOlmoeModel
 from .record_mod import RoutingRecord
 from .room_mod import ROOM  # noqa: F401
+from .step_mod import AHEAD  # noqa: F401
 from .thresholds_mod import CapacityBorders, WatchedBorders
 
 

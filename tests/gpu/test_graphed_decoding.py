@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_mod.evaluation.huggingface import load_model
-from megatron_mod.hf import graph_mod
+from megatron_mod.hf import step_mod
 from tests.gpu.test_equality import SCHEMES
 from tests.gpu.test_export import Exported
 from tests.gpu.where import only_cuda
@@ -70,12 +70,12 @@ def test_thresholds_may_be_set_meanwhile(exported):
             assert torch.equal(model.generate(ids, **EXACT), wanted[threshold])
 
 
-@pytest.mark.parametrize("most", [0, graph_mod.AHEAD], ids=["before", "behind"])
+@pytest.mark.parametrize("most", [0, step_mod.AHEAD], ids=["before", "behind"])
 @pytest.mark.parametrize("name", ["attn_token", "block_token", "mlp_token"])
 def test_decisions_before_and_behind_the_attention(exported, monkeypatch, name, most):
     export, _ = exported(name, "all" if name != "mlp_token" else None, more=True)
     model = load_model(export, dtype=torch.float32).to("cuda").eval()
-    monkeypatch.setattr(graph_mod, "AHEAD", most)
+    monkeypatch.setattr(step_mod, "AHEAD", most)
     for sample in exported.samples:
         ids = torch.tensor([sample.ids], device="cuda")
         wanted = model.generate(ids, **EXACT), model.routing_report()

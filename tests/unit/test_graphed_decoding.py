@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_mod.benchmark.inference_speed import Pair
 from megatron_mod.benchmark.routing import Operations
 from megatron_mod.evaluation.huggingface import load_model
-from megatron_mod.hf import graph_mod
+from megatron_mod.hf import step_mod
 from megatron_mod.hf.graph_mod import DecodingGraphs, Entered
 from tests.helpers import exact, formula
 from tests.helpers.exported import Exports, pad
@@ -224,7 +224,7 @@ def test_a_decision_is_waited_for_behind_the_attention(exports, graphs, monkeypa
     model.set_thresholds([0.0] * (len(layers) - 1) + [ALMOST])
     wanted = generated(model, ids)
     events: list[str] = []
-    ask, attend = DecodingGraphs.ask, graph_mod.attend_at_places
+    ask, attend = DecodingGraphs.ask, step_mod.attend_at_places
 
     def asked(self, decided):
         answer = ask(self, decided)
@@ -235,10 +235,10 @@ def test_a_decision_is_waited_for_behind_the_attention(exports, graphs, monkeypa
         return attend(*args)
 
     monkeypatch.setattr(DecodingGraphs, "ask", asked)
-    monkeypatch.setattr(graph_mod, "attend_at_places", attended)
+    monkeypatch.setattr(step_mod, "attend_at_places", attended)
     ahead = ["attend", "wait"]
-    for most in (graph_mod.AHEAD, 0):
-        monkeypatch.setattr(graph_mod, "AHEAD", most)
+    for most in (step_mod.AHEAD, 0):
+        monkeypatch.setattr(step_mod, "AHEAD", most)
         events.clear()
         with model.graphed_decoding():
             assert_same([generated(model, ids)], [wanted])
