@@ -29,13 +29,18 @@ def attend_at_places(
 ) -> Tensor:
     """``attend``, of shapes that do not depend on what is chosen."""
     scaling = attn.head_dim**-0.5  # OLMoE's attention of 4.57 has no name for it
-    if query.shape[2] == 1:  # asked together, the heads of a group need no copies of its keys
-        batch, groups, _, channels = keys.shape
-        query = query.reshape(batch, groups, -1, channels)
+    if query.shape[2] == 1:
+        query = together(query, groups=keys.shape[1])
         found = scaled_dot_product_attention(query, keys, values, visible, scale=scaling)
-        return found.reshape(batch, 1, -1)
+        return found.reshape(len(found), 1, -1)
     attended, _ = sdpa_attention_forward(attn, query, keys, values, visible, scaling=scaling, **how)
     return attended.flatten(2)
+
+
+def together(query: Tensor, *, groups: int) -> Tensor:
+    """Queries of a single token ``[B, heads, 1, D]`` as ``[B, groups, heads / groups, D]``: asked
+    together, the heads of a group need no copies of its keys."""
+    return query.reshape(len(query), groups, -1, query.shape[-1])
 
 
 def project(

@@ -221,4 +221,4 @@ class RoutingControls:
         record = self._decoder.record
         if record is None:
             raise ValueError("routing_report: the model has not been called yet.")
-        return {"granularity": self.config.routing["granularity"], **record.summary()}
+        return {"granularity": self.config.routing["granularity"], **record.summary(self._decoder)}

@@ -19,8 +19,9 @@ from .cache_mod import Choice
 @dataclass
 class Buffers:
     """Memory that graphs of one batch size read and write: the residual stream ``[B, 1, H]``, what
-    the attention found ``[B, 1, heads * D]``, cosine and sine of the positions, ``[B, 1, 1, D]`` or
-    ``[1, 1, 1, D]`` (the sine's first half negated), and which tokens are no padding ``[B, 1]``."""
+    the attention found ``[B, groups, heads / groups, D]``, cosine and sine of the positions,
+    ``[B, 1, 1, D]`` or ``[1, 1, 1, D]`` (the sine's first half negated), and which tokens are no
+    padding ``[B, 1]``."""
 
     hidden: Tensor
     attended: Tensor
@@ -31,9 +32,7 @@ class Buffers:
     entered: tuple[Hashable, Entered] | None = None  # the next layer's, by ``state``
 
     def fill(self, call: Any, rotary: Sequence[Tensor]) -> None:
-        """Take on positions and padding of a forward call, once."""
-        if self.filled_for is call:
-            return
+        """Take on positions and padding of a forward call."""
         for own, table in zip((self.cosine, self.sine), rotary, strict=True):
             own.copy_(table.unsqueeze(-2))
         self.sine[..., : self.sine.shape[-1] // 2].neg_()
@@ -52,9 +51,10 @@ class Buffers:
 
 @dataclass
 class Entered:
-    """What precedes a layer's attention: queries, keys and values ``[B, heads, 1, D]`` (None: it
-    has no use for them), the decisions of its routers of tokens ``[targets, B, 1]`` bool, and what
-    exact ones multiply by, ``[B, 1, 1]`` of each target."""
+    """What precedes a layer's attention: queries ``[B, groups, heads / groups, D]``, keys and
+    values ``[B, groups, 1, D]`` (None: it has no use for them), the decisions of its routers of
+    tokens ``[targets, B, 1]`` bool, and what exact ones multiply by, of each target ``[B, 1, 1]``.
+    """
 
     projected: list[Tensor] | None = None
     decided: Tensor | None = None
@@ -65,11 +65,12 @@ class DecodingGraphs:
     """The graphs of a model's layers, and the memory that they share."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        self.layers = layers
+        self.layers = list(layers)
+        self.steps: dict[int, Any] = {}  # of each layer, its ``DecodeStep``
         self.buffers: dict[Hashable, Buffers] = {}
+        self.filled: Buffers | None = None  # those of the latest forward call
         self.recorded: dict[Hashable, tuple[Callable[[], None], Any]] = {}
         self.decisions: dict[Hashable, tuple[dict[str, Choice], Tensor]] = {}
-        self.following: Any = None  # the next layer's ``DecodeStep``, made by the last one's
         self.pool: Any = None
         self.answer: tuple[Tensor, Any] | None = None  # memory of the host, and when it is filled
 
@@ -79,26 +80,32 @@ class DecodingGraphs:
         return device.type == "cuda"
 
     def enter(
-        self, call: Any, hidden_states: Tensor, rotary: Sequence[Tensor], channels: int
+        self, call: Any, hidden_states: Tensor, rotary: Sequence[Tensor], heads: Sequence[int]
     ) -> Buffers:
         """The buffers of a batch, which hold a layer's input ``[B, 1, H]`` now; ``call``: the
-        forward call's ``RoutingCall``; ``channels``: of what the attention finds."""
+        forward call's ``RoutingCall``; ``heads``: groups, heads of each, and their channels."""
+        if self.filled is None or self.filled.filled_for is not call:
+            self.filled = self._filled(call, hidden_states, rotary, heads)
+        if hidden_states is not self.filled.hidden:
+            self.filled.hidden.copy_(hidden_states)
+        return self.filled
+
+    def _filled(
+        self, call: Any, hidden_states: Tensor, rotary: Sequence[Tensor], heads: Sequence[int]
+    ) -> Buffers:
         key = (*hidden_states.shape, *rotary[0].shape, hidden_states.dtype)
         if key not in self.buffers:
             with torch.inference_mode(False):
                 cosine, sine = (t.new_empty(t.unsqueeze(-2).shape) for t in rotary)
                 self.buffers[key] = Buffers(
                     torch.empty_like(hidden_states, requires_grad=False),
-                    hidden_states.new_zeros(*hidden_states.shape[:2], channels),
+                    hidden_states.new_zeros(len(hidden_states), *heads),
                     cosine,
                     sine,
                     cosine.new_ones(hidden_states.shape[:2], dtype=torch.bool),
                 )
-        buffers = self.buffers[key]
-        buffers.fill(call, rotary)
-        if hidden_states is not buffers.hidden:
-            buffers.hidden.copy_(hidden_states)
-        return buffers
+        self.buffers[key].fill(call, rotary)
+        return self.buffers[key]
 
     def decided(self, layer: int, choices: dict[str, Choice]) -> Tensor:
         """Memory of a layer's decisions about the sequences of a batch, ``[targets, B, 1]``, which
@@ -120,7 +127,8 @@ class DecodingGraphs:
         if decided.device.type == "cpu":
             return decided.clone
         if self.answer is None or self.answer[0].shape != decided.shape:
-            memory = torch.empty_like(decided, device="cpu", pin_memory=True)
+            with torch.inference_mode(False):
+                memory = torch.empty_like(decided, device="cpu", pin_memory=True)
             self.answer = memory, torch.cuda.Event()
         memory, filled = self.answer
         memory.copy_(decided, non_blocking=True)
@@ -128,7 +136,7 @@ class DecodingGraphs:
 
         def answer() -> Tensor:
             filled.synchronize()
-            return memory.clone()
+            return memory.clone()  # the next layer's overwrite it
 
         return answer
 

@@ -185,7 +185,7 @@ class RoutedLayer:
     def forward(self, hidden_states: Tensor, *, routing: RoutingCall, **context: Any) -> Tensor:
         """``[B, S, H]`` to the same; ``context`` is what the family's layer takes."""
         if routing.graphs is not None:
-            step = DecodeStep.of(self, routing, context, len(hidden_states))
+            step = DecodeStep.of(self, routing, context, hidden_states.shape[0])
             if step is not None:
                 return step.run(hidden_states)
         if self.router is None:

@@ -173,7 +173,7 @@ class RoutedModel(RoutingControls):
                 **kwargs,
             )
         self.record = self.recording or RoutingRecord()
-        self.record.add(self, routing, cache)
+        self.record.add(routing, cache)
         return output
 
     def _removed_attention(self) -> list[int]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from .layer_mod import RoutingCall
 
@@ -17,13 +16,15 @@ class RoutingRecord:
     def __init__(self) -> None:
         self.decisions: dict[tuple[int, str], list[Tensor]] = {}  # counted when somebody asks
         self.tokens: Tensor | int = 0  # of all calls, without padding
-        self.cache_bytes: dict[int, tuple[int, int]] = {}  # held, and by a dense layer
+        # of each layer's cache, the latest: bytes held, sequences, and tokens of each
+        self.caches: dict[int, tuple[int, int, int]] = {}
         self.agreed: dict[tuple[int, str], Tensor] = {}  # of routers that kept the largest
         self.experts: dict[int, Tensor] = {}  # assigned and executed tokens of each, [2, E]
 
-    def add(self, model: Any, routing: RoutingCall, cache: Cache | None) -> None:
-        """Take note of a forward call of a ``RoutedModel``, without waiting for the device."""
-        sized: set[int] = set()
+    def add(self, routing: RoutingCall, cache: Any) -> None:
+        """Take note of a forward call and its cache (None: it has none), without waiting for the
+        device."""
+        length = 0 if cache is None else cache.get_seq_length()
         for place, agreed in routing.agreed.items():
             self.agreed[place] = self.agreed.get(place, 0) + agreed
         for layer, counted in routing.experts.items():
@@ -33,16 +34,17 @@ class RoutingRecord:
                 self.decisions[layer, target] = [keep]
             else:
                 self.decisions.setdefault((layer, target), []).append(keep)
-            if cache is not None and layer not in sized:
-                length = cache.get_seq_length()
-                sizes = _cache_bytes(model, layer, cache.layers[layer], length, batch=len(keep))
-                self.cache_bytes[layer] = sizes
-                sized.add(layer)
+            if cache is not None:
+                held, storage = 0, cache.layers[layer]
+                if storage.keys is not None:
+                    held = storage.keys.nbytes + storage.values.nbytes
+                self.caches[layer] = held, keep.shape[0], length
         if routing.decisions and keep.dim() == 2:
             valid = routing.tokens
             self.tokens += keep.numel() if valid is None else valid[:, -keep.shape[1] :].sum()
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, model: Any) -> dict[str, Any]:
+        """``routing_report`` of the ``RoutedModel`` whose calls they are."""
         routers: dict[int, dict[str, dict[str, Any]]] = {}
         for (layer, target), decisions in self.decisions.items():
             units, agreed = self.tokens, self.agreed.get((layer, target))
@@ -57,7 +59,8 @@ class RoutingRecord:
             )
         layers, own = {}, ("kept", "units", *(("agreed",) if self.agreed else ()))
         for layer, parts in routers.items():
-            held, dense = self.cache_bytes.get(layer, (0, 0))
+            held, batch, length = self.caches.get(layer, (0, 0, 0))
+            dense = _dense_bytes(model, layer, batch=batch, length=length)
             layers[layer] = {
                 **_sum(parts.values(), own),
                 "cache_bytes": held,
@@ -83,13 +86,9 @@ def _sum(entries: Iterable[dict[str, Any]], names: Sequence[str]) -> dict[str, A
     return _with_shares(**{name: sum(entry[name] for entry in entries) for name in names})
 
 
-def _cache_bytes(
-    model: Any, layer: int, storage: Any, length: int, *, batch: int
-) -> tuple[int, int]:
-    """What a layer's cache holds, and what it would hold were all of ``length`` tokens stored."""
+def _dense_bytes(model: Any, layer: int, *, batch: int, length: int) -> int:
+    """What a layer's cache would hold were all of ``length`` tokens stored."""
     routed = model.layers[layer]
     length = min(length, routed.window - 1) if routed.window else length
     token = 2 * routed.self_attn.k_proj.out_features * model.embed_tokens.weight.element_size()
-    dense = batch * length * token
-    held = [tensor for tensor in (storage.keys, storage.values) if tensor is not None]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held), dense
+    return batch * length * token

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
-from .attention_mod import attend_at_places, project
+from .attention_mod import project, together
 from .cache_mod import CACHE, SequenceCacheLayer, TokenCacheLayer, check_batch
 from .graph_mod import Buffers, Entered
 
@@ -27,105 +28,117 @@ AHEAD = 2**25
 
 
 class DecodeStep:
-    """A routed layer's step of single tokens ``[B, 1, H]``, by graphs."""
+    """A routed layer's steps of single tokens ``[B, 1, H]``, by graphs: made once, for one forward
+    call after another."""
 
-    def __init__(self, layer: Any, routing: Any, context: dict[str, Any]) -> None:
-        """``layer``: a ``RoutedLayer``; ``routing``: the forward call's ``RoutingCall``;
-        ``context``: what the family's layer takes."""
-        self.layer, self.routing, self.context = layer, routing, context
-        self.storage = context[CACHE].layers[layer.layer_idx]
-        self.by_token = layer.router is not None and not layer.per_sequence
-        self.attention: Any = None if layer.router is None else layer.attention_target
-        self.kept: dict[str, bool] = {}  # by target; not routed ones are not in it
-        self.masked = False  # decisions choose from what is computed of all rows
-        self.decided: Tensor | None = None  # of sequences, [targets, B, 1]
-        self.attends = True  # queries, keys and values are made before it is known who asks
-        self.enters = True  # there is something that precedes the attention
+    routing: Any = None  # the ``RoutingCall`` of the forward call that it is ready for
+    context: Any = None  # what the family's layer takes in it
+    storage: Any = None  # the layer's in its cache
+
+    def __init__(self, layer: Any) -> None:
+        """``layer``: a ``RoutedLayer``."""
+        self.layer, self.index, attn = layer, layer.layer_idx, layer.self_attn
+        self.scaling, self.groups = attn.head_dim**-0.5, attn.k_proj.out_features // attn.head_dim
+        each = attn.o_proj.in_features // (self.groups * attn.head_dim)
+        self.heads = self.groups, each, attn.head_dim
+        is_routed = layer.router is not None
+        self.by_token = is_routed and not layer.per_sequence
+        self.attention: Any = layer.attention_target if is_routed else None
+        # Whether a layer that keeps nothing changes its input.
+        self.always_adds = is_routed and (
+            layer.stand_in is not None or not {"mlp", "block"} & set(layer.targets)
+        )
 
     @classmethod
     def of(cls, layer: Any, routing: Any, context: dict[str, Any], batch: int) -> DecodeStep | None:
-        """A layer's; None: there are no graphs of what it stores."""
-        step, routing.graphs.following = routing.graphs.following, None
-        if step is not None and step.layer is layer and step.routing is routing:
-            step.context = context
-            return step
-        step = cls(layer, routing, context)
-        return step if step._prepare(batch) else None
+        """A layer's, ready for a forward call; None: there are no graphs of what it stores."""
+        steps, index = routing.graphs.steps, layer.layer_idx
+        if index not in steps:
+            steps[index] = cls(layer)
+        step = steps[index]
+        if step.routing is not routing:
+            step._prepare(routing, context[CACHE].layers[index], batch)
+        if not step.works:
+            return None
+        step.context = context
+        return step
 
     def run(self, hidden_states: Tensor) -> Tensor:
         """The layer's output, in memory that the next layer may change."""
-        layer, graphs = self.layer, self.routing.graphs
-        rotary, channels = self.context["position_embeddings"], layer.self_attn.o_proj.in_features
-        buffers = graphs.enter(self.routing, hidden_states, rotary, channels)
+        graphs, rotary = self.routing.graphs, self.context["position_embeddings"]
+        buffers = graphs.enter(self.routing, hidden_states, rotary, self.heads)
         entered = self._entered(buffers) if self.enters else Entered()
-        following = self._following(len(hidden_states))
+        following = self._following(hidden_states.shape[0])
         asked = self.enters and self._attend(buffers, entered)
         buffers.entered = None
-        if asked or any(self.kept.values()) or self._adds_to_what_is_skipped():
-            key: tuple = (layer.layer_idx, "from", self.masked, *self.kept.items())
+        if asked or self.always_adds or any(self.kept.values()):
+            key: tuple = (self.index, "from", self.masked, *self.kept.items())
             if entered.factors or (self.masked and self.by_token):
                 key += (id(entered),)  # which is read where it was recorded with it
             if following is not None:
                 key += following._key
             made = graphs.run(key, lambda: self._between(buffers, entered, following), buffers)
             if following is not None:
-                buffers.entered = buffers.state(following.layer.layer_idx), made
-        if isinstance(self.storage, SequenceCacheLayer):
+                buffers.entered = buffers.state(following.index), made
+        if self.by_token:  # when the device has something to do
+            self._note(dict(zip(self.layer.targets, self.told, strict=True)))
+        elif isinstance(self.storage, SequenceCacheLayer):
             self.storage.advance(1)
+        self.routing = self.context = self.storage = None  # the cache is not kept alive
         return buffers.hidden
 
-    def _prepare(self, batch: int) -> bool:
-        """Whether there are graphs of this step; of sequences, what they keep is known then."""
-        layer = self.layer
-        if self.by_token and layer.stores_selected and batch > 1:
-            return False
-        self.masked = self.by_token and batch > 1
-        if isinstance(self.storage, SequenceCacheLayer):
-            check_batch(batch, cached=self.storage.batch)
-            choices = self.storage.choices
+    def _prepare(self, routing: Any, storage: Any, batch: int) -> None:
+        """Get ready for a forward call: of sequences, what they keep is known then."""
+        layer, self.routing = self.layer, routing
+        self.kept: dict[str, bool] = {}  # by target; not routed ones are not in it
+        self.decided: Tensor | None = None  # of sequences, [targets, B, 1]
+        self.told: Any = None  # of tokens, what is to be reported, as many
+        self.masked = self.by_token and batch > 1  # decisions choose from what all rows have
+        self.works = not (self.masked and layer.stores_selected)
+        if not self.works:
+            return
+        self.storage = storage
+        if isinstance(storage, SequenceCacheLayer):
+            check_batch(batch, cached=storage.batch)
+            choices = storage.choices
             self.kept = {target: len(made.index) > 0 for target, made in choices.items()}
             self.masked = any(
                 self.kept[target] and not made.is_everything for target, made in choices.items()
             )
-            self.decided = self.routing.graphs.decided(layer.layer_idx, choices)
+            self.decided = routing.graphs.decided(self.index, choices)
             self._note({target: made.keep for target, made in choices.items()})
+        # Queries, keys and values are made before it is known who asks.
         self.attends = self.kept.get(self.attention, True)
         if self.by_token:
             self.attends = not layer.is_removed
-        self.enters = self.by_token or self.attends
-        return True
+        self.enters = self.by_token or self.attends  # there is something before the attention
 
     @property
     def _key(self) -> tuple:
         """Of what precedes the attention: all that it has in it beside weights."""
         layer, state = self.layer, ()
-        if layer.router is not None:
+        if self.by_token:
             positions = (router.position for router in layer.routers)
             state = (*layer.logit_borders.items(), *positions)
-        return (layer.layer_idx, "to", self.attends, state)
+        return (self.index, "to", self.attends, state)
 
     def _following(self, batch: int) -> DecodeStep | None:
         """The next layer's step, if anything of it can be done at once."""
-        layers, following = self.routing.graphs.layers, self.layer.layer_idx + 1
+        layers, following = self.routing.graphs.layers, self.index + 1
         if following == len(layers):
             return None
         step = DecodeStep.of(layers[following], self.routing, self.context, batch)
-        self.routing.graphs.following = step
         return step if step is not None and step.enters else None
 
     def _entered(self, buffers: Buffers) -> Entered:
         """What precedes the attention, unless the layer before has made it."""
-        if buffers.entered and buffers.entered[0] == buffers.state(self.layer.layer_idx):
+        if buffers.entered and buffers.entered[0] == buffers.state(self.index):
             return buffers.entered[1]
         return self.routing.graphs.run(self._key, lambda: self._enter(buffers), buffers)
 
     def _note(self, decisions: dict[str, Tensor]) -> None:
         for target, keep in decisions.items():
-            self.routing.decisions[self.layer.layer_idx, target] = keep
-
-    def _adds_to_what_is_skipped(self) -> bool:
-        """Whether a layer that keeps nothing changes its input."""
-        return self.layer.stand_in is not None or not {"mlp", "block"} & set(self.layer.targets)
+            self.routing.decisions[self.index, target] = keep
 
     def _enter(self, buffers: Buffers) -> Entered:
         """What precedes the attention, of a layer's input."""
@@ -136,7 +149,8 @@ class DecodeStep:
             query, keys, values = (project(attn, name, normed) for name in "qkv")
             both = buffers.rotate(torch.cat([query, keys], -2))
             parts = (*both.tensor_split([query.shape[-2]], -2), values)
-            entered.projected = [heads.transpose(1, 2) for heads in parts]
+            query, keys, values = (heads.transpose(1, 2) for heads in parts)
+            entered.projected = [together(query, groups=self.groups), keys, values]
         if self.by_token:
             decided = []
             for target in layer.targets:
@@ -159,7 +173,7 @@ class DecodeStep:
                 if mask is not None and len(mask) > 1:
                     mask = mask.index_select(0, rows)
             query, keys, values = projected
-            keys, values = self.context[CACHE].update(keys, values, self.layer.layer_idx)
+            keys, values = self.context[CACHE].update(keys, values, self.index)
             self._find(buffers, query, keys, values, mask, rows)
         return self.attends
 
@@ -172,7 +186,7 @@ class DecodeStep:
         projected: Any = entered.projected or (None, None, None)
         query, keys, values = projected
         if attends and not selected:
-            keys, values = self.context[CACHE].update(keys, values, self.layer.layer_idx)
+            keys, values = self.context[CACHE].update(keys, values, self.index)
         decided: Any = entered.decided
         answer = decided.clone if self.masked else self.routing.graphs.ask(decided)
         ahead = attends and not selected and (self.attention is None or keys.nbytes <= AHEAD)
@@ -201,7 +215,7 @@ class DecodeStep:
         rows: Tensor | None = None,
     ) -> None:
         """Put into ``buffers.attended`` what queries find, of these ``rows`` (None: of all)."""
-        found = attend_at_places(self.layer.self_attn, query, keys, values, mask)
+        found = scaled_dot_product_attention(query, keys, values, mask, scale=self.scaling)
         if rows is None:
             buffers.attended.copy_(found)
         else:
@@ -215,13 +229,13 @@ class DecodeStep:
         return None if choice.is_everything else choice.index
 
     def _hear(self, decided: Tensor) -> None:
-        """Note the decisions ``[targets, B, 1]`` of the layer's routers of tokens, and what is
+        """Take on the decisions ``[targets, B, 1]`` of the layer's routers of tokens, and what is
         kept: of several sequences everything is computed."""
-        targets = self.layer.targets
-        self.kept = dict.fromkeys(targets, True)
-        if not self.masked:
+        targets, self.told = self.layer.targets, decided
+        if self.masked:
+            self.kept = dict.fromkeys(targets, True)
+        else:
             self.kept = dict(zip(targets, decided.flatten().tolist(), strict=True))
-        self._note(dict(zip(targets, decided, strict=True)))
 
     def _between(
         self, buffers: Buffers, entered: Entered, following: DecodeStep | None
@@ -230,7 +244,7 @@ class DecodeStep:
         layer, x = self.layer, buffers.hidden
 
         def attention() -> Tensor:
-            return layer.self_attn.o_proj(buffers.attended)
+            return layer.self_attn.o_proj(buffers.attended.flatten(1)[:, None])
 
         def feed() -> Tensor:
             return layer.mlp(layer.post_attention_layernorm(x))

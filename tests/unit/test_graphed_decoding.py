@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -142,6 +144,23 @@ def test_padding_is_not_kept(exports, graphs):
     assert (report["kept"], report["units"]) == (len(report["layers"]), len(report["layers"]))
 
 
+@pytest.mark.parametrize(
+    ("name", "batch"), [("attn_sequence", 3), ("block_token_all", 1), ("block_token_selected", 3)]
+)
+def test_no_cache_outlives_its_calls(exports, graphs, name, batch):
+    model = load_model(exports.export(name), dtype=torch.float32).eval()
+    ids, mask = pad(exports.prompts[:batch], "left")
+    with torch.no_grad(), model.graphed_decoding():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        mask = torch.cat([mask, torch.ones(batch, 1, dtype=mask.dtype)], 1)
+        model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+        assert graphs
+        held = [weakref.ref(layer) for layer in cache.layers]
+        del cache
+        gc.collect()
+        assert not any(layer() for layer in held)
+
+
 def test_one_within_another(exports, graphs):
     model = load_model(exports.export("block_token_all"), dtype=torch.float32).eval()
     with model.graphed_decoding():
@@ -224,18 +243,18 @@ def test_a_decision_is_waited_for_behind_the_attention(exports, graphs, monkeypa
     model.set_thresholds([0.0] * (len(layers) - 1) + [ALMOST])
     wanted = generated(model, ids)
     events: list[str] = []
-    ask, attend = DecodingGraphs.ask, step_mod.attend_at_places
+    ask, attend = DecodingGraphs.ask, step_mod.scaled_dot_product_attention
 
     def asked(self, decided):
         answer = ask(self, decided)
         return lambda: (events.append("wait"), answer())[1]
 
-    def attended(*args):
+    def attended(*args, **how):
         events.append("attend")
-        return attend(*args)
+        return attend(*args, **how)
 
     monkeypatch.setattr(DecodingGraphs, "ask", asked)
-    monkeypatch.setattr(step_mod, "attend_at_places", attended)
+    monkeypatch.setattr(step_mod, "scaled_dot_product_attention", attended)
     ahead = ["attend", "wait"]
     for most in (step_mod.AHEAD, 0):
         monkeypatch.setattr(step_mod, "AHEAD", most)
