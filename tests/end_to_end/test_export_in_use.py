@@ -312,6 +312,16 @@ def test_the_report_counts_what_was_kept_and_what_the_cache_saved(case, name):
     assert (report["cache_bytes_saved"] > 0) == saves
 
 
+def test_the_report_of_a_generation_has_the_cache_at_its_end(case):
+    model = load(case.export("block_token_selected"))
+    prompt = torch.tensor([case.prompts[0]])
+    made = model.generate(prompt, return_dict_in_generate=True, max_new_tokens=6, eos_token_id=None)
+    entries = model.routing_report()["layers"]
+    for layer in ROUTED:
+        assert entries[layer]["cache_bytes"] == _bytes(made.past_key_values.layers[layer])
+    assert sum(entry["cache_bytes_saved"] for entry in entries.values()) > 0
+
+
 def _bytes(layer):
     return sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
 

@@ -193,6 +193,24 @@ def test_hooks_may_change_what_a_layer_is_given(exports, graphs, in_place):
     assert_same(found, wanted)
 
 
+def test_a_step_that_was_broken_off_leaves_nothing_behind(exports, graphs):
+    model = load_model(exports.export("attn_token_all"), dtype=torch.float32).eval()
+    ids = torch.tensor([exports.prompts[0]])
+    wanted = generated(model, ids)
+
+    def interrupt(layer, args):
+        if args[0].shape[1] == 1:
+            raise KeyboardInterrupt
+
+    with model.graphed_decoding():
+        for layer in model.model.layers:
+            hook = layer.register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                generated(model, ids)
+            hook.remove()
+            assert_same([generated(model, ids)], [wanted])
+
+
 def test_sequences_of_another_batch(exports, graphs):
     """Decisions are the batch's own, of which there may be several in turn."""
     model = load_model(exports.export("block_sequence"), dtype=torch.float32).eval()
