@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_mod.benchmark import routing, training
+from megatron_mod.benchmark.decode_host import host_times
 from megatron_mod.benchmark.gpu_memory import train_within
 from megatron_mod.benchmark.inference_speed import Pair
 from megatron_mod.benchmark.isoflop_text import TRAIN, make_tokenizer, write_text
@@ -172,6 +173,11 @@ def inference(asked: Asked, ends: float) -> Iterator[dict]:
         forget()
 
 
+def host(asked: Asked, ends: float) -> Iterator[dict]:
+    """What of a decode step by graphs is the host's, as ``host_times``."""
+    yield from host_times()
+
+
 def trainings(asked: Asked, ends: float) -> Iterator[dict]:
     """Training steps in several ways, as ``training.compare``; of a model of fewer layers, as each
     way has a copy."""
@@ -260,6 +266,7 @@ PARTS: dict[str, Callable[[Asked, float], Iterator[dict]]] = {
     "layer": layers,
     "dense": dense_layers,
     "inference": inference,
+    "host": host,
     "training": trainings,
     "memory": memory,
 }

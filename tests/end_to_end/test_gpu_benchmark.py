@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mod.benchmark import decode_host
 from megatron_mod.commands import benchmark_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +41,26 @@ def test_trainings_and_memory(tmp_path):
     for name in parts:
         assert [row["granularity"] for row in found[name]["rows"]] == ["attn_token", "block_token"]
         assert not any("failed" in row for row in (found[name], *found[name]["rows"]))
+
+
+def test_the_hosts_part_of_decode_steps(tmp_path, monkeypatch):
+    recorded = []
+    record = decode_host.LeftOut._record
+
+    def count(self, *args):
+        recorded.append(len(self.layers))
+        return record(self, *args)
+
+    monkeypatch.setattr(decode_host.LeftOut, "_record", count)
+    for name, value in (("LAYERS", 4), ("WARM_UP", 1), ("ROUNDS", 2)):
+        monkeypatch.setattr(decode_host, name, value)
+    report = tmp_path / "gpu.json"
+    benchmark_gpu.main(["--json", str(report), "--shape", "tiny", "--parts", "host"])
+    rows = json.loads(report.read_text())["parts"]["host"]["rows"]
+    assert [row["granularity"] for row in rows] == list(decode_host.GRANULARITIES)
+    assert all(0 < row["least_us_per_layer"] <= row["us_per_layer"] for row in rows)
+    # Of each model, once: what precedes the first attention, and what follows each.
+    assert recorded == [4] * len(rows) * (1 + 4)
 
 
 def test_what_there_is_no_time_for_is_said(tmp_path):
