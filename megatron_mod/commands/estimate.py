@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own, settings = cli.split_off(arguments, (*names, "--help"))
     with command(EstimateRequest, own) as options:
         config = cli.parse(["--config", options.config, *settings])
+        per_node = options.gpus_per_node or 8
+        machines.check_machines(config.parallel, nodes=options.nodes, per_node=per_node)
         from megatron_mod.estimate.advice import advise
         from megatron_mod.estimate.estimate import estimate
         from megatron_mod.estimate.page import advice, page
@@ -54,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             config,
             shape_of(config, hf_config_of(config, options.hf_config)),
             nodes=options.nodes,
-            per_node=options.gpus_per_node or 8,
-            kind_of=kind_of(options.gpu or "h100", per_node=options.gpus_per_node or 8),
+            per_node=per_node,
+            kind_of=kind_of(options.gpu or "h100", per_node=per_node),
         )
         print(page(found))
         report = found.to_dict()

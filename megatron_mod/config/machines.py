@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_mod.config.options import Options
+from megatron_mod.config.ranks import check_ranks
 from megatron_mod.config.rules import COUNT, setting
 from megatron_mod.config.shapes import SHAPES
+
+if TYPE_CHECKING:
+    from megatron_mod.config.schema import ParallelConfig
 
 Gpu = Literal["a100-40", "a100-80", "h100", "h200", "l4", "a10", "3090", "4090", "cpu"]
 
@@ -22,6 +26,21 @@ class Shape:
             return None
         what = "has no config.json" if path.is_dir() else "no such file or folder"
         return f"{what}; give one of a Hugging Face model, or {', '.join(SHAPES)}"
+
+
+def check_machines(parallel: ParallelConfig, *, nodes: int, per_node: int) -> None:
+    """Refuse degrees that do not divide the devices of ``nodes`` of ``per_node``."""
+    degrees = {
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "context": parallel.context_parallel_size,
+    }
+    check_ranks(
+        degrees,
+        world_size=nodes * per_node,
+        expert=parallel.expert_model_parallel_size,
+        options=f"--nodes {nodes} x --gpus-per-node {per_node}",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

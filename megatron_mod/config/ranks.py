@@ -56,6 +56,7 @@ def check_ranks(
     world_size: int,
     expert: int = 1,
     names: Mapping[str, str] = SETTINGS,
+    options: str = "",
 ) -> None:
     """Refuse parallel degrees that do not divide the ranks that were started.
 
@@ -64,16 +65,20 @@ def check_ranks(
             can share experts.
         expert: ranks that do.
         names: what the user calls the degrees, ``SETTINGS`` or ``OPTIONS``.
+        options: that say how many ranks there would be, where none were started.
 
     Raises:
         ValueError: naming all of them, and a number of ranks that fits.
     """
     product = math.prod(degrees.values())
+    ranks, more = f"{world_size} ranks started", f"start {{}} ({starter()})"
+    if options:
+        ranks, more = f"{world_size} ranks", f"give {{}} ({options})"
     if world_size % product:
         factors = " x ".join(f"{names[which]} ({value})" for which, value in degrees.items())
         raise ValueError(
-            f"{factors} = {product} does not divide the {world_size} ranks started; start a "
-            f"multiple of {product} ({starter()}), or change the degrees."
+            f"{factors} = {product} does not divide the {ranks}; "
+            f"{more.format(f'a multiple of {product}')}, or change the degrees."
         )
     sharing = world_size // product * degrees.get("context", 1)
     if sharing % expert:
@@ -81,7 +86,7 @@ def check_ranks(
         raise ValueError(
             f"{degree('expert', expert, names)}: experts are shared by ranks that are data or "
             f"context parallel, and of {world_size} ranks these are {sharing}; use one of {fits}, "
-            f"or start more ({starter()})."
+            f"or {more.format('more')}."
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_mod.config import cli
-from megatron_mod.config.machines import Machines
+from megatron_mod.config.machines import Machines, check_machines
 from megatron_mod.config.model_folder import ADAPTER, ModelFolder
 from megatron_mod.config.ranks import SETTINGS
 from megatron_mod.config.rules import InputFile
@@ -125,6 +125,7 @@ def _ranks(config: Config, machines: Machines) -> tuple[int, int]:
     per_node = machines.gpus_per_node or (8 if machines.nodes > 1 or least % 8 == 0 else least)
     if machines.nodes == 1 and machines.gpus_per_node is None:
         return least, per_node
+    check_machines(config.parallel, nodes=machines.nodes, per_node=per_node)
     return machines.nodes * per_node, per_node
 
 

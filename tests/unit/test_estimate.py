@@ -341,7 +341,7 @@ def test_settings_that_do_not_go_together_are_no_advice(estimated):
     [
         (["--model.checkpoint", "no/base"], "add --hf-config with its config.json"),
         (["--hf-config", "llama9"], "no such file or folder; give one of"),
-        (["--hf-config", "llama3-8b", "--gpus-per-node", 3], "does not divide the 3 ranks"),
+        (["--gpus-per-node", 3], "does not divide the 3 ranks; give a multiple of 2 (--nodes 1 x"),
         (["--hf-config", "llama3-8b", "--gpu", "b300"], "--gpu b300: must be a100-40"),
         (["--hf-config", "llama3-8b", "--router.capacity", "2"], "router.capacity = 2"),
         (["--hf-config", "llama3-8b", "--data.max_length", "9000"], "at most 8192"),
@@ -477,7 +477,7 @@ def test_only_the_first_rank_of_torchrun_speaks(dry_run, monkeypatch):
     [
         (["--gpu", "l4"], {}, "--gpu l4: would be ignored without --dry-run"),
         (["--dry-run", "--gpus-per-node", "3"], {"parallel__pipeline_model_parallel_size": 2},
-         "does not divide the 3 ranks"),
+         "give a multiple of 2 (--nodes 1 x --gpus-per-node 3), or change the degrees"),
         (["--dry-run"], {"data__max_length": 4096}, "data.max_length = 4096"),
         (["--dry-run"], {"router__capacity": 7}, "router.capacity = 7"),
         (["--dry-run", "--hf-config", "llama3-8b"], {}, "is not the shape of the model"),
