@@ -30,13 +30,8 @@ class Shape:
 
 def check_machines(parallel: ParallelConfig, *, nodes: int, per_node: int) -> None:
     """Refuse degrees that do not divide the devices of ``nodes`` of ``per_node``."""
-    degrees = {
-        "tensor": parallel.tensor_model_parallel_size,
-        "pipeline": parallel.pipeline_model_parallel_size,
-        "context": parallel.context_parallel_size,
-    }
     check_ranks(
-        degrees,
+        parallel.degrees,
         world_size=nodes * per_node,
         expert=parallel.expert_model_parallel_size,
         options=f"--nodes {nodes} x --gpus-per-node {per_node}",

@@ -144,6 +144,15 @@ class ParallelConfig:
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
 
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Those that multiply, as ``config/ranks.py`` calls them; data parallel ranks are left."""
+        return {
+            "tensor": self.tensor_model_parallel_size,
+            "pipeline": self.pipeline_model_parallel_size,
+            "context": self.context_parallel_size,
+        }
+
 
 @dataclass
 class TrainConfig:

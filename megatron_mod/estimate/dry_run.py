@@ -137,12 +137,7 @@ def _least(config: Config) -> int:
 
 def _needed(config: Config, world_size: int) -> str:
     p, t = config.parallel, config.train
-    degrees = {
-        "tensor": p.tensor_model_parallel_size,
-        "pipeline": p.pipeline_model_parallel_size,
-        "context": p.context_parallel_size,
-    }
-    factors = " x ".join(f"{SETTINGS[name]} ({value})" for name, value in degrees.items())
+    factors = " x ".join(f"{SETTINGS[name]} ({value})" for name, value in p.degrees.items())
     if (expert := p.expert_model_parallel_size) > 1:
         factors += f", for {SETTINGS['expert']} ({expert})"
     most = t.global_batch_size // t.micro_batch_size

@@ -22,7 +22,7 @@ def hf_config_of(config: Config, hf_config: str | None) -> str | None:
     """``hf_config``, or where neither it nor the training's own model is here, the published model
     that a folder on its path is called after, which is then printed."""
     place = config.model.checkpoint or config.model.hf_path
-    if hf_config or place is None or Path(place).exists() or holds_model(config):
+    if hf_config or place is None or _is_here(place, config):
         return hf_config
     name = next((part for part in reversed(Path(place).parts) if part in SHAPES), None)
     if name is not None:
@@ -46,7 +46,7 @@ def shape_of(config: Config, hf_config: str | None) -> Architecture:
         return open_model(config)[0].arch if holds_model(config) else new_architecture(config)
     place = config.model.checkpoint or config.model.hf_path
     assert place is not None, "a configuration without a model"
-    if not Path(place).exists() and not holds_model(config):
+    if not _is_here(place, config):
         if named is None:
             raise ValueError(
                 f"{place}: no such folder (model.checkpoint or model.hf_path); add --hf-config "
@@ -60,6 +60,11 @@ def shape_of(config: Config, hf_config: str | None) -> Architecture:
             "leave it out."
         )
     return found
+
+
+def _is_here(place: str, config: Config) -> bool:
+    """Whether a training's model can be opened, at its place or in the training's own steps."""
+    return Path(place).exists() or holds_model(config)
 
 
 def _sizes(arch: Architecture) -> dict[str, object]:
