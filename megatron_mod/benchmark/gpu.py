@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_mod.benchmark import routing, training
+from megatron_mod.benchmark.decode_attention import attention_times
 from megatron_mod.benchmark.decode_host import host_times
 from megatron_mod.benchmark.gpu_memory import train_within
 from megatron_mod.benchmark.inference_speed import Pair
@@ -178,6 +179,12 @@ def host(asked: Asked, ends: float) -> Iterator[dict]:
     yield from host_times()
 
 
+def attention(asked: Asked, ends: float) -> Iterator[dict]:
+    """The attention of a decode step, as ``attention_times``."""
+    cells = [cell for cell in asked.cells if cell[0] * cell[1] <= 2**15]
+    yield from attention_times(asked.shape, cells, DTYPE)
+
+
 def trainings(asked: Asked, ends: float) -> Iterator[dict]:
     """Training steps in several ways, as ``training.compare``; of a model of fewer layers, as each
     way has a copy."""
@@ -267,6 +274,7 @@ PARTS: dict[str, Callable[[Asked, float], Iterator[dict]]] = {
     "dense": dense_layers,
     "inference": inference,
     "host": host,
+    "attention": attention,
     "training": trainings,
     "memory": memory,
 }

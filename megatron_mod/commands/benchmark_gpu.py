@@ -27,8 +27,9 @@ class GpuBenchmark(Options):
     layer: a routed layer of each granularity beside the dense one; dense: the dense layer beside
     Megatron-core's own; inference: prefill and decode of the whole model, half of the units of half
     of the layers skipped; host: what of a decode step by CUDA graphs is the host's own time, of
-    tiny layers (on a CPU too); training: steps in the published way and in ours; memory: routers of
-    the whole model trained in --memory-gb. All that is compared takes turns; figures are medians.
+    tiny layers (on a CPU too); attention: that of one token, in the ways that such graphs may take;
+    training: steps in the published way and in ours; memory: routers of the whole model trained in
+    --memory-gb. All that is compared takes turns; figures are medians.
     FILE is written after every row, so that what was found stays if the time is up.
 
     Args:
@@ -44,8 +45,8 @@ class GpuBenchmark(Options):
     json: str = setting(OutputFile())
     shape: Literal["llama3-8b", "tiny"] = "llama3-8b"
     parts: tuple[
-        Literal["layer", "dense", "inference", "host", "training", "memory"], ...
-    ] = ("layer", "dense", "inference", "host", "training", "memory")  # fmt: skip
+        Literal["layer", "dense", "inference", "host", "attention", "training", "memory"], ...
+    ] = ("layer", "dense", "inference", "host", "attention", "training", "memory")  # fmt: skip
     training_layers: int = setting(Range(least=2), default=8)
     memory_gb: float = setting(Range(above=0), default=24.0)
     seconds: float = setting(Range(above=0), default=600.0)

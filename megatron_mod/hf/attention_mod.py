@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -13,6 +14,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from .kernels_mod import kernels_of_any_shape
 
 IMPLEMENTATION = "sdpa"  # Transformers' name for what is used here
+PART = 256  # keys that one of a GPU's processors reads
 
 
 def attend(
@@ -41,6 +43,33 @@ def together(query: Tensor, *, groups: int) -> Tensor:
     """Queries of a single token ``[B, heads, 1, D]`` as ``[B, groups, heads / groups, D]``: asked
     together, the heads of a group need no copies of its keys."""
     return query.reshape(len(query), groups, -1, query.shape[-1])
+
+
+def attend_in_parts(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float
+) -> Tensor:
+    """What queries ``[B, groups, Q, D]`` find among ``[B, groups, K, D]``, of a few and in fp32;
+    ``bias`` ``[B, 1, 1, K]`` is added to their scores, and ``K`` is of whole parts.
+
+    For numbers of keys that are fixed and partly masked, which is what a graph can repeat: kernels
+    that take a mask read all keys of a head one after the other, here they are read together.
+    """
+    batch, groups, queries, _ = query.shape
+    scores = _product(query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
+    scores = torch.add(bias, scores.unflatten(0, (batch, groups)), alpha=scaling)
+    parts = scores.softmax(-1).view(batch * groups, queries, -1, PART).transpose(1, 2)
+    parts = parts.to(values.dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+    found = _product(parts, values.view(len(parts), PART, -1))
+    return found.view(batch, groups, -1, *found.shape[1:]).sum(2)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Of batches of matrices, in fp32."""
+    if left.dtype is torch.float32:
+        return torch.bmm(left, right)
+    if left.is_cuda and hasattr(torch.ops.aten.bmm, "dtype"):  # since torch 2.8
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())
 
 
 def project(

@@ -177,7 +177,7 @@ class RoutingControls:
                 model.generate(...)
 
         Weights must not be replaced meanwhile; thresholds may. Steps that need gradients or return
-        hidden states run as ever.
+        hidden states run as ever. Tensors taken out of a cache are the graphs' memory: clone them.
 
         Raises:
             ValueError: no GPU or several, an attention other than sdpa, a model in training, or
@@ -197,7 +197,8 @@ class RoutingControls:
             wrong = "which experts a token goes to is no graph's to repeat; leave it out"
         if wrong:
             raise ValueError(f"graphed_decoding: {wrong}.")
-        before, model.graphs = model.graphs, DecodingGraphs(model.layers)
+        layers = model.layers[: model.config.num_hidden_layers]
+        before, model.graphs = model.graphs, DecodingGraphs(layers)
         try:
             yield
         finally:

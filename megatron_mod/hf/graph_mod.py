@@ -1,64 +1,20 @@
-"""CUDA graphs of decode steps, and the memory that they share.
+"""CUDA graphs of decode steps.
 
 ``run`` records work when it is first asked for, and repeats it later; all graphs of a batch size
-work in the same memory, the residual stream in place. ``step_mod.py`` says what is recorded.
+work in the same memory (``buffers_mod.py``), the residual stream in place. ``step_mod.py`` says
+what is recorded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .buffers_mod import AHEAD, Buffers, capacity_for
 from .cache_mod import Choice
-
-
-@dataclass
-class Buffers:
-    """Memory that graphs of one batch size read and write: the residual stream ``[B, 1, H]``, what
-    the attention found ``[B, groups, heads / groups, D]``, cosine and sine of the positions,
-    ``[B, 1, 1, D]`` or ``[1, 1, 1, D]`` (the sine's first half negated), and which tokens are no
-    padding ``[B, 1]``."""
-
-    hidden: Tensor
-    attended: Tensor
-    cosine: Tensor
-    sine: Tensor
-    valid: Tensor
-    filled_for: Any = None  # the call that positions and padding are of
-    entered: tuple[Hashable, Entered] | None = None  # the next layer's, by ``state``
-
-    def fill(self, call: Any, rotary: Sequence[Tensor]) -> None:
-        """Take on positions and padding of a forward call."""
-        for own, table in zip((self.cosine, self.sine), rotary, strict=True):
-            own.copy_(table.unsqueeze(-2))
-        self.sine[..., : self.sine.shape[-1] // 2].neg_()
-        valid = call.valid(1)
-        self.valid.fill_(True) if valid is None else self.valid.copy_(valid)
-        self.filled_for, self.entered = call, None
-
-    def state(self, layer: int) -> Hashable:
-        """Another one whenever something but a graph has changed the layer's input."""
-        return layer, self.hidden._version
-
-    def rotate(self, heads: Tensor) -> Tensor:
-        """Queries or keys ``[B, 1, heads, D]``, by their positions."""
-        return torch.addcmul(heads * self.cosine, heads.roll(heads.shape[-1] // 2, -1), self.sine)
-
-
-@dataclass
-class Entered:
-    """What precedes a layer's attention: queries ``[B, groups, heads / groups, D]``, keys and
-    values ``[B, groups, 1, D]`` (None: it has no use for them), the decisions of its routers of
-    tokens ``[targets, B, 1]`` bool, and what exact ones multiply by, of each target ``[B, 1, 1]``.
-    """
-
-    projected: list[Tensor] | None = None
-    decided: Tensor | None = None
-    factors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class DecodingGraphs:
@@ -69,7 +25,6 @@ class DecodingGraphs:
         self.steps: dict[int, Any] = {}  # of each layer, its ``DecodeStep``
         self.buffers: dict[Hashable, Buffers] = {}
         self.filled: Buffers | None = None  # those of the latest forward call
-        self.recorded: dict[Hashable, tuple[Callable[[], None], Any]] = {}
         self.decisions: dict[Hashable, tuple[dict[str, Choice], Tensor]] = {}
         self.pool: Any = None
         self.answer: tuple[Tensor, Any] | None = None  # memory of the host, and when it is filled
@@ -80,32 +35,49 @@ class DecodingGraphs:
         return device.type == "cuda"
 
     def enter(
-        self, call: Any, hidden_states: Tensor, rotary: Sequence[Tensor], heads: Sequence[int]
+        self,
+        call: Any,
+        hidden_states: Tensor,
+        rotary: Sequence[Tensor],
+        heads: Sequence[int],
+        tokens: int,
     ) -> Buffers:
         """The buffers of a batch, which hold a layer's input ``[B, 1, H]`` now; ``call``: the
-        forward call's ``RoutingCall``; ``heads``: groups, heads of each, and their channels."""
+        forward call's ``RoutingCall``; ``heads``: groups, heads of each, and their channels;
+        ``tokens``: before this one in the layer's cache."""
         if self.filled is None or self.filled.filled_for is not call:
-            self.filled = self._filled(call, hidden_states, rotary, heads)
+            self.filled = self._filled(call, hidden_states, rotary, heads, tokens)
         if hidden_states is not self.filled.hidden:
             self.filled.hidden.copy_(hidden_states)
         return self.filled
 
     def _filled(
-        self, call: Any, hidden_states: Tensor, rotary: Sequence[Tensor], heads: Sequence[int]
+        self,
+        call: Any,
+        hidden_states: Tensor,
+        rotary: Sequence[Tensor],
+        heads: Sequence[int],
+        tokens: int,
     ) -> Buffers:
         key = (*hidden_states.shape, *rotary[0].shape, hidden_states.dtype)
-        if key not in self.buffers:
-            with torch.inference_mode(False):
-                cosine, sine = (t.new_empty(t.unsqueeze(-2).shape) for t in rotary)
-                self.buffers[key] = Buffers(
-                    torch.empty_like(hidden_states, requires_grad=False),
-                    hidden_states.new_zeros(len(hidden_states), *heads),
-                    cosine,
-                    sine,
-                    cosine.new_ones(hidden_states.shape[:2], dtype=torch.bool),
-                )
-        self.buffers[key].fill(call, rotary)
-        return self.buffers[key]
+        groups, _, channels = heads
+        size = len(hidden_states) * groups * channels * hidden_states.element_size()
+        capacity = capacity_for(tokens + 1)
+        if capacity * size > AHEAD:
+            capacity = 0
+        buffers = self.buffers.get(key)
+        if buffers is None or buffers.places < capacity:
+            if buffers is not None and hidden_states.is_cuda:
+                torch.cuda.synchronize(hidden_states.device)  # its graphs go, and may be running
+            places = min(2 ** (capacity - 1).bit_length(), AHEAD // size) if capacity else 0
+            buffers = self.buffers[key] = Buffers(hidden_states, rotary, heads, places)
+        buffers.fill(call, rotary, tokens, capacity)
+        return buffers
+
+    def is_through(self, call: Any, layer: int) -> bool:
+        """Whether the residual stream of a forward call has come through a layer."""
+        filled = self.filled
+        return filled is not None and filled.filled_for is call and layer <= filled.through
 
     def decided(self, layer: int, choices: dict[str, Choice]) -> Tensor:
         """Memory of a layer's decisions about the sequences of a batch, ``[targets, B, 1]``, which
@@ -143,11 +115,10 @@ class DecodingGraphs:
     def run(self, key: tuple, function: Callable[[], Any], buffers: Buffers) -> Any:
         """``function()``, whose work is recorded when ``key`` is first met and repeated later; what
         it returns is its own memory, which the next call of the same key overwrites."""
-        key = (*key, id(buffers))
-        if key not in self.recorded:
-            before = buffers.hidden.clone()
-            self.recorded[key] = self._record(function, lambda: buffers.hidden.copy_(before))
-        repeat, result = self.recorded[key]
+        recorded = buffers.recorded
+        if key not in recorded:
+            recorded[key] = self._record(function, buffers.keep())
+        repeat, result = recorded[key]
         repeat()
         return result
 

@@ -185,9 +185,11 @@ class RoutedLayer:
     def forward(self, hidden_states: Tensor, *, routing: RoutingCall, **context: Any) -> Tensor:
         """``[B, S, H]`` to the same; ``context`` is what the family's layer takes."""
         if routing.graphs is not None:
-            step = DecodeStep.of(self, routing, context, hidden_states.shape[0])
+            if routing.graphs.is_through(routing, self.layer_idx):
+                return hidden_states
+            step = DecodeStep.of(self, routing, hidden_states.shape[0])
             if step is not None:
-                return step.run(hidden_states)
+                return step.run(hidden_states, routing, context)
         if self.router is None:
             return self._unrouted(hidden_states, context)
         route = self._by_sequence if self.per_sequence else self._by_token

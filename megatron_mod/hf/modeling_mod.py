@@ -75,6 +75,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 
 # All files beside this one are named here: Transformers 4.57 does not look into them for more.
 from .attention_mod import IMPLEMENTATION  # noqa: F401
+from .buffers_mod import AHEAD  # noqa: F401
 from .cache_mod import CACHE, prepare_cache
 from .configuration_mod import RoutedConfig
 from .controls_mod import RoutingControls
@@ -85,7 +86,7 @@ from .mixture_mod import GateLogits, MixtureNames, RoutedMixtureLayer
 from .olmoe_mod import OldOlmoeCausalLM, OldOlmoeLayer, OldOlmoeModel
 from .record_mod import RoutingRecord
 from .room_mod import ROOM  # noqa: F401
-from .step_mod import AHEAD  # noqa: F401
+from .step_mod import DecodeStep  # noqa: F401
 from .thresholds_mod import CapacityBorders, WatchedBorders
 
 

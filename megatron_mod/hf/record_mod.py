@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .layer_mod import RoutingCall
+from .room_mod import stored_bytes
 
 
 class RoutingRecord:
@@ -35,10 +36,7 @@ class RoutingRecord:
             else:
                 self.decisions.setdefault((layer, target), []).append(keep)
             if cache is not None:
-                held, storage = 0, cache.layers[layer]
-                if storage.keys is not None:
-                    held = storage.keys.nbytes + storage.values.nbytes
-                self.caches[layer] = held, keep.shape[0], length
+                self.caches[layer] = stored_bytes(cache.layers[layer]), keep.shape[0], length
         if routing.decisions and keep.dim() == 2:
             valid = routing.tokens
             self.tokens += keep.numel() if valid is None else valid[:, -keep.shape[1] :].sum()

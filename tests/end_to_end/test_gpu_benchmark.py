@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mod.benchmark import decode_host
+from megatron_mod.benchmark import decode_attention, decode_host
 from megatron_mod.commands import benchmark_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,8 +59,23 @@ def test_the_hosts_part_of_decode_steps(tmp_path, monkeypatch):
     rows = json.loads(report.read_text())["parts"]["host"]["rows"]
     assert [row["granularity"] for row in rows] == list(decode_host.GRANULARITIES)
     assert all(0 < row["least_us_per_layer"] <= row["us_per_layer"] for row in rows)
-    # Of each model, once: what precedes the first attention, and what follows each.
-    assert recorded == [4] * len(rows) * (1 + 4)
+    # Once: the first layer's queries and attention, and what follows; and of two routed layers,
+    # where there are any, what follows them, of tokens the attention before it, too.
+    assert recorded == [4] * (2 + 6 + 6 + 4)
+
+
+def test_attention_in_three_ways(tmp_path, monkeypatch):
+    for name, value in (("TIMES", 2), ("ROUNDS", 2)):
+        monkeypatch.setattr(decode_attention, name, value)
+    report = tmp_path / "gpu.json"
+    benchmark_gpu.main(["--json", str(report), "--shape", "tiny", "--parts", "attention"])
+    rows = json.loads(report.read_text())["parts"]["attention"]["rows"]
+    assert [(row["batch"], row["context"], row["places"]) for row in rows] == [
+        (1, 16, 256), (2, 16, 256)
+    ]  # fmt: skip
+    for row in rows:
+        assert row["apart"] < 1e-5
+        assert all(row[f"{way}_us"] > 0 for way in ("alone", "masked", "in_parts"))
 
 
 def test_what_there_is_no_time_for_is_said(tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from megatron_mod.evaluation.huggingface import load_model
-from megatron_mod.hf import step_mod
+from megatron_mod.hf import buffers_mod, graph_mod, step_mod
+from megatron_mod.hf.attention_mod import PART, attend_in_parts
 from tests.gpu.test_equality import SCHEMES
 from tests.gpu.test_export import Exported
 from tests.gpu.where import only_cuda
@@ -46,8 +49,7 @@ def test_generation(exported, granularity, keys_values, more):
             )
             logits = torch.stack(output.logits)
             found[graphed, number] = output.sequences, logits, model.routing_report()
-    graphs = model.model.graphs
-    assert graphs.recorded
+    assert all(held.recorded for held in model.model.graphs.buffers.values())
     context.__exit__(None, None, None)
     for number in range(len(batches)):
         (tokens, logits, report), (again, close, same) = found[False, number], found[True, number]
@@ -70,12 +72,13 @@ def test_thresholds_may_be_set_meanwhile(exported):
             assert torch.equal(model.generate(ids, **EXACT), wanted[threshold])
 
 
-@pytest.mark.parametrize("most", [0, step_mod.AHEAD], ids=["before", "behind"])
+@pytest.mark.parametrize("most", [0, buffers_mod.AHEAD], ids=["before", "behind"])
 @pytest.mark.parametrize("name", ["attn_token", "block_token", "mlp_token"])
 def test_decisions_before_and_behind_the_attention(exported, monkeypatch, name, most):
     export, _ = exported(name, "all" if name != "mlp_token" else None, more=True)
     model = load_model(export, dtype=torch.float32).to("cuda").eval()
-    monkeypatch.setattr(step_mod, "AHEAD", most)
+    for module in (graph_mod, step_mod):  # 0: attentions are launched by themselves
+        monkeypatch.setattr(module, "AHEAD", most)
     for sample in exported.samples:
         ids = torch.tensor([sample.ids], device="cuda")
         wanted = model.generate(ids, **EXACT), model.routing_report()
@@ -83,6 +86,54 @@ def test_decisions_before_and_behind_the_attention(exported, monkeypatch, name, 
             found = model.generate(ids, **EXACT), model.routing_report()
         assert torch.equal(found[0], wanted[0])
         assert found[1] == wanted[1]
+
+
+@pytest.mark.parametrize("name", ["attn_sequence", "block_token"])
+def test_texts_that_outgrow_their_room(exported, name):
+    export, _ = exported(name, "all" if name == "block_token" else None, more=False)
+    model = load_model(export, dtype=torch.float32).to("cuda").eval()
+    ids = torch.tensor([exported.samples[0].ids], device="cuda")
+    settings = {**EXACT, "max_new_tokens": PART}  # and the prompt: one part more
+    wanted = model.generate(ids, **settings), model.routing_report()
+    with model.graphed_decoding():
+        for _ in range(2):
+            found = model.generate(ids, **settings), model.routing_report()
+            assert torch.equal(found[0], wanted[0])
+            assert found[1] == wanted[1]
+
+
+@torch.no_grad()
+def test_caches_take_turns(exported):
+    export, _ = exported("attn_token", "all", more=False)
+    model = load_model(export, dtype=torch.float32).to("cuda").eval()
+    texts = [torch.tensor([sample.ids], device="cuda") for sample in exported.samples[:2]]
+
+    def steps() -> torch.Tensor:
+        caches = [model(text, use_cache=True).past_key_values for text in texts]
+        caches.append(copy.deepcopy(caches[0]))
+        token = texts[0][:, :1]
+        logits = [model(token, past_key_values=caches[n]).logits for n in (0, 1, 2, 1, 0, 2)]
+        return torch.cat(logits)
+
+    wanted = steps()
+    with model.graphed_decoding():
+        torch.testing.assert_close(steps(), wanted, **FP32)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_attention_in_parts(dtype, batch):
+    query, keys, values = (
+        torch.randn(batch, 8, n, 128, device="cuda", dtype=dtype) for n in (4, 8 * PART, 8 * PART)
+    )
+    bias = torch.zeros(batch, 1, 1, 8 * PART, device="cuda")
+    bias[..., 7 * PART + 5 :] = -torch.inf
+    scale = 128**-0.5
+    found = attend_in_parts(query, keys, values, bias, scale)
+    scores = query.double() @ keys.double().transpose(2, 3) * scale + bias
+    wanted = scores.softmax(-1) @ values.double()
+    near = 1e-3 if dtype is torch.float32 else 1e-2
+    torch.testing.assert_close(found.double(), wanted, rtol=near, atol=near)
 
 
 def test_hooks_may_change_what_a_layer_is_given(exported):

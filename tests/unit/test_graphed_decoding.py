@@ -1,20 +1,21 @@
-"""Decode steps by graphs are the model's own; on a CPU what would be recorded is computed again."""
+"""Decode steps by graphs are the model's own; on a CPU operations are recorded and repeated."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
-from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_mod.benchmark.inference_speed import Pair
 from megatron_mod.benchmark.routing import Operations
 from megatron_mod.evaluation.huggingface import load_model
-from megatron_mod.hf import step_mod
-from megatron_mod.hf.graph_mod import DecodingGraphs, Entered
+from megatron_mod.hf import attention_mod, buffers_mod, graph_mod, step_mod
+from megatron_mod.hf.graph_mod import DecodingGraphs
 from tests.helpers import exact, formula
 from tests.helpers.exported import Exports, pad
 
@@ -23,26 +24,37 @@ ALMOST = 1 - 1e-9  # skips everything, but keys and values are stored
 EXACT = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
 
 
+class Recorder(TorchDispatchMode):
+    """What a CUDA graph has of a function: its operations, and the memory of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        returned = [each.alias_info for each in func._schema.returns]
+        if not all(alias and not alias.is_write for alias in returned):  # no view
+            in_place = all(alias and alias.is_write for alias in returned)
+            self.calls.append((func, args, kwargs or {}, None if in_place else made))
+        return made
+
+    def replay(self) -> None:
+        for func, args, kwargs, kept in self.calls:
+            made = func(*args, **kwargs)
+            if kept is not None:
+                for old, new in zip(tree_leaves(kept), tree_leaves(made), strict=True):
+                    old.copy_(new)
+
+
 def _again(self, function, restore):
-    """As ``DecodingGraphs._record``: whose result stays in the memory of the first call."""
-    result = function()
+    """As ``DecodingGraphs._record``."""
+    function()
     restore()
-
-    def repeat() -> None:
-        for old, new in zip(_tensors(result), _tensors(function()), strict=True):
-            old.copy_(new)
-
-    return repeat, result
-
-
-def _tensors(value) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Entered):
-        value = vars(value)
-    if isinstance(value, dict):
-        value = value.values()
-    return [] if value is None else [t for each in value for t in _tensors(each)]
+    with Recorder() as recorder:
+        result = function()
+    restore()  # a graph that is recorded has not been run
+    return recorder.replay, result
 
 
 @pytest.fixture
@@ -61,8 +73,8 @@ def graphs(monkeypatch):
 
 def generated(model, ids, mask=None, **settings):
     output = model.generate(
-        ids, attention_mask=mask, **EXACT, return_dict_in_generate=True, output_logits=True,
-        **settings,
+        ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True,
+        **{**EXACT, **settings},
     )  # fmt: skip
     return output.sequences, torch.stack(output.logits), model.routing_report()
 
@@ -92,9 +104,21 @@ def exports(tmp_path_factory, request):
     return Exports(tmp_path_factory.mktemp("exports"), plain=request.param)
 
 
-@pytest.fixture(scope="module")
-def windows(tmp_path_factory):
-    return Exports(tmp_path_factory.mktemp("windows"), "mistral", plain=True, sliding_window=4)
+def some(*sliding: int) -> dict:
+    """Settings of a model some of whose layers have windows."""
+    kinds = [f"{'sliding' if n in sliding else 'full'}_attention" for n in range(4)]
+    return {"use_sliding_window": True, "layer_types": kinds}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("mistral", {}), ("qwen2", some(0, 2)), ("qwen2", some(1, 3)), ("qwen3", some(2, 3))],
+    ids=["all", "first", "second", "last"],
+)
+def windows(tmp_path_factory, request):
+    family, settings = request.param
+    folder = tmp_path_factory.mktemp("windows")
+    return Exports(folder, family, plain=True, sliding_window=4, **settings)
 
 
 @pytest.mark.parametrize("name", formula.SCHEMES)
@@ -221,39 +245,55 @@ def test_sequences_of_another_batch(exports, graphs):
         assert_same([generated(model, *batch) for batch in batches], wanted)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("routed", [False, True])
-def test_what_the_host_launches(graphs, monkeypatch, batch, routed):
-    """A layer's step is one graph, keys and values that are stored, the attention and what it
-    found; of a router at batch 1, its decision, at others the decisions to report."""
-    pair = Pair.of_shape("tiny", "attn_token", dtype=torch.float32)
-    model, layers = pair.routed if routed else pair.plain, len(pair.plain.model.layers)
+@pytest.mark.parametrize(
+    ("granularity", "batch", "wanted"),
+    [
+        # of a model without routers, two graphs: the first layer's queries and attention, the rest
+        (None, 1, [(0, "to", 0), (0, "from", 0)]),
+        (None, 3, [(0, "to", 0), (0, "from", 0)]),
+        # of a router of tokens a decision to ask for, the attention meanwhile, and what follows
+        (
+            "attn_token",
+            1,
+            [(0, "to", 0), (0, "from", 0)]
+            + [(layer, what, n) for layer in (1, 2) for what, n in (("attend", 0), ("from", 1))],
+        ),
+        # or, of several tokens, decisions to report
+        ("attn_token", 3, [(0, "to", 0), (0, "from", 0), (1, "from", 1), (2, "from", 1)]),
+        ("block_sequence", 1, [(0, "to", 0), (0, "from", 0), (1, "from", 0), (2, "from", 0)]),
+    ],
+)
+def test_what_the_host_launches(graphs, monkeypatch, granularity, batch, wanted):
+    """Graphs, of which layer, and before each of them how many operations."""
+    pair = Pair.of_shape("tiny", granularity or "attn_token", dtype=torch.float32)
+    model = pair.routed if granularity else pair.plain
     model.set_thresholds(0.0)
+    assert tuple(model.config.routing["layers"]) == ((1, 2) if granularity else ())
     ids = pair.prompts(batch, 16)
-    launched = []
+    launched, before = [], []
     run = DecodingGraphs.run
     with torch.no_grad(), model.graphed_decoding():
         cache = model(ids, use_cache=True).past_key_values
         model(ids[:, :1], past_key_values=cache)
         counter = Operations()
 
-        def launch(*args):
-            launched.append(counter.count)
-            result = run(*args)
-            counter.count = launched[-1]  # the graph's are not the host's
+        def launch(self, key, *args):
+            launched.append(key[:2])
+            before.append(counter.count)
+            result = run(self, key, *args)
+            counter.count = 0  # the graph's are not the host's
             return result
 
         monkeypatch.setattr(DecodingGraphs, "run", launch)
         with counter:
             model(ids[:, :1], past_key_values=cache)
-    assert len(launched) == layers + 1
-    asked = model.config.routing["layers"] if routed else ()
-    between = [after - before for before, after in pairwise(launched)]
-    assert between == [5 if layer in asked else 4 for layer in range(layers)]
+    assert before[0] <= 18  # embedding, positions, and what graphs read
+    assert [(*key, n) for key, n in zip(launched, [0, *before[1:]], strict=True)] == wanted
 
 
 @pytest.mark.parametrize("name", ["attn_token_all", "block_token_all", "mlp_token"])
-def test_a_decision_is_waited_for_behind_the_attention(exports, graphs, monkeypatch, name):
+@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
+def test_a_decision_is_waited_for_behind_the_attention(exports, graphs, monkeypatch, name, few):
     """Of few keys, or where it is not about the attention; of many keys before it, which is then
     left out where it is skipped."""
     model = load_model(exports.export(name), dtype=torch.float32).eval()
@@ -261,33 +301,189 @@ def test_a_decision_is_waited_for_behind_the_attention(exports, graphs, monkeypa
     model.set_thresholds([0.0] * (len(layers) - 1) + [ALMOST])
     wanted = generated(model, ids)
     events: list[str] = []
-    ask, attend = DecodingGraphs.ask, step_mod.scaled_dot_product_attention
+    ask, run = DecodingGraphs.ask, DecodingGraphs.run
+    attend = step_mod.scaled_dot_product_attention
 
     def asked(self, decided):
         answer = ask(self, decided)
+        events.append("ask")
         return lambda: (events.append("wait"), answer())[1]
+
+    def ran(self, key, *args):
+        if key[1] == "attend":
+            events.append("attend")
+        return run(self, key, *args)
 
     def attended(*args, **how):
         events.append("attend")
         return attend(*args, **how)
 
     monkeypatch.setattr(DecodingGraphs, "ask", asked)
+    monkeypatch.setattr(DecodingGraphs, "run", ran)
     monkeypatch.setattr(step_mod, "scaled_dot_product_attention", attended)
-    ahead = ["attend", "wait"]
-    for most in (step_mod.AHEAD, 0):
-        monkeypatch.setattr(step_mod, "AHEAD", most)
-        events.clear()
+    if not few:
+        monkeypatch.setattr(step_mod, "AHEAD", 0)
+        monkeypatch.setattr(graph_mod, "AHEAD", 0)
+    with model.graphed_decoding():
+        assert_same([generated(model, ids)], [wanted])
+    expected: list[str] = []
+    for layer in range(model.config.num_hidden_layers):
+        if layer not in layers:
+            expected += [] if few else ["attend"]
+        elif few or name == "mlp_token":
+            expected += ["ask", "attend", "wait"]
+        else:
+            expected += ["ask", "wait", *(["attend"] if layer != layers[-1] else [])]
+    assert events == expected * (NEW - 1)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """So that a few tokens need more room, which holds anything at first."""
+    for module in (attention_mod, buffers_mod):
+        monkeypatch.setattr(module, "PART", 4)
+    make = buffers_mod.Home.__init__
+
+    def filled(self, *args) -> None:
+        make(self, *args)
+        self.whole.fill_(torch.nan)
+
+    monkeypatch.setattr(buffers_mod.Home, "__init__", filled)
+
+
+@pytest.mark.parametrize("exports", [True], indirect=True, ids=["plain"])
+@pytest.mark.parametrize("name", ["attn_sequence", "attn_token_all", "block_token_selected"])
+def test_texts_that_outgrow_their_room(exports, graphs, small_parts, name):
+    model = load_model(exports.export(name), dtype=torch.float32).eval()
+    batches = pad(exports.prompts[:3], "left"), (torch.tensor([exports.prompts[1]]), None)
+    settings = {"max_new_tokens": 20}
+    wanted = [generated(model, *batch, **settings) for batch in batches]
+    with model.graphed_decoding():
+        assert_same([generated(model, *batch, **settings) for batch in batches], wanted)
+        recorded = len(graphs)
+        assert_same([generated(model, *batch, **settings) for batch in batches], wanted)
+        places = [held.places for held in model.model.graphs.buffers.values()]
+    assert min(places) > 16
+    # Once there is room, the second time, what fewer tokens need is recorded for good.
+    with model.graphed_decoding():
+        generated(model, *batches[0], **settings)
+        graphs.clear()
+        generated(model, *batches[0], **settings)
+        generated(model, *batches[0], **settings)
+        again = len(graphs)
+        generated(model, *batches[0], **settings)
+        assert len(graphs) == again < recorded
+
+
+def steps(model, cache, tokens, mask=None) -> torch.Tensor:
+    """Logits of tokens ``[B, N]``, one after the other, behind what is in a cache."""
+    found = []
+    for number in range(tokens.shape[1]):
+        if mask is not None:
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        token = tokens[:, number : number + 1]
+        found.append(model(token, attention_mask=mask, past_key_values=cache).logits)
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["attn_token_all", "block_sequence", "mlp_sequence"])
+def test_caches_take_turns(exports, graphs, name, batch):
+    """In the memory of the same graphs: several, copies, cropped ones, and without graphs."""
+    model = load_model(exports.export(name), dtype=torch.float32).eval()
+    texts = [pad(exports.prompts[first : first + batch], "left") for first in (0, 1)]
+    tokens = torch.tensor([[7, 8, 9]]).expand(batch, -1)
+
+    def story() -> list[torch.Tensor]:
+        found = []
+        caches = [model(i, attention_mask=m, use_cache=True).past_key_values for i, m in texts]
+        masks = [mask for _, mask in texts]
+
+        def step(which: int) -> None:
+            found.append(steps(model, caches[which], tokens, masks[which]))
+            more = torch.ones(batch, 3, dtype=masks[which].dtype)
+            masks[which] = torch.cat([masks[which], more], 1)
+
+        for which in (0, 1, 0):
+            step(which)
+        caches.append(copy.deepcopy(caches[0]))
+        masks.append(masks[0])
+        for which in (0, 2, 0, 2):
+            step(which)
+        for cache, which in ((caches[0], 0), (caches[1], 1)):
+            for layer in cache.layers:
+                layer.crop(-2 if hasattr(layer, "is_croppable") else layer.get_seq_length() - 2)
+            masks[which] = masks[which][:, :-2]
+        for which in (1, 0):
+            step(which)
+        before, model.model.graphs = model.model.graphs, None
+        for which in (0, 1):
+            step(which)
+        model.model.graphs = before
+        for which in (1, 0, 2):
+            step(which)
+        return found + [cache.layers[1].keys for cache in caches]
+
+    with torch.no_grad():
+        wanted = story()
         with model.graphed_decoding():
-            assert_same([generated(model, ids)], [wanted])
-        expected: list[str] = []
-        for layer in range(model.config.num_hidden_layers):
-            if layer not in layers:
-                expected += ["attend"]
-            elif most or name == "mlp_token":
-                expected += ahead
-            else:
-                expected += ["wait"] if layer == layers[-1] else ahead[::-1]
-        assert events == expected * (NEW - 1)
+            found = story()
+    assert graphs
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_see_what_every_layer_returns(exports, graphs):
+    model = load_model(exports.export("attn_token_all"), dtype=torch.float32).eval()
+    ids = torch.tensor([exports.prompts[0]])
+    seen: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda layer, args, output: seen.append(output.clone()))
+        for layer in model.model.layers
+    ]
+    wanted = generated(model, ids)
+    without, seen = seen, []
+    with model.graphed_decoding():
+        assert_same([generated(model, ids)], [wanted])
+    assert len(seen) == len(without)
+    for ours, theirs in zip(seen, without, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_attention_in_parts(batch, dtype):
+    part = attention_mod.PART
+    query, keys, values = (
+        torch.randn(batch, 2, tokens, 16, dtype=dtype) for tokens in (4, 3 * part, 3 * part)
+    )
+    seen = torch.rand(batch, 1, 1, 3 * part) < 0.5
+    bias = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    found = attention_mod.attend_in_parts(query, keys, values, bias, 0.3)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        *(t.double() for t in (query, keys, values)), seen, scale=0.3
+    )
+    near = 1e-5 if dtype is torch.float32 else 1e-2
+    torch.testing.assert_close(found.double(), wanted, rtol=near, atol=near)
+
+
+def test_a_layer_whose_cache_alone_was_cropped(exports, graphs):
+    model = load_model(exports.export("mlp_token"), dtype=torch.float32).eval()
+    ids, tokens = torch.tensor([exports.prompts[1]]), torch.tensor([[7, 8]])
+
+    def cropped() -> torch.Tensor:
+        cache = model(ids, use_cache=True).past_key_values
+        first = steps(model, cache, tokens)
+        layer = cache.layers[1]
+        layer.keys, layer.values = (held[:, :, :-3] for held in (layer.keys, layer.values))
+        return torch.cat([first, steps(model, cache, tokens)])
+
+    with torch.no_grad():
+        wanted = cropped()
+        with model.graphed_decoding():
+            torch.testing.assert_close(cropped(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_steps_that_need_more_run_as_ever(exports, graphs):

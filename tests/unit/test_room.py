@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from megatron_mod.hf.room_mod import ROOM, GrowingLayer
+from megatron_mod.hf.room_mod import ROOM, GrowingLayer, stored_bytes
 
 
 def drawn(tokens: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,6 +77,43 @@ def test_what_changes_it_between_steps(change, batch):
     for _ in range(3):
         step(layers, batch=batch)
     assert torch.equal(held, seen)  # whoever still has it sees no later token in it
+
+
+def test_beams_make_no_room_at_each_step():
+    layers = both()
+    step(layers, 6)
+    for _ in range(3):
+        for layer in layers:
+            reorder(layer)
+        step(layers)
+        assert not layers[0].rooms[0].free
+
+
+@torch.no_grad()
+def test_in_memory_of_somebody_else():
+    layers = both()
+    step(layers, 3)
+    step(layers)
+    memory = tuple(torch.full((2, 3, 8, 4), torch.nan) for _ in range(2))
+    layers[0].move(memory)
+    assert layers[0].is_in(memory)
+    more = drawn(1)
+    for part, new in zip(memory, more, strict=True):
+        part[:, :, 4:5] = new
+    layers[0].count()
+    layers[1].update(*more)
+    assert torch.equal(layers[0].keys, layers[1].keys)
+    assert torch.equal(layers[0].values, layers[1].values)
+    assert layers[0].get_seq_length() == 5
+    assert stored_bytes(layers[0]) == stored_bytes(layers[1])
+    assert not memory[0][:, :, 5:].any()
+    step(layers)  # by itself it goes on elsewhere
+    assert not layers[0].is_in(memory)
+    layers[0].move(memory)
+    layers[0].leave()
+    for part in memory:
+        part.fill_(0)
+    step(layers)
 
 
 def test_copies_go_their_own_ways():
