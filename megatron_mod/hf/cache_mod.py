@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from .answers_mod import Answers
 from .configuration_mod import RoutedConfig
 from .room_mod import GrowingLayer
 
@@ -25,17 +26,28 @@ class Choice:
 
     def __init__(self, keep: Tensor) -> None:
         self.keep = keep
-        self.index = keep.flatten().nonzero().squeeze(-1)
+
+    @cached_property
+    def index(self) -> Tensor:
+        """Where they are ``[kept]``; the host waits for their number."""
+        return self._find()
+
+    def _find(self) -> Tensor:
+        return self.keep.flatten().nonzero().squeeze(-1)
 
     @property
     def is_everything(self) -> bool:
         return len(self.index) == self.keep.numel()
 
     @cached_property
+    def order(self) -> Tensor:
+        """The kept, then the others, each in their order, without waiting for the device."""
+        return self.keep.flatten().byte().argsort(stable=True, descending=True)
+
+    @property
     def others(self) -> Tensor:
-        """Where the units are that are not kept, without waiting for the device."""
-        order = self.keep.flatten().byte().argsort(stable=True)
-        return order[: len(order) - len(self.index)]
+        """Where the units are that are not kept."""
+        return self.order[len(self.index) :]
 
     def left(self, values: Tensor) -> Tensor:
         """Of ``values`` ``[N, ...]`` those of the units that are not kept."""
@@ -66,8 +78,19 @@ class TokenSelection(Choice):
 
     def __init__(self, keep: Tensor, factors: Tensor | None = None) -> None:
         super().__init__(keep)
-        self.shape = keep.shape
-        self.factors = None if factors is None else factors.flatten()[self.index, None]
+        self.shape, self.of_all = keep.shape, factors
+        # Of one token in a row there is too little to do while the number is on its way.
+        self.is_late = self.shape[1] > 1 and Answers.are_late(keep.device)
+        if self.is_late:
+            self.answer = Answers().ask(keep.sum())
+
+    def _find(self) -> Tensor:
+        return self.order[: int(self.answer())] if self.is_late else super()._find()
+
+    @cached_property
+    def factors(self) -> Tensor | None:
+        """Of each kept token ``[kept, 1]``."""
+        return None if self.of_all is None else self.of_all.flatten()[self.index, None]
 
     def multiply(self, update: Tensor) -> Tensor:
         """What the kept tokens are given ``[N, H]``, by their factors."""

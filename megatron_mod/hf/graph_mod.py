@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .answers_mod import Answers
 from .buffers_mod import AHEAD, Buffers, capacity_for
 from .cache_mod import Choice
 
@@ -27,7 +28,7 @@ class DecodingGraphs:
         self.filled: Buffers | None = None  # those of the latest forward call
         self.decisions: dict[Hashable, tuple[dict[str, Choice], Tensor]] = {}
         self.pool: Any = None
-        self.answer: tuple[Tensor, Any] | None = None  # memory of the host, and when it is filled
+        self.answers = Answers()
 
     @staticmethod
     def work_on(device: torch.device) -> bool:
@@ -92,25 +93,6 @@ class DecodingGraphs:
             memory.copy_(torch.stack(keeps)[..., None])
             self.decisions[key] = choices, memory
         return memory
-
-    def ask(self, decided: Tensor) -> Callable[[], Tensor]:
-        """What waits for a layer's decisions ``[targets, 1, 1]`` and returns them on the host; what
-        is launched before it is called does not delay them."""
-        if decided.device.type == "cpu":
-            return decided.clone
-        if self.answer is None or self.answer[0].shape != decided.shape:
-            with torch.inference_mode(False):
-                memory = torch.empty_like(decided, device="cpu", pin_memory=True)
-            self.answer = memory, torch.cuda.Event()
-        memory, filled = self.answer
-        memory.copy_(decided, non_blocking=True)
-        filled.record(torch.cuda.current_stream(decided.device))
-
-        def answer() -> Tensor:
-            filled.synchronize()
-            return memory.clone()  # the next layer's overwrite it
-
-        return answer
 
     def run(self, key: tuple, function: Callable[[], Any], buffers: Buffers) -> Any:
         """``function()``, whose work is recorded when ``key`` is first met and repeated later; what

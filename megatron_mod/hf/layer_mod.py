@@ -245,7 +245,7 @@ class RoutedLayer:
             choices[target] = self._choose_tokens(target, normed, routing)
             routing.decisions[self.layer_idx, target] = choices[target].keep
         kept = choices.get(self.attention_target)
-        if kept is None or (kept.is_everything and not self.stores_selected):
+        if kept is None or not (kept.is_late or self.stores_selected or not kept.is_everything):
             hidden_states = hidden_states + self.self_attn(hidden_states=normed, **context)[0]
             return self._feed_forward(hidden_states, choices.get("mlp"))
         update = self._attend_tokens(normed, kept, routing, context)
@@ -359,6 +359,12 @@ class RoutedLayer:
             return kept.take(normed)
         past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         rotary, slots = context["position_embeddings"], None
+        if not self.stores_selected:  # before it is known whose queries there are
+            keys = project(attn, "k", normed, rotary).transpose(1, 2)
+            values = project(attn, "v", normed).transpose(1, 2)
+            if cache is not None:
+                keys, values = cache.update(keys, values, self.layer_idx)
+            plain = length == 1 and context["attention_mask"] is None
         chosen, chosen_rotary = kept.take(normed), [kept.take(t) for t in rotary]
         if self.stores_selected:
             storage = TokenCacheLayer() if cache is None else cache.layers[self.layer_idx]
@@ -367,12 +373,6 @@ class RoutedLayer:
                 keys, values, slots = storage.store(keys, project(attn, "v", chosen), kept)
             storage.advance(length)
             plain = batch == length == 1 or not (past or self.window)
-        else:
-            keys = project(attn, "k", normed, rotary).transpose(1, 2)
-            values = project(attn, "v", normed).transpose(1, 2)
-            if cache is not None:
-                keys, values = cache.update(keys, values, self.layer_idx)
-            plain = length == 1 and context["attention_mask"] is None
         if not len(kept.index):
             return chosen
         query = project(attn, "q", chosen, chosen_rotary)

@@ -74,6 +74,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 # All files beside this one are named here: Transformers 4.57 does not look into them for more.
+from .answers_mod import Answers  # noqa: F401
 from .attention_mod import IMPLEMENTATION  # noqa: F401
 from .buffers_mod import AHEAD  # noqa: F401
 from .cache_mod import CACHE, prepare_cache

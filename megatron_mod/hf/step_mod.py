@@ -234,7 +234,7 @@ class DecodeStep:
         late as possible, behind an attention that the device is busy with meanwhile."""
         storage, attends = self.storage, self.attends
         decided: Any = entered.decided
-        answer = self.routing.graphs.ask(decided) if self.waits else decided.clone
+        answer = self.routing.graphs.answers.ask(decided) if self.waits else decided.clone
         mask = None if self.selects else context["attention_mask"]
         projected: Any = entered.projected or (None, None, None)
         query, keys, values = projected

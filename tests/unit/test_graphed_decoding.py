@@ -15,6 +15,7 @@ from megatron_mod.benchmark.inference_speed import Pair
 from megatron_mod.benchmark.routing import Operations
 from megatron_mod.evaluation.huggingface import load_model
 from megatron_mod.hf import attention_mod, buffers_mod, graph_mod, step_mod
+from megatron_mod.hf.answers_mod import Answers
 from megatron_mod.hf.graph_mod import DecodingGraphs
 from tests.helpers import exact, formula
 from tests.helpers.exported import Exports, pad
@@ -301,7 +302,7 @@ def test_a_decision_is_waited_for_behind_the_attention(exports, graphs, monkeypa
     model.set_thresholds([0.0] * (len(layers) - 1) + [ALMOST])
     wanted = generated(model, ids)
     events: list[str] = []
-    ask, run = DecodingGraphs.ask, DecodingGraphs.run
+    ask, run = Answers.ask, DecodingGraphs.run
     attend = step_mod.scaled_dot_product_attention
 
     def asked(self, decided):
@@ -318,7 +319,7 @@ def test_a_decision_is_waited_for_behind_the_attention(exports, graphs, monkeypa
         events.append("attend")
         return attend(*args, **how)
 
-    monkeypatch.setattr(DecodingGraphs, "ask", asked)
+    monkeypatch.setattr(Answers, "ask", asked)
     monkeypatch.setattr(DecodingGraphs, "run", ran)
     monkeypatch.setattr(step_mod, "scaled_dot_product_attention", attended)
     if not few:
