@@ -1,7 +1,7 @@
 """The memory that decode steps by graphs work in, keys and values among it.
 
 A graph repeats its work at the addresses that it was recorded with. What changes from step to step
-is put there before it runs; caches move in when their text is decoded, and out when another's is.
+is put there before it runs; a cache moves in when its text is decoded, and out when another is.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ class Entered:
 
 
 def capacity_for(tokens: int) -> int:
-    """How many keys an attention of ``tokens`` is computed of: up to a quarter more, so that it is
-    recorded for few numbers, and in whole parts."""
-    step = max(PART, 2 ** (tokens.bit_length() - 3))
+    """How many keys an attention of ``tokens`` is computed of: up to a quarter more (of few a bit
+    more than that), so that it is recorded for few numbers, and in whole parts."""
+    step = max(2 * PART, 2 ** (tokens.bit_length() - 3))
     return -(-tokens // step) * step
 
 
-class Home:
-    """Memory for a layer's keys and values, of one cache after another."""
+class StaticMemory:
+    """Memory of a fixed size for a layer's keys and values, of one cache after another."""
 
     def __init__(self, size: int, like: Tensor) -> None:
         self.whole = like.new_empty(2, size)
         self.views: Any = None  # keys and values, [B, groups, capacity, D]
         self.capacity = 0
-        self.resident: Callable[[], GrowingLayer | None] = lambda: None
+        self.owner: Callable[[], GrowingLayer | None] = lambda: None  # whose they are
 
-    def take_in(self, storage: GrowingLayer, shape: tuple[int, ...]) -> None:
+    def hold(self, storage: GrowingLayer, shape: tuple[int, ...]) -> None:
         """Let ``views`` be of this shape, and hold what is stored."""
         if self.capacity != shape[2]:
             size, self.capacity = torch.Size(shape).numel(), shape[2]
             self.views = tuple(part[:size].view(shape) for part in self.whole)
-        resident = self.resident()
-        if resident is not None and resident is not storage:
-            resident.leave()
+        owner = self.owner()
+        if owner is not None and owner is not storage:
+            owner.leave()
         storage.move(self.views)
-        self.resident = weakref.ref(storage)
+        self.owner = weakref.ref(storage)
 
 
 class Buffers:
@@ -85,7 +85,7 @@ class Buffers:
         keys, in tokens."""
         self.batch, self.places, (self.groups, _, self.channels) = len(hidden_states), places, heads
         self.recorded: dict[Hashable, tuple[Callable[[], None], Any]] = {}
-        self.homes: dict[int, Home] = {}  # of each layer
+        self.static: dict[int, StaticMemory] = {}  # of each layer
         with torch.inference_mode(False):
             self.hidden = torch.empty_like(hidden_states, requires_grad=False)
             self.attended = hidden_states.new_zeros(self.batch, *heads)
@@ -120,27 +120,25 @@ class Buffers:
                 visible.copy_(mask)
             self.knows_mask = True
 
-    def house(self, layer: int, storage: GrowingLayer) -> bool:
+    def make_static(self, layer: int, storage: GrowingLayer) -> bool:
         """Let a layer's keys and values be in the memory of its graphs; False: they cannot, being
         too many, or not all tokens' of all sequences."""
         capacity = self.capacity
         if not capacity or storage.is_sliding or storage.rooms[0].tokens != self.tokens:
             return False
-        home = self.homes.get(layer)
-        if home and home.capacity == capacity and storage.is_in(home.views):
+        memory = self.static.get(layer)
+        if memory and memory.capacity == capacity and storage.is_in(memory.views):
             return True
         held: Any = storage.keys
-        if (len(held), held.dtype, held.device) != (
-            self.batch,
-            self.hidden.dtype,
-            self.hidden.device,
-        ):
+        if len(held) != self.batch or held.dtype is not self.hidden.dtype:
             return False
-        shape = self.batch, self.groups, self.places, self.channels
-        if home is None:
+        if held.device != self.hidden.device:  # an offloaded one
+            return False
+        if memory is None:
             with torch.inference_mode(False):
-                home = self.homes[layer] = Home(torch.Size(shape).numel(), self.hidden)
-        home.take_in(storage, (*shape[:2], capacity, self.channels))
+                size = self.batch * self.groups * self.places * self.channels
+                memory = self.static[layer] = StaticMemory(size, self.hidden)
+        memory.hold(storage, (self.batch, self.groups, capacity, self.channels))
         return True
 
     def keep(self) -> Callable[[], None]:

@@ -33,7 +33,7 @@ class DecodeStep:
 
     routing: Any = None  # the ``RoutingCall`` of the forward call that it is ready for
     storage: Any = None  # the layer's in its cache
-    is_housed = False  # whether keys and values are in the graphs' memory
+    is_static = False  # whether keys and values are in the graphs' memory
     masked = False  # whether decisions choose from what all rows have
     waits = False  # whether the host does, for a decision about a token
     attends = True  # whether queries, keys and values are made
@@ -118,7 +118,7 @@ class DecodeStep:
 
     def _end(self) -> None:
         """Leave the forward call, whose cache is not kept alive."""
-        if self.is_housed:
+        if self.is_static:
             self.storage.count()
         if isinstance(self.storage, SequenceCacheLayer):
             self.storage.advance(1)
@@ -140,13 +140,13 @@ class DecodeStep:
             self.decided = routing.graphs.decided(self.index, choices)
             self._note({target: made.keep for target, made in choices.items()})
             self.attends = self.enters = self.kept.get(self.attention, True)
-        self.is_housed = (
-            self.attends and not self.selects and buffers.house(self.index, self.storage)
+        self.is_static = (
+            self.attends and not self.selects and buffers.make_static(self.index, self.storage)
         )
 
     def _is_led(self, buffers: Buffers) -> bool:
         """Whether the attention is in the graph of what precedes it."""
-        return self.is_housed and not self.waits and buffers.knows_mask
+        return self.is_static and not self.waits and buffers.knows_mask
 
     def _key(self, buffers: Buffers) -> tuple:
         """Of what precedes the attention: all that it has in it beside weights."""
@@ -207,7 +207,7 @@ class DecodeStep:
                     entered.factors[target] = logits.to(normed.dtype)[..., None]
             entered.decided = torch.stack(decided)
         if self._is_led(buffers):
-            self._search(buffers, entered)
+            self._find_in_graph(buffers, entered)
             entered.is_attended = True
         return entered
 
@@ -215,8 +215,8 @@ class DecodeStep:
         """Whether any row asks; what it finds is in ``buffers.attended`` then."""
         if self.by_token:
             return self._attend_as_told(buffers, entered, context)
-        if self.is_housed:
-            self._find_at_home(buffers, entered)
+        if self.is_static:
+            self._find_static(buffers, entered)
         elif self.attends:
             rows, mask = self._rows(), context["attention_mask"]
             projected: Any = entered.projected
@@ -238,8 +238,8 @@ class DecodeStep:
         mask = None if self.selects else context["attention_mask"]
         projected: Any = entered.projected or (None, None, None)
         query, keys, values = projected
-        if is_done := self.is_housed:
-            self._find_at_home(buffers, entered)
+        if is_done := self.is_static:
+            self._find_static(buffers, entered)
         elif attends and not self.selects:
             keys, values = context[CACHE].update(keys, values, self.index)
             if is_done := self.attention is None or keys.nbytes <= AHEAD:
@@ -257,17 +257,17 @@ class DecodeStep:
             self._find(buffers, query, keys, values, mask)
         return attends
 
-    def _find_at_home(self, buffers: Buffers, entered: Entered) -> None:
+    def _find_static(self, buffers: Buffers, entered: Entered) -> None:
         """``_find``, among keys and values in the graphs' memory, unless that has been done."""
         if not entered.is_attended:
             key = (self.index, "attend", buffers.capacity, id(entered))
-            self.routing.graphs.run(key, lambda: self._search(buffers, entered), buffers)
+            self.routing.graphs.run(key, lambda: self._find_in_graph(buffers, entered), buffers)
 
-    def _search(self, buffers: Buffers, entered: Entered) -> None:
-        """What ``_find_at_home`` records; the token's own key and value are among them."""
+    def _find_in_graph(self, buffers: Buffers, entered: Entered) -> None:
+        """What ``_find_static`` records; the token's own key and value are among them."""
         projected: Any = entered.projected
         query, *more = projected
-        keys, values = views = buffers.homes[self.index].views
+        keys, values = views = buffers.static[self.index].views
         for held, new in zip(views, more, strict=True):
             held.index_copy_(2, buffers.place, new)
         bias = buffers.bias[..., : buffers.capacity]

@@ -71,7 +71,7 @@ def test_attention_in_three_ways(tmp_path, monkeypatch):
     benchmark_gpu.main(["--json", str(report), "--shape", "tiny", "--parts", "attention"])
     rows = json.loads(report.read_text())["parts"]["attention"]["rows"]
     assert [(row["batch"], row["context"], row["places"]) for row in rows] == [
-        (1, 16, 256), (2, 16, 256)
+        (1, 16, 512), (2, 16, 512)
     ]  # fmt: skip
     for row in rows:
         assert row["apart"] < 1e-5

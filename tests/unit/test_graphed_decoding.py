@@ -343,13 +343,13 @@ def small_parts(monkeypatch):
     """So that a few tokens need more room, which holds anything at first."""
     for module in (attention_mod, buffers_mod):
         monkeypatch.setattr(module, "PART", 4)
-    make = buffers_mod.Home.__init__
+    make = buffers_mod.StaticMemory.__init__
 
     def filled(self, *args) -> None:
         make(self, *args)
         self.whole.fill_(torch.nan)
 
-    monkeypatch.setattr(buffers_mod.Home, "__init__", filled)
+    monkeypatch.setattr(buffers_mod.StaticMemory, "__init__", filled)
 
 
 @pytest.mark.parametrize("exports", [True], indirect=True, ids=["plain"])
