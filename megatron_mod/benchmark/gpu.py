@@ -37,6 +37,12 @@ CELLS = (
 )  # fmt: skip
 NEW_TOKENS = 12
 WAYS = ("published", "published_stop", "recompute", "cached", "sparse")
+LEFT_OUT = {"left_out": "no time was left"}
+# About how long each part takes, which is how they share the time that there is.
+SHARES = {
+    "layer": 60, "dense": 20, "inference": 240, "host": 15, "attention": 15, "training": 150,
+    "memory": 100,
+}  # fmt: skip
 VOCABULARY = 512  # of the tokenizer; the model's own is larger
 
 
@@ -51,7 +57,7 @@ class Asked:
         cells: batch and context of prefill and decode.
         training_layers: layers of the model whose training steps are timed.
         memory_gb: what the training of the whole model may take, of 1e9 bytes.
-        seconds: for everything; parts that there is no time for are left out.
+        seconds: for everything; what there is no time for is left out, and said.
         folder: where models are written.
     """
 
@@ -66,23 +72,25 @@ class Asked:
 
 
 def measure(asked: Asked, parts: Sequence[str], save: Callable[[dict], None]) -> dict:
-    """Run the parts in turn; ``save`` gets the report after each.
+    """Run the parts in turn; ``save`` gets the report after each row.
 
-    A part that fails is said to have, and the others follow.
+    A part that fails is said to have, and the others follow. What one does not take of its time is
+    the others'.
     """
     ends = time.monotonic() + asked.seconds
     report: dict = {"device": device.describe(), "torch": torch.__version__, "parts": {}}
-    for name in parts:
+    for number, name in enumerate(parts):
         began = time.monotonic()
         if began >= ends:
-            report["parts"][name] = {"left_out": "no time was left"}
+            report["parts"][name] = LEFT_OUT
             save(report)
             continue
+        until = began + (ends - began) * SHARES[name] / sum(SHARES[each] for each in parts[number:])
         rows: list[dict] = []
         part: dict = {"rows": rows}
         report["parts"][name] = part
         try:
-            for row in PARTS[name](asked, ends):
+            for row in PARTS[name](asked, until):
                 rows.append(row)
                 print(f"{name}: {json.dumps(row)}", flush=True)
                 save(report)
@@ -156,11 +164,12 @@ def inference(asked: Asked, ends: float) -> Iterator[dict]:
         until = now + (ends - now) / (len(GRANULARITIES) - number)
         pair = Pair.of_shape(asked.shape, granularity, dtype=DTYPE)
         for batch, context in asked.cells:
-            if time.monotonic() >= until:
-                break
             if batch == 1 and granularity.endswith("sequence"):
                 continue
             cell = {"granularity": granularity, "batch": batch, "context": context}
+            if time.monotonic() >= until:
+                yield {**cell, **LEFT_OUT}
+                continue
             repetitions = 5 if batch * context <= 2**14 else 1
             try:
                 found = pair.measure(
@@ -190,7 +199,8 @@ def trainings(asked: Asked, ends: float) -> Iterator[dict]:
     way has a copy."""
     for granularity in ("attn_token", "block_token"):
         if time.monotonic() >= ends:
-            return
+            yield {"granularity": granularity, **LEFT_OUT}
+            continue
         model = random_model(asked, asked.training_layers)
         setup = Setup(
             hf_path=model,
@@ -220,7 +230,8 @@ def memory(asked: Asked, ends: float) -> Iterator[dict]:
     model = random_model(asked, None)
     for granularity in ("attn_token", "block_token"):
         if time.monotonic() >= ends:
-            return
+            yield {"granularity": granularity, **LEFT_OUT}
+            continue
         run = asked.folder / f"memory_{granularity}"
         options = {
             "model.hf_path": model,

@@ -37,7 +37,8 @@ class GpuBenchmark(Options):
         parts: what is measured, in this order.
         training_layers: layers of the model of training; each way has a copy of it.
         memory_gb: what the card of the part memory has, of 1e9 bytes; on a CPU nothing is limited.
-        seconds: when no further part or cell is begun; parts share them as they need.
+        seconds: when no further part or cell is begun; each has its share, and what another did not
+            need. FILE says what was left out.
         folder: where models are written (the whole one takes 16 GB); unset: the temporary folder.
         json: the file.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mod.benchmark import decode_attention, decode_host
+from megatron_mod.benchmark import decode_attention, decode_host, gpu
 from megatron_mod.commands import benchmark_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +76,40 @@ def test_attention_in_three_ways(tmp_path, monkeypatch):
     for row in rows:
         assert row["apart"] < 1e-5
         assert all(row[f"{way}_us"] > 0 for way in ("alone", "masked", "in_parts"))
+
+
+def test_parts_share_the_time(monkeypatch):
+    """In proportion; what one does not take, or takes too much, is for the others to share."""
+    now, given = [0.0], {}
+    taken = {"layer": 10, "dense": 250, "inference": 400}
+
+    def part(name):
+        def run(asked, until):
+            given[name] = until - now[0]
+            now[0] += taken[name]
+            yield {"row": 1}
+
+        return run
+
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu, "PARTS", {name: part(name) for name in taken} | {"host": None})
+    monkeypatch.setattr(gpu, "SHARES", {"layer": 1, "dense": 1, "inference": 2, "host": 1})
+    saved = []
+    asked = gpu.Asked("tiny", "tiny", 1, (), 1, 1, 500, None)
+    report = gpu.measure(asked, [*taken, "host"], lambda report: saved.append(len(report["parts"])))
+    assert given == {"layer": 100, "dense": 490 / 4, "inference": 160}
+    assert report["parts"]["host"] == {"left_out": "no time was left"}
+    assert saved == [1, 1, 2, 2, 3, 3, 4]
+
+
+def test_every_cell_that_there_is_no_time_for_is_said(tmp_path):
+    asked = gpu.Asked("tiny", "tiny", 128, ((1, 16), (2, 16)), 2, 1, 1, tmp_path)
+    rows = [*gpu.inference(asked, 0), *gpu.trainings(asked, 0)]
+    assert [(row["granularity"], row.get("batch")) for row in rows] == [
+        ("attn_token", 1), ("attn_token", 2), ("block_token", 1), ("block_token", 2),
+        ("block_sequence", 2), ("attn_token", None), ("block_token", None),
+    ]  # fmt: skip
+    assert all(row["left_out"] == "no time was left" for row in rows)
 
 
 def test_what_there_is_no_time_for_is_said(tmp_path):
