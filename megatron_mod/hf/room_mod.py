@@ -47,7 +47,8 @@ class Room:
     def extend(self, more: Tensor) -> Tensor:
         """The tensor with ``more`` behind it."""
         held: Any = self.held
-        if not self.is_own or more.shape != self.token or torch.is_grad_enabled():
+        is_token = self.is_own and more.shape == self.token and more.dtype is held.dtype
+        if not is_token or torch.is_grad_enabled():
             self.held = torch.cat([more] if held is None else [held, more], 2)
             self.is_own, self.token = True, (*more.shape[:2], 1, more.shape[3])
         else:

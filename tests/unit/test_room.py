@@ -147,6 +147,18 @@ def test_gradients_reach_what_is_stored():
 
 
 @torch.no_grad()
+def test_another_dtype_is_what_torch_makes_of_both():
+    layers = both()
+    step(layers, 3)
+    step(layers)
+    more = [part.double() for part in drawn(1)]
+    for layer in layers:
+        layer.update(*more)
+    assert layers[0].keys.dtype is layers[1].keys.dtype is torch.float64
+    assert torch.equal(layers[0].keys, layers[1].keys)
+
+
+@torch.no_grad()
 def test_another_batch_is_refused():
     layer = GrowingLayer()
     layer.update(*drawn(3))
