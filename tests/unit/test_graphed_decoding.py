@@ -292,6 +292,7 @@ def test_what_the_host_launches(graphs, monkeypatch, granularity, batch, wanted)
     assert [(*key, n) for key, n in zip(launched, [0, *before[1:]], strict=True)] == wanted
 
 
+@pytest.mark.parametrize("exports", [True], indirect=True, ids=["plain"])
 @pytest.mark.parametrize("name", ["attn_token_all", "block_token_all", "mlp_token"])
 @pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
 def test_a_decision_is_waited_for_behind_the_attention(exports, graphs, monkeypatch, name, few):
@@ -387,6 +388,7 @@ def steps(model, cache, tokens, mask=None) -> torch.Tensor:
     return torch.cat(found, 1)
 
 
+@pytest.mark.parametrize("exports", [True], indirect=True, ids=["plain"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["attn_token_all", "block_sequence", "mlp_sequence"])
 def test_caches_take_turns(exports, graphs, name, batch):
