@@ -27,7 +27,8 @@ class DecodingGraphs:
         self.buffers: dict[Hashable, Buffers] = {}
         self.filled: Buffers | None = None  # those of the latest forward call
         self.decisions: dict[Hashable, tuple[dict[str, Choice], Tensor]] = {}
-        self.pool: Any = None
+        self.pool: Any = None  # of the graphs' own memory
+        self.stream: Any = None  # on which they are recorded
         self.answers = Answers()
 
     @staticmethod
@@ -70,6 +71,7 @@ class DecodingGraphs:
         if buffers is None or buffers.places < capacity:
             if buffers is not None and hidden_states.is_cuda:
                 torch.cuda.synchronize(hidden_states.device)  # its graphs go, and may be running
+            self.pool = None  # which ends with the last graph in it, and is not to be used again
             places = min(2 ** (capacity - 1).bit_length(), AHEAD // size) if capacity else 0
             buffers = self.buffers[key] = Buffers(hidden_states, rotary, heads, places)
         buffers.fill(call, rotary, tokens, capacity)
@@ -110,8 +112,10 @@ class DecodingGraphs:
         """What repeats ``function``, and its result; ``restore`` undoes a call of it."""
         device = next(iter(self.buffers.values())).hidden.device
         with torch.cuda.device(device):  # another one may be the current device
+            if self.stream is None:
+                self.stream = torch.cuda.Stream()
             if self.pool is None:
-                self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+                self.pool = torch.cuda.graph_pool_handle()
             here = torch.cuda.current_stream()
             self.stream.wait_stream(here)
             with torch.cuda.stream(self.stream):

@@ -368,7 +368,10 @@ def test_texts_that_outgrow_their_room(exports, graphs, small_parts, name):
     assert min(places) > 16
     # Once there is room, the second time, what fewer tokens need is recorded for good.
     with model.graphed_decoding():
+        generated(model, batches[0][0][:, -2:], **{**settings, "max_new_tokens": 4})
+        model.model.graphs.pool = "of the graphs that go"
         generated(model, *batches[0], **settings)
+        assert model.model.graphs.pool is None
         graphs.clear()
         generated(model, *batches[0], **settings)
         generated(model, *batches[0], **settings)
