@@ -48,34 +48,23 @@ class DecodingGraphs:
         forward call's ``RoutingCall``; ``heads``: groups, heads of each, and their channels;
         ``tokens``: before this one in the layer's cache."""
         if self.filled is None or self.filled.filled_for is not call:
-            self.filled = self._filled(call, hidden_states, rotary, heads, tokens)
+            groups, _, channels = heads
+            token = hidden_states[..., 0].nbytes * groups * channels  # of keys
+            capacity = capacity_for(tokens + 1)
+            if capacity * token > AHEAD:
+                capacity = 0
+            key = (*hidden_states.shape, *rotary[0].shape, hidden_states.dtype)
+            if key not in self.buffers or self.buffers[key].places < capacity:
+                if key in self.buffers and hidden_states.is_cuda:
+                    torch.cuda.synchronize(hidden_states.device)  # graphs go that may be running
+                self.pool = None  # it ends with the last graph in it, and is not to be used again
+                places = min(2 ** (capacity - 1).bit_length(), AHEAD // token) if capacity else 0
+                self.buffers[key] = Buffers(hidden_states, rotary, heads, places)
+            self.filled = self.buffers[key]
+            self.filled.fill(call, rotary, tokens, capacity)
         if hidden_states is not self.filled.hidden:
             self.filled.hidden.copy_(hidden_states)
         return self.filled
-
-    def _filled(
-        self,
-        call: Any,
-        hidden_states: Tensor,
-        rotary: Sequence[Tensor],
-        heads: Sequence[int],
-        tokens: int,
-    ) -> Buffers:
-        key = (*hidden_states.shape, *rotary[0].shape, hidden_states.dtype)
-        groups, _, channels = heads
-        size = len(hidden_states) * groups * channels * hidden_states.element_size()
-        capacity = capacity_for(tokens + 1)
-        if capacity * size > AHEAD:
-            capacity = 0
-        buffers = self.buffers.get(key)
-        if buffers is None or buffers.places < capacity:
-            if buffers is not None and hidden_states.is_cuda:
-                torch.cuda.synchronize(hidden_states.device)  # its graphs go, and may be running
-            self.pool = None  # which ends with the last graph in it, and is not to be used again
-            places = min(2 ** (capacity - 1).bit_length(), AHEAD // size) if capacity else 0
-            buffers = self.buffers[key] = Buffers(hidden_states, rotary, heads, places)
-        buffers.fill(call, rotary, tokens, capacity)
-        return buffers
 
     def is_through(self, call: Any, layer: int) -> bool:
         """Whether the residual stream of a forward call has come through a layer."""

@@ -245,7 +245,7 @@ class RoutedLayer:
             choices[target] = self._choose_tokens(target, normed, routing)
             routing.decisions[self.layer_idx, target] = choices[target].keep
         kept = choices.get(self.attention_target)
-        if kept is None or not (kept.is_late or self.stores_selected or not kept.is_everything):
+        if kept is None or (not kept.is_late and not self.stores_selected and kept.is_everything):
             hidden_states = hidden_states + self.self_attn(hidden_states=normed, **context)[0]
             return self._feed_forward(hidden_states, choices.get("mlp"))
         update = self._attend_tokens(normed, kept, routing, context)

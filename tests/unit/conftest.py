@@ -1,4 +1,4 @@
-"""What tests of data share: a tokenizer, and the reading of samples with it."""
+"""What tests share: of data a tokenizer and the reading of samples; CUDA graphs on a CPU."""
 
 from __future__ import annotations
 
@@ -23,3 +23,20 @@ def load(tokenizer, tmp_path):
         return load_samples(sources, tokenizer, **settings)
 
     return call
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """How often something was recorded."""
+    from megatron_mod.hf.graph_mod import DecodingGraphs
+    from tests.helpers import graphed
+
+    recorded = []
+
+    def record(self, function, restore):
+        recorded.append(1)
+        return graphed.record(self, function, restore)
+
+    monkeypatch.setattr(DecodingGraphs, "_record", record)
+    monkeypatch.setattr(DecodingGraphs, "work_on", staticmethod(lambda device: True))
+    return recorded
